@@ -1,0 +1,55 @@
+"""Which vector instructions the compiler may use on this machine.
+
+Numba compiles for one CPU: the host, or what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say. The family
+decides one thing only: how simd.dot4 is lowered. Everything else is LLVM's business.
+"""
+
+from functools import cache
+
+from numba.core.registry import cpu_target
+
+AVX512_VNNI = "avx512-vnni"
+AVX_VNNI = "avx-vnni"
+AVX2 = "avx2"
+NEON_DOT = "neon-dotprod"
+PLAIN = "plain"
+
+FAMILIES = (AVX512_VNNI, AVX_VNNI, AVX2, NEON_DOT, PLAIN)
+
+
+def family_of(triple: str, name: str, features: frozenset[str]) -> str:
+    """The family of a CPU, from LLVM's names for its triple, model and features."""
+    if triple.startswith(("aarch64", "arm64")):
+        # LLVM reports no features on macOS; every Apple core has the dot product.
+        return NEON_DOT if "dotprod" in features or name.startswith("apple-") else PLAIN
+    if {"avx512vnni", "avx512bw", "avx512vl"} <= features:
+        return AVX512_VNNI
+    if {"avxvnni", "avx2"} <= features:
+        return AVX_VNNI
+    return AVX2 if "avx2" in features else PLAIN
+
+
+@cache
+def target() -> tuple[str, str, frozenset[str]]:
+    """LLVM triple, CPU name and enabled features that Numba compiles for."""
+    triple, name, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple, name, frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
+
+
+@cache
+def family() -> str:
+    """The family that Numba compiles for in this process."""
+    return family_of(*target())
+
+
+@cache
+def has_fma() -> bool:
+    """Whether fused multiply-add is an instruction here (else LLVM would call libm for it)."""
+    triple, _, features = target()
+    return "fma" in features or triple.startswith(("aarch64", "arm64"))
+
+
+@cache
+def has_i8mm() -> bool:
+    """Whether ARM's mixed-sign dot product (usdot) is there."""
+    return "i8mm" in target()[2]

@@ -1,0 +1,117 @@
+"""The dot product of bytes that all integer weights go through, with one lowering for each CPU family.
+
+    dot4(acc, u, s)[i] = acc[i] + sum over j < 4 of u[4 i + j] * s[4 i + j]
+
+u is unsigned, s signed; sums are int32 and exact.
+"""
+
+from functools import cache
+
+from llvmlite import binding, ir
+
+from . import cpu
+from .simd import call, constant, i32x16, join, pick_lanes, primitive, u8x64
+
+_I32 = i32x16.llvm
+
+
+
+def _split(builder, v, parts):
+    step = v.type.count // parts
+    return [pick_lanes(builder, v, range(i * step, (i + 1) * step)) for i in range(parts)]
+
+
+def _by_parts(builder, parts, emit, acc, u, s):
+    """emit on each of 2 or 4 equal parts, joined again."""
+    done = [emit(builder, *args) for args in zip(*(_split(builder, v, parts) for v in (acc, u, s)))]
+    while len(done) > 1:
+        done = [join(builder, done[i], done[i + 1]) for i in range(0, len(done), 2)]
+    return done[0]
+
+
+def _vnni_takes_bytes() -> bool:
+    """Whether this LLVM declares vpdpbusd with byte vectors (from 22) or with int32 vectors (before)."""
+    text = """declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, {0}, {0})
+    define <16 x i32> @f(<16 x i32> %a, {0} %b) {{
+      %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %a, {0} %b, {0} %b)
+      ret <16 x i32> %r }}"""
+    try:
+        binding.parse_assembly(text.format("<64 x i8>")).verify()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _vpdpbusd(bits):
+    def emit(builder, acc, u, s):
+        if not _vnni_takes_bytes():
+            u, s = (builder.bitcast(v, acc.type) for v in (u, s))
+        return call(builder, f"llvm.x86.avx512.vpdpbusd.{bits}", acc.type, acc, u, s)
+
+    return emit
+
+
+def _maddubs(builder, acc, u, s):
+    """AVX2, u <= 127: pairs of products fit 16 bits (2 * 127 * 128 < 2^15), then pairs of those into 32."""
+    pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(ir.IntType(16), 16), u, s)
+    ones = constant(pairs.type, 1)
+    return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, pairs, ones))
+
+
+def _sdot(builder, acc, u, s):
+    """NEON, u <= 127: such bytes are the same signed and unsigned."""
+    return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, u, s)
+
+
+def _usdot(builder, acc, u, s):
+    return call(builder, "llvm.aarch64.neon.usdot.v4i32.v16i8", acc.type, acc, u, s)
+
+
+def _widened(builder, acc, u, s):
+    """Any CPU: byte j of each group of 4, widened to 32 bits and multiplied."""
+    for j in range(4):
+        every4 = range(j, 64, 4)
+        a = builder.zext(pick_lanes(builder, u, every4), _I32)
+        b = builder.sext(pick_lanes(builder, s, every4), _I32)
+        acc = builder.add(acc, builder.mul(a, b))
+    return acc
+
+
+def _in_two_halves_of_range(small):
+    """dot4 for every u from one for u <= 127: the low 7 bits, and the top bit as two times 64."""
+
+    def emit(builder, acc, u, s):
+        low = builder.and_(u, constant(u.type, 127))
+        top = builder.and_(builder.lshr(u, constant(u.type, 1)), constant(u.type, 64))
+        return small(builder, small(builder, small(builder, acc, low, s), top, s), top, s)
+
+    return emit
+
+
+def _dot4_emitters():
+    """(parts, emit for any u, emit for u <= 127) of this CPU."""
+    family = cpu.family()
+    if family == cpu.AVX512_VNNI:
+        return 1, _vpdpbusd(512), _vpdpbusd(512)
+    if family == cpu.AVX_VNNI:
+        return 2, _vpdpbusd(256), _vpdpbusd(256)
+    if family == cpu.AVX2:
+        return 2, _in_two_halves_of_range(_maddubs), _maddubs
+    if family == cpu.NEON_DOT:
+        return 4, _usdot if cpu.has_i8mm() else _in_two_halves_of_range(_sdot), _sdot
+    return 1, _widened, _widened
+
+
+def _dot4(small):
+    def emit(builder, acc, u, s):
+        parts, for_any, for_small = _dot4_emitters()
+        chosen = for_small if small else for_any
+        return _by_parts(builder, parts, chosen, acc, u, s)
+
+    return emit
+
+
+dot4 = primitive(i32x16, [i32x16, u8x64, u8x64], _dot4(small=False))
+"""acc[i] + sum over j < 4 of u[4i + j] * s[4i + j]: u unsigned, s signed bytes. Exact."""
+dot4_small = primitive(i32x16, [i32x16, u8x64, u8x64], _dot4(small=True))
+"""dot4 for u <= 127 only: cheaper where the CPU has no mixed-sign dot product."""

@@ -1,0 +1,221 @@
+"""Matrix products: packed weights x the rows of a step, for every weight format and any number of rows.
+
+A tile is 8, 4, 2 or 1 rows of activations times one block of 32 weight rows. Whatever the tile, an output is
+summed in the same order: int32 inside a group of columns (exact), then group by group in float32; for
+floating-point weights column by column. So a row's bits never depend on the rows beside it.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from .jit import kernel
+from .pack import (
+    BFLOAT16,
+    BLOCK,
+    BLOCK_BYTES,
+    COLUMNS,
+    FLOAT16,
+    FLOAT32,
+    FORMAT,
+    GROUP,
+    INT4,
+    INT4_MIN,
+    INT8,
+    INT8_MIN,
+    OFFSET,
+    is_float,
+)
+from .dot import dot4, dot4_small
+from .simd import (
+    f32x16,
+    fma,
+    high_nibbles,
+    i32x16,
+    load_bf16,
+    load_f16,
+    load_f32,
+    load_scalar_f32,
+    load_u8,
+    load_word,
+    low_nibbles,
+    repeat4,
+    splat_f32,
+    splat_i32,
+    store_f32,
+    tile,
+    times8,
+    times128,
+    to_f32,
+)
+
+ZERO = np.float32(0)
+GROUP_MIN = 32
+
+
+class Rows(NamedTuple):
+    """The inputs of a product, row r from r * stride on (scales and sums: r * stride / 32).
+
+    values: float32, read by floating-point formats. Quantised in groups of the matrix's size: q: int8;
+    scales: float32, value = scale * q; sums: int32, minus the sum of each group's q, and offsets: float32,
+    scale * sum of q.
+    """
+
+    values: np.ndarray
+    q: np.ndarray
+    scales: np.ndarray
+    sums: np.ndarray
+    offsets: np.ndarray
+    stride: int
+
+
+def _quantized_tile(rows: int, fmt: int):
+    """rows x 1 block of an integer format."""
+    nibbles, minimum = fmt in (INT4, INT4_MIN), fmt in (INT4_MIN, INT8_MIN)
+    header, step = (128 if minimum else 64), (64 if nibbles else 128)
+    dot, times_zero = (dot4_small, times8) if nibbles else (dot4, times128)
+    new_acc, new_dots, new_scale = tile(f32x16, rows, 2), tile(i32x16, rows, 2), tile(f32x16, 2, 2)
+
+    @kernel
+    def multiply(weights, at, columns, group, x, x_row, out, out_at, out_stride, add):
+        acc, dots, scale = new_acc(), new_dots(), new_scale()
+        for m in range(rows):
+            for n in range(2):
+                acc[m, n] = splat_f32(ZERO)
+        q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
+        for _ in range(columns // group):
+            for m in range(rows):
+                if minimum:
+                    start = splat_i32(np.int32(0))
+                else:
+                    start = times_zero(splat_i32(load_word(x.sums, s + m * groups_stride)))
+                for n in range(2):
+                    dots[m, n] = start
+            for k in range(group // 4):
+                if nibbles:
+                    both = load_u8(weights, at + header + step * k)
+                    low, high = low_nibbles(both), high_nibbles(both)
+                else:
+                    low = load_u8(weights, at + header + step * k)
+                    high = load_u8(weights, at + header + step * k + 64)
+                for m in range(rows):
+                    a = repeat4(load_word(x.q, q + m * x.stride + 4 * k))
+                    dots[m, 0] = dot(dots[m, 0], low, a)
+                    dots[m, 1] = dot(dots[m, 1], high, a)
+            for n in range(2):
+                scale[n, 0] = load_f16(weights, at + 32 * n)
+                if minimum:
+                    scale[n, 1] = load_f16(weights, at + 64 + 32 * n)
+            for m in range(rows):
+                row_scale = splat_f32(load_scalar_f32(x.scales, s + m * groups_stride))
+                for n in range(2):
+                    acc[m, n] = fma(to_f32(dots[m, n]), scale[n, 0] * row_scale, acc[m, n])
+                if minimum:
+                    row_offset = splat_f32(load_scalar_f32(x.offsets, s + m * groups_stride))
+                    for n in range(2):
+                        acc[m, n] = fma(scale[n, 1], row_offset, acc[m, n])
+            at += header + step * (group // 4)
+            q += group
+            s += 1
+        for m in range(rows):
+            for n in range(2):
+                to = out_at + m * out_stride + 16 * n
+                store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
+
+    return multiply
+
+
+def _float_tile(rows: int, fmt: int):
+    """rows x 1 block of a floating-point format."""
+    load, size = {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2), BFLOAT16: (load_bf16, 2)}[fmt]
+    new_acc = tile(f32x16, rows, 2)
+
+    @kernel
+    def multiply(weights, at, columns, group, x, x_row, out, out_at, out_stride, add):
+        acc = new_acc()
+        for m in range(rows):
+            for n in range(2):
+                acc[m, n] = splat_f32(ZERO)
+        for k in range(columns):
+            low, high = load(weights, at), load(weights, at + 16 * size)
+            for m in range(rows):
+                a = splat_f32(load_scalar_f32(x.values, (x_row + m) * x.stride + k))
+                acc[m, 0] = fma(low, a, acc[m, 0])
+                acc[m, 1] = fma(high, a, acc[m, 1])
+            at += BLOCK * size
+        for m in range(rows):
+            for n in range(2):
+                to = out_at + m * out_stride + 16 * n
+                store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
+
+    return multiply
+
+
+def _block(fmt: int):
+    """All rows of a step x 1 block: tiles of 8 rows, the rest as 4, 2, 1."""
+    make = _float_tile if is_float(fmt) else _quantized_tile
+    eight, four, two, one = (make(rows, fmt) for rows in (8, 4, 2, 1))
+
+    @kernel
+    def multiply(weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+        m = 0
+        while rows - m >= 8:
+            eight(weights, at, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            m += 8
+        if rows - m >= 4:
+            four(weights, at, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            m += 4
+        if rows - m >= 2:
+            two(weights, at, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            m += 2
+        if rows - m >= 1:
+            one(weights, at, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+
+    return multiply
+
+
+def _first_of(formats: tuple):
+    """A kernel that calls the block kernel of its argument fmt, one of `formats`."""
+    first = _block(formats[0])
+    if len(formats) == 1:
+
+        @kernel
+        def only(fmt, weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+            first(weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add)
+
+        return only
+    wanted, others = formats[0], _first_of(formats[1:])
+
+    @kernel
+    def choose(fmt, weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+        if fmt == wanted:
+            first(weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add)
+        else:
+            others(fmt, weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add)
+
+    return choose
+
+
+@cache
+def make_linear(formats: tuple[int, ...]):
+    """linear for matrices of these formats; no others may come."""
+    multiply = _first_of(formats)
+
+    @kernel
+    def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add):
+        """out[r, c] (+)= sum over k of x[x_row + r, k] * weight[32 * block0 + c, k].
+
+        weights: uint8 arena; matrices: int64 [n, 6], matrix: row in it; x: Rows; rows: how many of them;
+        block0, block1: range of the matrix's 32-row blocks; out: float32, row r from out_at + r * out_stride;
+        add: 1 adds to what is there, 0 overwrites it.
+        """
+        fmt, columns, group = matrices[matrix, FORMAT], matrices[matrix, COLUMNS], matrices[matrix, GROUP]
+        size = matrices[matrix, BLOCK_BYTES]
+        at = matrices[matrix, OFFSET] + block0 * size
+        for block in range(block0, block1):
+            to = out_at + (block - block0) * BLOCK
+            multiply(fmt, weights, at, columns, group, x, x_row, rows, out, to, out_stride, add)
+            at += size
+
+    return linear

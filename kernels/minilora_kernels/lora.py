@@ -1,0 +1,141 @@
+"""Segmented LoRA: y += (x A) B for runs of rows that share an adapter, never merged into the base weights.
+
+All matrices of an adapter that read the same input are shrunk at once: A is stored transposed as
+[R / 16 panels][K][16] with the ranks of those matrices side by side (R: their sum, padded to 16). B of each
+matrix is stored as [N / 16 panels][rank][16], alpha / rank folded in. Both lie in a uint8 arena as float32 or
+float16. Sums run in a fixed order: over k in four interleaved chains, over the rank one by one.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from .jit import kernel
+from .pack import FLOAT16, FLOAT32, PANEL
+from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, splat_f32, store_f32, tile
+
+CHAINS = 4
+
+ZERO = np.float32(0)
+
+
+def pack_shrink(a: np.ndarray, fmt: int) -> np.ndarray:
+    """uint8 panels of A [R, K] (the ranks of all matrices that share the input); R is padded to 16 with zeros."""
+    padded = np.pad(a, ((0, -len(a) % PANEL), (0, 0)))
+    panels = padded.reshape(-1, PANEL, a.shape[1]).transpose(0, 2, 1)
+    return np.ascontiguousarray(panels, _dtype(fmt)).reshape(-1).view(np.uint8)
+
+
+def pack_expand(b: np.ndarray, fmt: int) -> np.ndarray:
+    """uint8 panels of B [N, rank], alpha / rank folded in; N is a multiple of 16."""
+    panels = b.reshape(-1, PANEL, b.shape[1]).transpose(0, 2, 1)
+    return np.ascontiguousarray(panels, _dtype(fmt)).reshape(-1).view(np.uint8)
+
+
+def pack_gather(a: np.ndarray, fmt: int) -> np.ndarray:
+    """uint8 of an embedding's A [rank, V], transposed: [V][rank padded to 16]."""
+    padded = np.pad(a, ((0, -len(a) % PANEL), (0, 0)))
+    return np.ascontiguousarray(padded.T, _dtype(fmt)).reshape(-1).view(np.uint8)
+
+
+def _dtype(fmt: int):
+    return {FLOAT32: np.float32, FLOAT16: np.float16}[fmt]
+
+
+def _shrink_tile(rows: int, fmt: int):
+    load, size = _loader(fmt)
+    new_acc, new_a = tile(f32x16, rows, CHAINS), tile(f32x16, CHAINS)
+
+    @kernel
+    def multiply(arena, at, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
+        acc, a = new_acc(), new_a()
+        for m in range(rows):
+            for c in range(CHAINS):
+                acc[m, c] = splat_f32(ZERO)
+        for k in range(0, columns, CHAINS):
+            for c in range(CHAINS):
+                a[c] = load(arena, at + (k + c) * PANEL * size)
+            for m in range(rows):
+                for c in range(CHAINS):
+                    acc[m, c] = fma(a[c], splat_f32(load_scalar_f32(x, x_at + m * x_stride + k + c)), acc[m, c])
+        for m in range(rows):
+            total = (acc[m, 0] + acc[m, 1]) + (acc[m, 2] + acc[m, 3])
+            store_f32(s, s_at + m * s_stride, total * splat_f32(scale))
+
+    return multiply
+
+
+def _expand_tile(rows: int, fmt: int):
+    load, size = _loader(fmt)
+    new_acc = tile(f32x16, rows)
+
+    @kernel
+    def multiply(arena, at, rank, s, s_at, s_stride, out, out_at, out_stride):
+        acc = new_acc()
+        for m in range(rows):
+            acc[m] = splat_f32(ZERO)
+        for r in range(rank):
+            b = load(arena, at + r * PANEL * size)
+            for m in range(rows):
+                acc[m] = fma(b, splat_f32(load_scalar_f32(s, s_at + m * s_stride + r)), acc[m])
+        for m in range(rows):
+            to = out_at + m * out_stride
+            store_f32(out, to, load_f32(out, to) + acc[m])
+
+    return multiply
+
+
+def _loader(fmt: int):
+    return {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2)}[fmt]
+
+
+@cache
+def make_lora(fmt: int):
+    """(shrink, gather, expand) for adapters stored as FLOAT32 or FLOAT16."""
+    shrink4, shrink1 = _shrink_tile(4, fmt), _shrink_tile(1, fmt)
+    expand4, expand1 = _expand_tile(4, fmt), _expand_tile(1, fmt)
+    load, size = _loader(fmt)
+
+    @kernel
+    def shrink(arena, at, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
+        """s[m, 16 * panel + i] = scale * sum over k of x[m, k] * A[16 * panel + i, k], m < rows, i < 16.
+
+        arena: uint8, A's panels from byte `at`; columns: K, a multiple of 4; x, s: float32, row m at m * stride.
+        """
+        at += panel * columns * PANEL * size
+        s_at += panel * PANEL
+        m = 0
+        while rows - m >= 4:
+            shrink4(arena, at, columns, x, x_at + m * x_stride, x_stride, scale, s, s_at + m * s_stride, s_stride)
+            m += 4
+        while m < rows:
+            shrink1(arena, at, columns, x, x_at + m * x_stride, x_stride, scale, s, s_at + m * s_stride, s_stride)
+            m += 1
+
+    @kernel
+    def gather(arena, at, padded, token, scale, s, s_at):
+        """s[i] = scale * A[i, token]: shrink for an embedding, whose input is a token number.
+
+        arena: uint8, A transposed [vocabulary][padded] from byte `at`; padded: the rank padded to 16.
+        """
+        for i in range(0, padded, 16):
+            store_f32(s, s_at + i, load(arena, at + (token * padded + i) * size) * splat_f32(scale))
+
+    @kernel
+    def expand(arena, at, rank, panel0, panel1, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step):
+        """out[m, panel p] += sum over r < rank of s[m, r] * B[p, r], m < rows, panel0 <= p < panel1.
+
+        arena: uint8, B's panels from byte `at`; s, out: float32, row m at m * stride; panel p is the 16 numbers
+        at out_at + (p - panel0) * panel_step: 16, or 32 where two matrices are interleaved.
+        """
+        for p in range(panel0, panel1):
+            here, to = at + p * rank * PANEL * size, out_at + (p - panel0) * panel_step
+            m = 0
+            while rows - m >= 4:
+                expand4(arena, here, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride)
+                m += 4
+            while m < rows:
+                expand1(arena, here, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride)
+                m += 1
+
+    return shrink, gather, expand

@@ -1,0 +1,182 @@
+"""What happens to one row at a time: embedding, norm, quantisation, rotation, gating.
+
+Row lengths are multiples of 16 (32 where a row is quantised). Offsets count elements; in the arena, bytes.
+"""
+
+import numpy as np
+
+from .jit import kernel
+from .linear import GROUP_MIN
+from .pack import (
+    BFLOAT16,
+    BLOCK,
+    BLOCK_BYTES,
+    COLUMNS,
+    FLOAT16,
+    FLOAT32,
+    FORMAT,
+    GROUP,
+    INT4,
+    INT4_MIN,
+    INT8_MIN,
+    OFFSET,
+    PANEL,
+)
+from .simd import (
+    exp,
+    f32x16,
+    fma,
+    hmax,
+    hsum,
+    hsum_i32,
+    load_f32,
+    load_scalar_bf16,
+    load_scalar_f16,
+    load_scalar_f32,
+    round_i32,
+    splat_f32,
+    splat_i32,
+    store_f32,
+    store_i8,
+    tile,
+    vabs,
+    vmax,
+)
+
+ZERO, ONE = np.float32(0), np.float32(1)
+LARGEST_INT8 = np.float32(127)
+
+_four_sums = tile(f32x16, 4)
+
+
+@kernel
+def _sum_of_squares(x, at, n):
+    sums = _four_sums()
+    for j in range(4):
+        sums[j] = splat_f32(ZERO)
+    whole = n // 64 * 64
+    for i in range(0, whole, 64):
+        for j in range(4):
+            v = load_f32(x, at + i + 16 * j)
+            sums[j] = fma(v, v, sums[j])
+    for i in range(whole, n, 16):
+        v = load_f32(x, at + i)
+        sums[0] = fma(v, v, sums[0])
+    return hsum((sums[0] + sums[1]) + (sums[2] + sums[3]))
+
+
+@kernel
+def rms_norm(x, at, n, weights, weight_at, eps, out, out_at):
+    """out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i], i < n (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    x, out: float32; weights: uint8 arena with n float32 at byte weight_at; eps: float32. out may be x.
+    """
+    inverse = splat_f32(ONE / np.sqrt(_sum_of_squares(x, at, n) / np.float32(n) + eps))
+    for i in range(0, n, 16):
+        store_f32(out, out_at + i, load_f32(x, at + i) * inverse * load_f32(weights, weight_at + 4 * i))
+
+
+@kernel
+def quantize_row(x, at, n, group, rows, row, column):
+    """q = round(x / scale), scale = max |x| / 127 in each group: columns column .. column + n of one row.
+
+    x: float32, n values from at; column and n: multiples of group; rows: Rows, whose q, scales, sums and offsets
+    are written for row `row`. A group of zeros has scale 0.
+    """
+    to, scale_to = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group
+    for g in range(n // group):
+        largest = splat_f32(ZERO)
+        for i in range(0, group, 16):
+            largest = vmax(largest, vabs(load_f32(x, at + i)))
+        peak = hmax(largest)
+        scale = peak / LARGEST_INT8
+        inverse = splat_f32(LARGEST_INT8 / peak if peak > ZERO else ZERO)
+        total = splat_i32(np.int32(0))
+        for i in range(0, group, 16):
+            q = round_i32(load_f32(x, at + i) * inverse)
+            total = total + q
+            store_i8(rows.q, to + i, q)
+        total_q = hsum_i32(total)
+        rows.scales[scale_to + g] = scale
+        rows.sums[scale_to + g] = -total_q
+        rows.offsets[scale_to + g] = scale * np.float32(total_q)
+        at += group
+        to += group
+
+
+@kernel
+def silu_mul(gate_up, at, panels, out, out_at):
+    """out = gate * sigmoid(gate) * up, 16 values of gate and 16 of up in turn (SwiGLU, arXiv:2002.05202).
+
+    gate_up: float32, 32 * panels values from at; out: float32, 16 * panels values from out_at.
+    """
+    one, nought = splat_f32(ONE), splat_f32(ZERO)
+    for p in range(panels):
+        gate, up = load_f32(gate_up, at + 32 * p), load_f32(gate_up, at + 32 * p + 16)
+        store_f32(out, out_at + 16 * p, gate / (one + exp(nought - gate)) * up)
+
+
+@kernel
+def add_row(x, at, weights, weight_at, n):
+    """x[i] += weight[i], i < n: a bias. x: float32; weights: uint8 arena with n float32 at byte weight_at."""
+    for i in range(0, n, 16):
+        store_f32(x, at + i, load_f32(x, at + i) + load_f32(weights, weight_at + 4 * i))
+
+
+@kernel
+def rope(x, at, half, cos, sin, table_at):
+    """(a, b) -> (a cos - b sin, b cos + a sin) for a = x[i], b = x[half + i], i < half (RoPE, arXiv:2104.09864).
+
+    x: float32, changed in place; cos, sin: float32 tables, this position's `half` values from table_at.
+    """
+    vectors = half // 16 * 16
+    for i in range(0, vectors, 16):
+        a, b = load_f32(x, at + i), load_f32(x, at + half + i)
+        c, s = load_f32(cos, table_at + i), load_f32(sin, table_at + i)
+        store_f32(x, at + i, a * c - b * s)
+        store_f32(x, at + half + i, b * c + a * s)
+    for i in range(vectors, half):
+        u, v = x[at + i], x[at + half + i]
+        x[at + i] = u * cos[table_at + i] - v * sin[table_at + i]
+        x[at + half + i] = v * cos[table_at + i] + u * sin[table_at + i]
+
+
+@kernel
+def _stored_row(weights, at, columns, group, lane, header, width, minimum, zero, out, out_at):
+    """Dequantise row `lane` of the integer block at byte `at`: width 8 or 4 bits."""
+    shift = 4 if width == 4 and lane >= PANEL else 0
+    mask = 15 if width == 4 else 255
+    step = BLOCK * 4 * width // 8
+    first = header + (lane % PANEL) * 4 + (64 if width == 8 and lane >= PANEL else 0)
+    record = header + group // 4 * step
+    for g in range(columns // group):
+        scale = load_scalar_f16(weights, at + 2 * lane)
+        lowest = load_scalar_f16(weights, at + 64 + 2 * lane) if minimum else np.float32(0)
+        for k in range(group):
+            u = (np.int32(weights[at + first + k // 4 * step + k % 4]) >> shift) & mask
+            out[out_at + g * group + k] = np.float32(u - zero) * scale + lowest
+        at += record
+
+
+@kernel
+def embed(weights, matrices, matrix, token, out, out_at):
+    """out = row `token` of a packed matrix, as float32.
+
+    weights: uint8 arena; matrices: int64 [n, 6], matrix: row in it; out: float32, COLUMNS values from out_at.
+    """
+    fmt, columns, group = matrices[matrix, FORMAT], matrices[matrix, COLUMNS], matrices[matrix, GROUP]
+    block, lane = token // BLOCK, token % BLOCK
+    at = matrices[matrix, OFFSET] + block * matrices[matrix, BLOCK_BYTES]
+    if fmt == FLOAT32:
+        for k in range(columns):
+            out[out_at + k] = load_scalar_f32(weights, at + (k * BLOCK + lane) * 4)
+    elif fmt == FLOAT16 or fmt == BFLOAT16:
+        for k in range(columns):
+            place = at + (k * BLOCK + lane) * 2
+            out[out_at + k] = load_scalar_f16(weights, place) if fmt == FLOAT16 else load_scalar_bf16(weights, place)
+    else:
+        width = 4 if fmt == INT4 or fmt == INT4_MIN else 8
+        minimum = fmt == INT4_MIN or fmt == INT8_MIN
+        zero = 0 if minimum else (8 if fmt == INT4 else 128)
+        header = 128 if minimum else 64
+        _stored_row(weights, at, columns, group, lane, header, width, minimum, zero, out, out_at)

@@ -1,0 +1,216 @@
+"""A team of threads that all run the same compiled function (SPMD).
+
+The caller is thread 0; the others are Python threads that sleep on a lock between runs and hold no GIL inside.
+Inside a run, threads meet at `barrier`, split work with `share`, or take it piece by piece with `claim`.
+"""
+
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import cpu
+from .jit import kernel
+
+# Places in the sync array, each on a cache line of its own (8 int64).
+_ARRIVED, _GENERATION, _ABORT, _CLAIMED = 0, 8, 16, 24
+SYNC_SIZE = 32
+
+# About 10 to 40 us of pauses, then the core is offered to other threads at every look.
+_PATIENCE = 1000
+
+_YIELD = {"win32": "SwitchToThread"}.get(sys.platform, "sched_yield")
+
+
+def _slot(context, builder, sig, args):
+    return builder.gep(context.make_array(sig.args[0])(context, builder, args[0]).data, [args[1]])
+
+
+@intrinsic
+def _atomic_add(typing_context, array, i, value):
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", _slot(context, builder, sig, args), args[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def _atomic_load(typing_context, array, i):
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(_slot(context, builder, sig, args), "acquire", 8)
+
+    return types.int64(array, types.intp), codegen
+
+
+@intrinsic
+def _atomic_store(typing_context, array, i, value):
+    def codegen(context, builder, sig, args):
+        builder.store_atomic(args[2], _slot(context, builder, sig, args), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def _pause(typing_context):
+    """Tell the core that this is a spin loop."""
+
+    def codegen(context, builder, sig, args):
+        triple = cpu.target()[0]
+        if triple.startswith("x86_64"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        elif triple.startswith(("aarch64", "arm64")):
+            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+            hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint")
+            builder.call(hint, [ir.Constant(ir.IntType(32), 1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _yield_core(typing_context):
+    """Let the operating system run another thread on this core."""
+
+    def codegen(context, builder, sig, args):
+        if binding.address_of_symbol(_YIELD):
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@kernel
+def barrier(sync, size):
+    """Wait until all `size` threads are here. Resets `claim`. After an abort it lets everybody through."""
+    if size == 1:
+        _atomic_store(sync, _CLAIMED, 0)
+        return
+    generation = _atomic_load(sync, _GENERATION)
+    if _atomic_add(sync, _ARRIVED, 1) == size - 1:
+        _atomic_store(sync, _ARRIVED, 0)
+        _atomic_store(sync, _CLAIMED, 0)
+        _atomic_store(sync, _GENERATION, generation + 1)
+        return
+    looks = 0
+    while _atomic_load(sync, _GENERATION) == generation and _atomic_load(sync, _ABORT) == 0:
+        looks += 1
+        if looks < _PATIENCE:
+            _pause()
+        else:
+            _yield_core()
+
+
+@kernel
+def share(total, rank, size):
+    """(first, end) of thread `rank`'s part of range(total): contiguous, sizes differ by at most one."""
+    return total * rank // size, total * (rank + 1) // size
+
+
+@kernel
+def claim(sync):
+    """The next number of 0, 1, 2 ... that no thread has taken since the last barrier."""
+    return _atomic_add(sync, _CLAIMED, 1)
+
+
+class _Worker:
+    """One thread beside the caller: waits for a job, runs its part, says that it is done."""
+
+    def __init__(self, team: "Team", rank: int):
+        self._team, self._rank = team, rank
+        self._error: BaseException | None = None
+        self._go, self._done = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._done.acquire()
+        threading.Thread(target=self._loop, name=f"minilora-{rank}", daemon=True).start()
+
+    def start(self) -> None:
+        self._go.release()
+
+    def wait(self) -> BaseException | None:
+        """Until the job is done, Ctrl-C or not: leaving earlier would leave a thread in the team's arrays."""
+        interrupted: BaseException | None = None
+        while True:
+            try:
+                self._done.acquire()
+                break
+            except KeyboardInterrupt as interrupt:
+                interrupted = interrupt
+        error, self._error = self._error, None
+        return error or interrupted
+
+    def _loop(self) -> None:
+        while True:
+            self._go.acquire()
+            if self._team.job is None:
+                return
+            try:
+                self._team.call(self._rank)
+            except BaseException as error:
+                self._error = error
+                self._team.abort()
+            self._done.release()
+
+
+class Team:
+    """`size` threads that run compiled functions together.
+
+    size: number of threads, the caller's included. Raises ValueError where it is below 1.
+    """
+
+    def __init__(self, size: int):
+        if size < 1:
+            raise ValueError(f"a team needs at least one thread, not {size}")
+        self.size = size
+        self.job: tuple | None = None
+        self._sync = np.zeros(SYNC_SIZE, np.int64)
+        self._lock = threading.Lock()
+        self._workers = [_Worker(self, rank) for rank in range(1, size)]
+
+    def run(self, program, *args: Any) -> None:
+        """program(rank, size, sync, *args) on every thread; returns when all are done.
+
+        An exception in any thread, Ctrl-C included, frees the others from their barriers and is raised here.
+        """
+        with self._lock:
+            self._sync[:] = 0
+            self.job = (program, args)
+            started: list[_Worker] = []
+            error: BaseException | None = None
+            try:
+                for worker in self._workers:
+                    worker.start()
+                    started.append(worker)
+                self.call(0)
+            except BaseException as cause:
+                error = cause
+                self.abort()
+            for worker in started:
+                error = worker.wait() or error
+            if error is not None:
+                raise error
+
+    def call(self, rank: int) -> None:
+        """Thread `rank`'s part of the running job."""
+        if self.job is not None:
+            program, args = self.job
+            program(rank, self.size, self._sync, *args)
+
+    def abort(self) -> None:
+        """Open every barrier of the running job: its results are void."""
+        self._sync[_ABORT] = 1
+
+    def close(self) -> None:
+        """End the threads; the team can't run again."""
+        with self._lock:
+            self.job = None
+            for worker in self._workers:
+                worker.start()
+            self._workers = []

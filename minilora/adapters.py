@@ -1,0 +1,393 @@
+"""LoRA adapters: a PEFT folder becomes an Adapter of plain arrays; `packed` is how the step reads it.
+
+Whatever a folder holds is used or refused by name; nothing is skipped.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minilora_kernels.lora import pack_expand, pack_gather, pack_shrink
+from minilora_kernels.pack import PANEL
+
+from .checkpoint.folder import read_json
+from .checkpoint.safetensors import TensorFile
+from .config import ModelConfig
+from .errors import AdapterError, FormatError, NotFoundError, UnsupportedError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+HIGHEST_RANK = 256
+
+# What adapters shrink: the inputs of the products of a layer; each serves the matrices that read it.
+QKV_IN, O_IN, GATE_UP_IN, DOWN_IN = range(4)
+# What they expand into.
+Q_OUT, K_OUT, V_OUT, O_OUT, GATE_OUT, UP_OUT, DOWN_OUT = range(7)
+
+OUTPUTS_OF = {QKV_IN: (Q_OUT, K_OUT, V_OUT), O_IN: (O_OUT,), GATE_UP_IN: (GATE_OUT, UP_OUT), DOWN_IN: (DOWN_OUT,)}
+MODULES = {
+    "self_attn.q_proj": (Q_OUT,),
+    "self_attn.k_proj": (K_OUT,),
+    "self_attn.v_proj": (V_OUT,),
+    "self_attn.o_proj": (O_OUT,),
+    "mlp.gate_proj": (GATE_OUT,),
+    "mlp.up_proj": (UP_OUT,),
+    "mlp.down_proj": (DOWN_OUT,),
+}
+FUSED_MODULES = {
+    "self_attn.qkv_proj": (Q_OUT, K_OUT, V_OUT),
+    "self_attn.o_proj": (O_OUT,),
+    "mlp.gate_up_proj": (GATE_OUT, UP_OUT),
+    "mlp.down_proj": (DOWN_OUT,),
+}
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+
+
+class AdapterArrays(NamedTuple):
+    """The resident adapters as the step reads them, int64 but for the arena. Offsets are bytes in it.
+
+    arena: uint8. inputs: [slots, layers + 1, 4, 2]: offset and padded ranks of A for each input; outputs: [slots,
+    layers + 1, 7, 3]: offset and rank of B for each matrix, and its first column in the shrunk rows. The last
+    layer's input 0 and output 0 are the head's. embed: [slots, 3]: offsets of A and B, and rank.
+    """
+
+    arena: np.ndarray
+    inputs: np.ndarray
+    outputs: np.ndarray
+    embed: np.ndarray
+
+
+class Pair(NamedTuple):
+    """One matrix's update B A. a: float32 [rank, in]; b: float32 [out, rank], alpha / rank folded in."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's content. pairs: by module name, as in "model.layers.0.self_attn.q_proj"; digest: of all of it."""
+
+    pairs: Mapping[str, Pair]
+    digest: str
+    source: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def rank(self) -> int:
+        """The highest rank of all its matrices."""
+        return max((len(pair.a) for pair in self.pairs.values()), default=0)
+
+    @property
+    def modules(self) -> list[str]:
+        """The kinds of modules that it changes, as q_proj, each once."""
+        return sorted({name.rsplit(".", 1)[-1] for name in self.pairs})
+
+
+# ---------------------------------------------------------------- what a base model accepts
+
+
+def module_outputs(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names of a layer's modules -> the outputs that each stands for."""
+    return FUSED_MODULES if config.fused else MODULES
+
+
+def output_rows(config: ModelConfig) -> dict[int, int]:
+    """Rows of each output matrix."""
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    wide = config.intermediate_size
+    return {Q_OUT: q, K_OUT: kv, V_OUT: kv, O_OUT: config.hidden_size, GATE_OUT: wide, UP_OUT: wide,
+            DOWN_OUT: config.hidden_size}
+
+
+def input_columns(config: ModelConfig) -> dict[int, int]:
+    """Columns of each input."""
+    return {QKV_IN: config.hidden_size, O_IN: config.heads * config.head_dim, GATE_UP_IN: config.hidden_size,
+            DOWN_IN: config.intermediate_size}
+
+
+def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Every module that an adapter can change -> (out, in)."""
+    rows, columns = output_rows(config), input_columns(config)
+    shapes = {EMBED: (config.hidden_size, config.vocab_size), HEAD: (config.vocab_size, config.hidden_size)}
+    for layer in range(config.layers):
+        for module, outputs in module_outputs(config).items():
+            source = next(i for i, outs in OUTPUTS_OF.items() if outputs[0] in outs)
+            shapes[f"model.layers.{layer}.{module}"] = (sum(rows[out] for out in outputs), columns[source])
+    return shapes
+
+
+# ---------------------------------------------------------------- adapter_config.json
+
+# Keys that matter in training only.
+_HARMLESS = frozenset(
+    """
+    auto_mapping base_model_name_or_path ensure_weight_tying exclude_modules inference_mode init_lora_weights
+    lora_dropout lora_ga_config loftq_config eva_config corda_config megatron_config megatron_core monteclora_config
+    peft_version qalora_group_size revision runtime_config task_type velora_config base_model_class parent_library
+    tie_lora_adapters
+    """.split()
+)
+_READ = frozenset(
+    """
+    alpha_pattern bias fan_in_fan_out layers_pattern layers_to_transform lora_alpha modules_to_save peft_type r
+    rank_pattern target_modules use_dora use_rslora
+    """.split()
+)
+# Initialisations that change the base weights, so that the saved A and B alone are not the adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PATTERN = re.compile(r"[\w.\-\\|()\[\]^$*+?]{1,200}")
+_NESTED_REPEAT = re.compile(r"[*+}][^()]*\)[*+{?]")
+
+
+class _Settings:
+    """adapter_config.json, checked."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        self.data = data
+        self._check()
+        self.rank = self._integer("r", 8, HIGHEST_RANK)
+        self.alpha = self._alpha("lora_alpha", data.get("lora_alpha", 8))
+        self.ranks = {key: self._integer(f"rank_pattern[{key}]", value, HIGHEST_RANK) for key, value in self._patterns("rank_pattern")}
+        self.alphas = {key: self._alpha(f"alpha_pattern[{key}]", value) for key, value in self._patterns("alpha_pattern")}
+
+    def _check(self) -> None:
+        data = self.data
+        if data.get("peft_type", "LORA") != "LORA":
+            raise UnsupportedError(f"{CONFIG}: peft_type {data['peft_type']!r}, only LORA adapters are read")
+        for key, what in (("use_dora", "DoRA"), ("fan_in_fan_out", "transposed weights"), ("modules_to_save", "whole modules")):
+            if data.get(key):
+                raise UnsupportedError(f"{CONFIG}: {key} is set: minilora does not apply {what}", "Merge it into the base model with PEFT.")
+        if data.get("bias", "none") != "none":
+            raise UnsupportedError(f"{CONFIG}: bias {data['bias']!r}: minilora does not apply biases of adapters")
+        start = data.get("init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise UnsupportedError(
+                f"{CONFIG}: init_lora_weights {start!r} changes the base model's weights",
+                "Save the adapter with PEFT's path_initial_model_for_weight_conversion.")
+        unknown = sorted(k for k in data if k not in _READ | _HARMLESS and data[k] not in (None, False, [], {}))
+        if unknown:
+            raise UnsupportedError(f"{CONFIG} has {', '.join(unknown)}: minilora does not know what this changes")
+
+    def _integer(self, key: str, default: Any, most: int) -> int:
+        value = self.data.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise AdapterError(f"{CONFIG}: {key} must be an integer from 1 to {most}, not {value!r}")
+        return value
+
+    def _alpha(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterError(f"{CONFIG}: {key} must be a finite number, not {value!r}")
+        return float(value)
+
+    def _patterns(self, key: str) -> list[tuple[str, Any]]:
+        value = self.data.get(key) or {}
+        if not isinstance(value, dict):
+            raise AdapterError(f"{CONFIG}: {key} must be an object")
+        for pattern in value:
+            try:
+                if not _PATTERN.fullmatch(pattern) or _NESTED_REPEAT.search(pattern):
+                    raise ValueError
+                re.compile(pattern)
+            except (ValueError, re.error):
+                raise AdapterError(f"{CONFIG}: {key} has a pattern that is not usable: {pattern[:60]!r}") from None
+        return list(value.items())
+
+    def rank_of(self, module: str) -> int:
+        return _matching(self.ranks, module, self.rank)
+
+    def scaling(self, module: str, rank: int) -> float:
+        alpha = _matching(self.alphas, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.data.get("use_rslora") else alpha / rank
+
+
+def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends with, as PEFT finds it."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+# ---------------------------------------------------------------- reading a folder
+
+
+def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
+    """Read a PEFT folder for a base model of this config.
+
+    Raises NotFoundError, FormatError, UnsupportedError or AdapterError, naming the tensor or key.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"{folder} is no folder", "An adapter is a folder with adapter_config.json in it.")
+    settings = _Settings(read_json(folder / CONFIG))
+    if not (folder / TENSORS).exists():
+        if pickles := [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]:
+            raise UnsupportedError(
+                f"{folder} holds {pickles[0]}, a pickle file, which can run code when it is read",
+                "Load it with PEFT and save it again: save_pretrained(folder, safe_serialization=True).")
+        raise NotFoundError(f"{folder / TENSORS} is missing")
+    tensors = _read_tensors(folder / TENSORS)
+    adapter = adapter_from_arrays(tensors, settings.data, config, source=str(folder))
+    _check_targets(settings.data, adapter, config)
+    return adapter
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    file = TensorFile(path)
+    return {name: file.read(name) for name in file.tensors}
+
+
+def adapter_from_arrays(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], config: ModelConfig,
+                        source: str = "") -> Adapter:
+    """An adapter from arrays under PEFT's tensor names and the content of adapter_config.json.
+
+    Raises AdapterError or UnsupportedError, naming the tensor or key.
+    """
+    checked, shapes = _Settings(settings), module_shapes(config)
+    halves: dict[str, dict[str, np.ndarray]] = {}
+    for name in sorted(tensors):
+        module, half = _parse_name(name, shapes)
+        if half in halves.setdefault(module, {}):
+            raise AdapterError(f"{name!r}: {half} of {module} is there twice")
+        halves[module][half] = np.asarray(tensors[name], np.float32)
+    if not halves:
+        raise AdapterError("the adapter holds no tensors")
+    pairs = {module: _pair(module, found, shapes[module], checked) for module, found in halves.items()}
+    return Adapter(pairs, _digest(pairs), source, dict(settings))
+
+
+def _parse_name(name: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
+    """(module, "A" or "B") of a PEFT tensor name."""
+    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?", name)
+    if not match:
+        what = "DoRA's magnitudes" if "lora_magnitude" in name else "a tensor that is no half of a LoRA pair"
+        raise UnsupportedError(f"{name!r} is {what}, which minilora does not apply")
+    module = match[1]
+    if module not in shapes:
+        raise AdapterError(f"{name!r}: the base model has no module {module!r} that adapters can change")
+    if bool(match[2]) != (module == EMBED):
+        raise AdapterError(f"{name!r}: not the form that PEFT writes for {module!r}")
+    return module, match[3]
+
+
+def _pair(module: str, halves: Mapping[str, np.ndarray], shape: tuple[int, int], settings: _Settings) -> Pair:
+    if missing := {"A", "B"} - halves.keys():
+        raise AdapterError(f"{module}: lora_{missing.pop()} is missing")
+    a, b, (rows, columns) = halves["A"], halves["B"], shape
+    rank = settings.rank_of(module)
+    for name, half, wanted in (("A", a, (rank, columns)), ("B", b, (rows, rank))):
+        if half.shape != wanted:
+            raise AdapterError(
+                f"{module}: lora_{name} has shape {half.shape}, rank {rank} on this base model needs {wanted}",
+                "The adapter was made for another base model, or its config names another rank.")
+        if not np.isfinite(half).all():
+            raise AdapterError(f"{module}: lora_{name} holds a number that is not finite")
+    return Pair(a, b * np.float32(settings.scaling(module, rank)))
+
+
+def _digest(pairs: Mapping[str, Pair]) -> str:
+    digest = hashlib.sha256()
+    for module in sorted(pairs):
+        a, b = pairs[module]
+        digest.update(f"{module} {a.shape} {b.shape} ".encode())
+        digest.update(np.ascontiguousarray(a).tobytes() + np.ascontiguousarray(b).tobytes())
+    return digest.hexdigest()
+
+
+def _check_targets(settings: Mapping[str, Any], adapter: Adapter, config: ModelConfig) -> None:
+    """Every module that the config names must have its tensors."""
+    targets = settings.get("target_modules")
+    if not isinstance(targets, list):
+        return
+    chosen = settings.get("layers_to_transform")
+    layers = set([chosen] if isinstance(chosen, int) else chosen or range(config.layers))
+    for name in module_shapes(config):
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer and int(layer[1]) not in layers:
+            continue
+        if any(name == target or name.endswith(f".{target}") for target in targets) and name not in adapter.pairs:
+            raise AdapterError(f"{CONFIG} names {name!r} as a target, but its tensors are missing")
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in adapter.pairs):
+            raise AdapterError(f"{CONFIG} names the target {target!r}, which the base model does not have")
+
+
+# ---------------------------------------------------------------- packed
+
+
+class PackedAdapter(NamedTuple):
+    """An adapter's bytes, and its rows of the tables in AdapterArrays with offsets counted from its own first byte."""
+
+    data: np.ndarray
+    inputs: np.ndarray
+    outputs: np.ndarray
+    embed: np.ndarray
+
+
+class _Bytes:
+    """Collects arrays one after the other, each on a cache line."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+        self.size = 0
+
+    def add(self, data: np.ndarray) -> int:
+        start = self.size
+        padding = -len(data) % 64
+        self.parts += [data, np.zeros(padding, np.uint8)]
+        self.size += len(data) + padding
+        return start
+
+
+def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapter:
+    """An adapter in the form that the step reads, its numbers as FLOAT32 or FLOAT16."""
+    arena = _Bytes()
+    inputs = np.zeros((config.layers + 1, 4, 2), np.int64)
+    outputs = np.zeros((config.layers + 1, 7, 3), np.int64)
+    embed = np.zeros(3, np.int64)
+    for layer in range(config.layers):
+        for source in OUTPUTS_OF:
+            _pack_input(adapter, config, layer, source, fmt, arena, inputs[layer, source], outputs[layer])
+    if HEAD in adapter.pairs:
+        a, b = adapter.pairs[HEAD]
+        inputs[-1, 0] = arena.add(pack_shrink(a, fmt)), -(-len(a) // PANEL) * PANEL
+        padded = np.pad(b, ((0, -len(b) % PANEL), (0, 0)))
+        outputs[-1, 0] = arena.add(pack_expand(padded, fmt)), len(a), 0
+    if EMBED in adapter.pairs:
+        a, b = adapter.pairs[EMBED]
+        embed[:] = arena.add(pack_gather(a, fmt)), arena.add(pack_expand(b, fmt)), len(a)
+    data = np.concatenate(arena.parts) if arena.parts else np.zeros(0, np.uint8)
+    return PackedAdapter(data, inputs, outputs, embed)
+
+
+def _pack_input(adapter: Adapter, config: ModelConfig, layer: int, source: int, fmt: int, arena: _Bytes,
+                input_row: np.ndarray, output_rows_: np.ndarray) -> None:
+    """A of all modules that read one input, side by side; B of each matrix they stand for."""
+    rows, stacked, column = output_rows(config), [], 0
+    for module, outs in module_outputs(config).items():
+        name = f"model.layers.{layer}.{module}"
+        if outs[0] not in OUTPUTS_OF[source] or name not in adapter.pairs:
+            continue
+        a, b = adapter.pairs[name]
+        start = 0
+        for out in outs:
+            output_rows_[out] = arena.add(pack_expand(b[start : start + rows[out]], fmt)), len(a), column
+            start += rows[out]
+        stacked.append(a)
+        column += len(a)
+    if stacked:
+        input_row[:] = arena.add(pack_shrink(np.concatenate(stacked), fmt)), -(-column // PANEL) * PANEL
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says, for display. Raises NotFoundError or FormatError."""
+    data = read_json(folder / CONFIG)
+    if not isinstance(data.get("r"), int):
+        raise FormatError(f"{folder / CONFIG} names no rank r")
+    return json.loads(json.dumps({k: data.get(k) for k in ("r", "lora_alpha", "target_modules", "base_model_name_or_path")}))

@@ -1,0 +1,144 @@
+"""The rows of one step: Sequence is the state of a text, pack() makes the flat arrays that the step reads."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minilora_kernels.attention import SPLIT, partial_size
+
+# Columns of tiles. A tile is a few consecutive tokens of one sequence; TILE_SPLIT is -1, or the one split of 256
+# positions that it covers of TILE_SPLITS, with room for all of them in `parts` from TILE_PARTS on.
+TILE_ROW, TILE_TOKENS, TILE_POSITION, TILE_PAGES, TILE_SPLIT, TILE_SPLITS, TILE_PARTS = range(7)
+
+ROWS_PER_TILE = 32
+
+
+class StepInput(NamedTuple):
+    """What one step computes, int64 but for scales. T rows, rows of a sequence together.
+
+    tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 7]; merges:
+    the tiles (first split of each) whose splits must be merged. segments: [S, 3], first row, end row and slot of
+    each run of rows with one adapter; scales: float32 [S]. out_rows: rows whose logits are wanted; out_segments,
+    out_scales: like segments, counted in out_rows.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    pages_at: np.ndarray
+    pages: np.ndarray
+    tiles: np.ndarray
+    merges: np.ndarray
+    segments: np.ndarray
+    scales: np.ndarray
+    out_rows: np.ndarray
+    out_segments: np.ndarray
+    out_scales: np.ndarray
+
+
+class Use(NamedTuple):
+    """An adapter that a sequence uses: its slot in the pool, and the factor on it."""
+
+    slot: int
+    scale: float
+
+
+class Chunk(NamedTuple):
+    """Tokens start .. start + count of a sequence, computed in one step.
+
+    pages: the sequence's page numbers; uses: its adapters in order; first_logits: from which of its positions on
+    logits are wanted (start + count for none).
+    """
+
+    tokens: list[int]
+    start: int
+    count: int
+    pages: list[int]
+    uses: tuple[Use, ...]
+    first_logits: int
+
+
+def tokens_per_tile(group: int) -> int:
+    """How many tokens of a prompt one attention tile takes: a power of two, about 32 rows."""
+    count = 1
+    while 2 * count * group <= ROWS_PER_TILE:
+        count *= 2
+    return count
+
+
+def split_size(heads: int, head_dim: int) -> int:
+    """float32 numbers of one split's unmerged results over all heads of a row."""
+    return heads * partial_size(head_dim)
+
+
+class Packer:
+    """Makes StepInputs. group: query heads per kv head; part: split_size; most_parts: numbers in Buffers.parts;
+    workers: attention items that keep all threads busy."""
+
+    def __init__(self, group: int, kv_heads: int, part: int, most_parts: int, workers: int):
+        self._per_tile, self._kv_heads = tokens_per_tile(group), kv_heads
+        self._part, self._most_parts, self._workers = part, most_parts, workers
+
+    def pack(self, chunks: list[Chunk]) -> StepInput:
+        """The arrays of a step; chunks must be ordered so that those with equal adapters are neighbours."""
+        positions = [np.arange(c.start, c.start + c.count) for c in chunks]
+        counts = [c.count for c in chunks]
+        pages_at = np.cumsum([0] + [len(c.pages) for c in chunks])
+        rows = np.cumsum([0, *counts]).tolist()
+        tiles, merges = self._tiles(chunks, rows, pages_at.tolist())
+        wanted = [range(row + max(c.first_logits - c.start, 0), row + c.count) for c, row in zip(chunks, rows, strict=False)]
+        segments, scales = _segments(chunks, rows)
+        out_segments, out_scales = _segments(chunks, np.cumsum([0] + [len(w) for w in wanted]).tolist())
+        return StepInput(
+            _numbers([token for c in chunks for token in c.tokens[c.start : c.start + c.count]]),
+            np.concatenate(positions).astype(np.int64),
+            np.repeat(pages_at[:-1], counts).astype(np.int64),
+            _numbers([page for c in chunks for page in c.pages]),
+            tiles,
+            merges,
+            segments,
+            scales,
+            _numbers([row for w in wanted for row in w]),
+            out_segments,
+            out_scales,
+        )
+
+    def _tiles(self, chunks: list[Chunk], rows: list[int], pages_at: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        tiles: list[tuple[int, ...]] = []
+        merges: list[int] = []
+        parts = 0
+        spare = len(chunks) * self._kv_heads < self._workers
+        for chunk, row, pages in zip(chunks, rows, pages_at, strict=False):
+            splits = (chunk.start + chunk.count + SPLIT - 1) // SPLIT
+            room = parts + splits * self._part <= self._most_parts
+            if spare and chunk.count == 1 and splits > 1 and room:
+                merges.append(len(tiles))
+                tiles += [(row, 1, chunk.start, pages, split, splits, parts) for split in range(splits)]
+                parts += splits * self._part
+                continue
+            for first in range(0, chunk.count, self._per_tile):
+                count = min(self._per_tile, chunk.count - first)
+                tiles.append((row + first, count, chunk.start + first, pages, -1, 0, 0))
+        # Long tiles first, so that threads come free together at the end.
+        if not merges:
+            tiles.sort(key=lambda tile: -tile[TILE_POSITION])
+        return np.array(tiles, np.int64).reshape(-1, 7), _numbers(merges)
+
+
+def _numbers(values: list[int]) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def _segments(chunks: list[Chunk], rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of rows with equal adapters; a run with several adapters is there once for each, in their order."""
+    segments: list[tuple[int, int, int]] = []
+    scales: list[float] = []
+    at = 0
+    while at < len(chunks):
+        end = at + 1
+        while end < len(chunks) and chunks[end].uses == chunks[at].uses:
+            end += 1
+        if rows[at] < rows[end]:
+            segments += [(rows[at], rows[end], use.slot) for use in chunks[at].uses]
+            scales += [use.scale for use in chunks[at].uses]
+        at = end
+    return np.array(segments, np.int64).reshape(-1, 3), np.array(scales, np.float32)

@@ -1,0 +1,154 @@
+"""KV pages: the arrays that the step reads and writes, and who holds which page.
+
+A page has a count of the sequences that hold it. With prefix caching a full page also has a key, the digest of
+everything that its content depends on; when nobody holds it any more it stays, oldest first to go, until its
+memory is needed.
+"""
+
+from collections import OrderedDict
+
+import numpy as np
+
+from minilora_kernels.attention import KV, KV_FLOAT16, KV_FLOAT32, KV_INT8
+
+from .config import ModelConfig
+
+KV_FORMATS = {"float32": KV_FLOAT32, "float16": KV_FLOAT16, "int8": KV_INT8}
+_DTYPES = {KV_FLOAT32: np.float32, KV_FLOAT16: np.uint16, KV_INT8: np.int8}
+
+
+def page_bytes(config: ModelConfig, kv_format: int, page: int) -> int:
+    """Bytes that one page takes over all layers."""
+    numbers = 2 * config.layers * config.kv_heads * page
+    return numbers * (config.head_dim * np.dtype(_DTYPES[kv_format]).itemsize + (4 if kv_format == KV_INT8 else 0))
+
+
+def make_kv(config: ModelConfig, kv_format: int, pages: int, page: int) -> KV:
+    """The arrays of a pool; memory that is never written is never taken from the system."""
+    tokens = config.layers * pages * config.kv_heads * page
+    scales = tokens if kv_format == KV_INT8 else 1
+    return KV(
+        np.zeros(tokens * config.head_dim, _DTYPES[kv_format]),
+        np.zeros(tokens * config.head_dim, _DTYPES[kv_format]),
+        np.zeros(scales, np.float32),
+        np.zeros(scales, np.float32),
+        pages,
+        config.kv_heads,
+        config.head_dim,
+        page,
+    )
+
+
+def page_view(kv: KV, array: np.ndarray) -> np.ndarray:
+    """One of a pool's four arrays as [layers, pages, numbers of a page]; a view."""
+    per_token = kv.size if array is kv.keys or array is kv.values else 1
+    return array.reshape(-1, kv.pages, kv.heads * kv.page * per_token)
+
+
+def pool_arrays(kv: KV) -> list[np.ndarray]:
+    """The arrays that hold something: without scales where the format has none."""
+    return [array for array in (kv.keys, kv.values, kv.key_scales, kv.value_scales) if len(array) > 1]
+
+
+def copy_page(kv: KV, source: int, target: int) -> None:
+    """Copy one page of every layer."""
+    for array in pool_arrays(kv):
+        view = page_view(kv, array)
+        view[:, target] = view[:, source]
+
+
+class PagePool:
+    """Hands out page numbers 0 .. pages - 1."""
+
+    def __init__(self, pages: int):
+        self.pages = pages
+        self.hits = self.lookups = 0
+        self._free = list(range(pages))[::-1]
+        self._holders = [0] * pages
+        self._key_of: dict[int, bytes] = {}
+        self._page_of: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Pages that can be handed out now."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def held(self) -> int:
+        """Pages that sequences hold."""
+        return self.pages - self.available
+
+    def take(self) -> int:
+        """A page of one's own. Raises IndexError where none is available: ask first."""
+        if self._free:
+            page = self._free.pop()
+        elif self._idle:
+            page, _ = self._idle.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
+        else:
+            raise IndexError("no page is available")
+        self._holders[page] = 1
+        return page
+
+    def is_held(self, page: int) -> bool:
+        """Whether any sequence holds the page."""
+        return self._holders[page] > 0
+
+    def share(self, page: int) -> None:
+        """One holder more."""
+        if self._holders[page] == 0:
+            del self._idle[page]
+        self._holders[page] += 1
+
+    def drop(self, page: int) -> None:
+        """One holder less; without holders a page with a key idles, one without is free."""
+        if self._holders[page] < 1:
+            raise AssertionError(f"page {page} is dropped more often than held")
+        self._holders[page] -= 1
+        if self._holders[page] == 0:
+            if page in self._key_of:
+                self._idle[page] = None
+            else:
+                self._free.append(page)
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Say what a full page holds; if another page holds the same, that one stays known."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key], self._key_of[page] = page, key
+
+    def find(self, keys: list[bytes]) -> list[int]:
+        """Pages for the longest run of keys from the first on. They are not held yet."""
+        found = []
+        for key in keys:
+            if (page := self._page_of.get(key)) is None:
+                break
+            found.append(page)
+        return found
+
+    def forget_all(self) -> None:
+        """Drop every key: nothing computed so far is found again."""
+        for page in self._idle:
+            self._free.append(page)
+        self._idle.clear()
+        self._key_of.clear()
+        self._page_of.clear()
+
+    def check_integrity(self, tables: list[list[int]] | None = None) -> None:
+        """Raise AssertionError where the books are wrong; tables: the pages that each sequence holds."""
+        free, idle = set(self._free), set(self._idle)
+        held = {page for page in range(self.pages) if self._holders[page]}
+        if len(free) != len(self._free) or free & idle or free & held or idle & held:
+            raise AssertionError("a page is in two states")
+        if len(free) + len(idle) + len(held) != self.pages:
+            raise AssertionError("a page is lost")
+        if {page: key for key, page in self._page_of.items()} != self._key_of or free & self._key_of.keys():
+            raise AssertionError("keys and pages differ")
+        if not idle <= self._key_of.keys():
+            raise AssertionError("an idle page has no key")
+        if tables is not None:
+            counts = [0] * self.pages
+            for page in (page for table in tables for page in table):
+                counts[page] += 1
+            if counts != self._holders:
+                raise AssertionError("holders are counted wrong")

@@ -1,0 +1,260 @@
+"""What a model is: ModelConfig from config.json, and the table of architectures.
+
+A new architecture of the Llama family is one row of ARCHITECTURES. Weights, parity tests and README's table
+derive from it. A key of config.json that is neither used nor known to be harmless raises: it may change the
+mathematics.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import FormatError, UnsupportedError
+from .rope import Rope, check_kind
+
+
+@dataclass(frozen=True)
+class Arch:
+    """How an architecture differs from plain Llama.
+
+    model_type: the name in config.json; qkv_bias, qk_norm: always there (attention_bias in config.json can add
+    the biases to others); fused: q, k, v and gate, up stored as one matrix each. The rest is what holds where
+    config.json does not say: sliding: whether sliding_window counts; window: its size; theta: rope's base;
+    ties: whether input and output embedding are one.
+    """
+
+    model_type: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    fused: bool = False
+    sliding: bool = False
+    window: int = 0
+    theta: float = 10000.0
+    ties: bool = False
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Arch("llama"),
+    "MistralForCausalLM": Arch("mistral", sliding=True, window=4096),
+    "Qwen2ForCausalLM": Arch("qwen2", qkv_bias=True, window=4096),
+    "Qwen3ForCausalLM": Arch("qwen3", qk_norm=True, window=4096),
+    "SmolLM3ForCausalLM": Arch("smollm3", theta=2000000.0, ties=True),
+    "Phi3ForCausalLM": Arch("phi3", fused=True, sliding=True),
+}
+
+# Keys that describe training, storage or the framework, not the function that the model computes.
+HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout
+    auto_map bos_token_id chunk_size_feed_forward dtype embd_pdrop eos_token_id finetuning_task id2label
+    initializer_range is_llama_config keys_to_ignore_at_inference label2id max_window_layers mlp_only_layers
+    model_name model_type no_rope_layer_interval original_max_position_embeddings pad_token_id pretraining_tp
+    problem_type resid_pdrop return_dict rope_interleaved task_specific_params tie_encoder_decoder tokenizer_class
+    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache vocab_file
+    output_attentions output_hidden_states torchscript use_bfloat16 is_encoder_decoder is_decoder prefix
+    sep_token_id decoder_start_token_id cross_attention_hidden_size add_cross_attention pruned_heads
+    """.split()
+)
+
+USED = frozenset(
+    """
+    attention_bias head_dim hidden_act hidden_size intermediate_size layer_types max_position_embeddings mlp_bias
+    no_rope_layers num_attention_heads num_hidden_layers num_key_value_heads partial_rotary_factor rms_norm_eps
+    rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window vocab_size
+    quantization_config
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-family model. Sizes as in the table of names in README.
+
+    windows: for each layer, how many positions a token sees, 0 for all; rotary: for each layer, whether it
+    rotates q and k; qkv_bias, o_bias, mlp_bias, qk_norm: which extra vectors the layers have.
+    """
+
+    architecture: str
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: Rope
+    windows: tuple[int, ...]
+    rotary: tuple[bool, ...]
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    fused: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def qkv_rows(self) -> int:
+        """Columns of the activations that q, k and v take together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one kv head."""
+        return self.heads // self.kv_heads
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
+        """Read the content of config.json. Raises FormatError and UnsupportedError, naming the key."""
+        return _Reader(data).config()
+
+
+class _Reader:
+    """Takes values out of config.json, checking each."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        if not isinstance(data, Mapping):
+            raise FormatError("config.json holds no JSON object")
+        self.data = data
+        self.name = self.architecture()
+        self.arch = ARCHITECTURES[self.name]
+
+    def architecture(self) -> str:
+        names = self.data.get("architectures") or []
+        for name in names:
+            if name in ARCHITECTURES:
+                return name
+        for name, arch in ARCHITECTURES.items():
+            if not names and arch.model_type == self.data.get("model_type"):
+                return name
+        found = ", ".join(map(str, names)) or self.data.get("model_type")
+        raise UnsupportedError(f"config.json: unknown architecture {found}", f"Known: {', '.join(ARCHITECTURES)}.")
+
+    def integer(self, key: str, default: int | None = None, limit: int = 1 << 24) -> int:
+        value = self.data.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+            raise FormatError(f"config.json: {key} must be an integer from 1 to {limit}, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.data.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise FormatError(f"config.json: {key} must be a positive number, not {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.data.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise FormatError(f"config.json: {key} must be true or false, not {value!r}")
+        return value
+
+    def config(self) -> ModelConfig:
+        self.check_keys()
+        width, layers = self.integer("hidden_size"), self.integer("num_hidden_layers", limit=1024)
+        heads = self.integer("num_attention_heads", limit=4096)
+        kv_heads = self.integer("num_key_value_heads", heads, limit=4096)
+        head_dim = self.integer("head_dim", width // heads or None, limit=4096)
+        forward = self.integer("intermediate_size")
+        if heads % kv_heads:
+            raise FormatError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key-value heads")
+        for key, size, step in (("head_dim", head_dim, 16), ("hidden_size", width, 32), ("intermediate_size", forward, 32)):
+            if size % step:
+                raise UnsupportedError(f"config.json: {key} {size} is no multiple of {step}")
+        length = self.integer("max_position_embeddings", 2048, limit=1 << 30)
+        bias = self.flag("attention_bias")
+        return ModelConfig(
+            architecture=self.name,
+            hidden_size=width,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=forward,
+            vocab_size=self.integer("vocab_size"),
+            rms_norm_eps=self.number("rms_norm_eps", 1e-6),
+            max_position_embeddings=length,
+            rope=self.rope(head_dim, length),
+            windows=self.windows(layers),
+            rotary=self.rotary(layers),
+            tie_word_embeddings=self.flag("tie_word_embeddings", self.arch.ties),
+            qkv_bias=self.arch.qkv_bias or bias,
+            o_bias=bias,
+            mlp_bias=self.flag("mlp_bias"),
+            qk_norm=self.arch.qk_norm,
+            fused=self.arch.fused,
+            eos_token_ids=token_ids(self.data.get("eos_token_id"), "eos_token_id"),
+            bos_token_id=next(iter(token_ids(self.data.get("bos_token_id"), "bos_token_id")), None),
+            source=dict(self.data),
+        )
+
+    def check_keys(self) -> None:
+        unknown = sorted(k for k in self.data if k not in USED | HARMLESS and self.data[k] not in (None, False))
+        if unknown:
+            raise UnsupportedError(
+                f"config.json has {', '.join(unknown)}: minilora does not know what this changes",
+                "If it changes nothing in the computation, remove it from config.json.")
+        if self.data.get("quantization_config"):
+            raise UnsupportedError(
+                "config.json has a quantization_config: weights quantised by other tools are not read",
+                "Take the unquantised checkpoint and --dtype int8 or int4, or a GGUF file.")
+        activation = self.data.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise UnsupportedError(f"config.json: hidden_act {activation!r}, only silu is known")
+
+    def rope(self, head_dim: int, length: int) -> Rope:
+        scaling = self.data.get("rope_parameters") or self.data.get("rope_scaling") or {}
+        if not isinstance(scaling, Mapping):
+            raise FormatError(f"config.json: rope scaling must be an object, not {scaling!r}")
+        if any(isinstance(value, Mapping) for value in scaling.values()):
+            raise UnsupportedError("config.json: rope parameters that differ between layers")
+        kind = check_kind(scaling.get("rope_type") or scaling.get("type") or "default")
+        parameters = {k: v for k, v in scaling.items() if v is not None and k not in ("rope_type", "type", "rope_theta")}
+        if self.data.get("original_max_position_embeddings") is not None:
+            parameters.setdefault("original_max_position_embeddings", self.data["original_max_position_embeddings"])
+        part = parameters.pop("partial_rotary_factor", None) or self.number("partial_rotary_factor", 1.0)
+        dim = int(head_dim * part)
+        if not 0 < dim <= head_dim or dim % 2:
+            raise FormatError(f"config.json: partial_rotary_factor {part!r} leaves {dim} of {head_dim} numbers to rotate")
+        theta = scaling.get("rope_theta") or self.number("rope_theta", self.arch.theta)
+        return Rope(float(theta), dim, length, kind, parameters)
+
+    def windows(self, layers: int) -> tuple[int, ...]:
+        active = self.flag("use_sliding_window", self.arch.sliding)
+        given = self.data.get("sliding_window", self.arch.window or None)
+        window = self.integer("sliding_window", given, limit=1 << 30) if given and active else 0
+        kinds = self.data.get("layer_types")
+        if kinds is None:
+            first = self.data.get("max_window_layers", 28) if self.arch.model_type in ("qwen2", "qwen3") else 0
+            return tuple(window if layer >= first else 0 for layer in range(layers))
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise FormatError(f"config.json: layer_types must list {layers} layers")
+        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+            raise UnsupportedError(f"config.json: layer type {sorted(map(str, unknown))[0]}")
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+    def rotary(self, layers: int) -> tuple[bool, ...]:
+        if self.arch.model_type != "smollm3":
+            return (True,) * layers
+        marks = self.data.get("no_rope_layers")
+        if marks is None:
+            interval = self.integer("no_rope_layer_interval", 4)
+            return tuple((layer + 1) % interval != 0 for layer in range(layers))
+        if not isinstance(marks, list) or len(marks) < layers or not all(mark in (0, 1) for mark in marks):
+            raise FormatError(f"config.json: no_rope_layers must hold {layers} zeros and ones")
+        return tuple(mark == 1 for mark in marks[:layers])
+
+
+def token_ids(value: Any, key: str) -> tuple[int, ...]:
+    """One id, a list of ids or null, as a tuple. Raises FormatError."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise FormatError(f"{key} must be a token id or a list of them, not {value!r}")
+    return tuple(ids)

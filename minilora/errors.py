@@ -1,0 +1,59 @@
+"""Everything that minilora raises on purpose.
+
+    MiniloraError
+    ├── UsageError         a parameter or a request is wrong (also a ValueError)
+    ├── NotFoundError      no model, adapter or file of that name (also a LookupError)
+    ├── DownloadError      a file could not be fetched, or is not the one that was asked for
+    ├── FormatError        a file is damaged or says something impossible
+    ├── UnsupportedError   correct input whose mathematics minilora does not have
+    ├── AdapterError       an adapter does not fit its base model, or is incomplete
+    └── ResourceError      memory, disk or threads are short
+
+Each says the cause in one line and, where there is one, the remedy in a second.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MiniloraError(Exception):
+    """Base of all. cause: what is wrong, naming the value; remedy: what to do about it, may be empty."""
+
+    def __init__(self, cause: str, remedy: str = ""):
+        super().__init__(f"{cause}\n{remedy}" if remedy else cause)
+        self.cause = cause
+        self.remedy = remedy
+
+
+class UsageError(MiniloraError, ValueError):
+    """A parameter or a request is wrong."""
+
+
+class NotFoundError(MiniloraError, LookupError):
+    """Nothing of that name is there."""
+
+
+class DownloadError(MiniloraError):
+    """A file could not be fetched, or its bytes are not the expected ones."""
+
+
+class FormatError(MiniloraError):
+    """A file is damaged or contradicts itself."""
+
+
+class UnsupportedError(MiniloraError):
+    """The input asks for something that minilora does not compute."""
+
+
+class AdapterError(MiniloraError):
+    """An adapter does not fit its base model, or is incomplete."""
+
+
+class ResourceError(MiniloraError):
+    """Memory, disk or threads are short."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint naming the known name nearest to `name`; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {near[0]!r}?" if near else ""

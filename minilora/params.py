@@ -1,0 +1,167 @@
+"""What a request may ask for, and how an engine is set up: SamplingParams and EngineConfig, vLLM's names."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+
+MOST_SEQUENCES = 128
+MOST_STOPS = 16
+LONGEST_STOP = 1024
+MOST_LOGPROBS = 100
+MOST_BIASES = 1024
+
+
+def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise UsageError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {value!r}")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when a text ends. Raises UsageError for values that make no sense.
+
+    n: texts for each prompt. temperature: 0 takes the best token always. top_k: 0 or -1 for all. min_p: tokens
+    below min_p times the best one's probability are out. repetition_penalty: divides the logits of tokens seen in
+    prompt or text (CTRL, arXiv:1909.05858); presence_penalty, frequency_penalty: subtracted from those of tokens
+    in the text, once, or for each occurrence. seed: None draws one. stop: strings that end the text; stop_token_ids:
+    tokens that do. ignore_eos: go on after the model's own end. max_tokens: None for as many as fit. min_tokens: no
+    end before. logprobs, prompt_logprobs: how many of the best tokens' log-probabilities to return at each place,
+    None for none. logit_bias: token id -> number added to its logit.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] | str | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stops)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
+        object.__setattr__(self, "logit_bias", self._biases())
+        _whole("n", self.n, 1, MOST_SEQUENCES)
+        _real("temperature", self.temperature, 0, 100)
+        _real("top_p", self.top_p, 0, 1, open_low=True)
+        _whole("top_k", self.top_k, 0, 1 << 31)
+        _real("min_p", self.min_p, 0, 1)
+        _real("repetition_penalty", self.repetition_penalty, 0, 10, open_low=True)
+        _real("presence_penalty", self.presence_penalty, -2, 2)
+        _real("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.seed is not None:
+            _whole("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+        if self.max_tokens is not None:
+            _whole("max_tokens", self.max_tokens, 1, 1 << 30)
+        _whole("min_tokens", self.min_tokens, 0, self.max_tokens or 1 << 30)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MOST_LOGPROBS)
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        assert isinstance(self.stop, tuple) and isinstance(self.stop_token_ids, tuple)
+        if len(self.stop) > MOST_STOPS or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in self.stop):
+            raise UsageError(f"stop must be up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
+        if len(self.stop_token_ids) > MOST_BIASES:
+            raise UsageError(f"stop_token_ids may hold {MOST_BIASES} ids at most")
+        for token in self.stop_token_ids:
+            _whole("stop_token_ids", token, 0, 1 << 31)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
+
+    def _biases(self) -> dict[int, float]:
+        if self.logit_bias is None:
+            return {}
+        if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
+            raise UsageError(f"logit_bias must map up to {MOST_BIASES} token ids to numbers")
+        found = {}
+        for key, value in self.logit_bias.items():
+            token = int(key) if isinstance(key, str) and key.isdecimal() else key
+            _whole("a token id in logit_bias", token, 0, 1 << 31)
+            _real(f"logit_bias of token {token}", value, -100, 100)
+            found[token] = float(value)
+        return found
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is always taken."""
+        return self.temperature < 1e-5
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are altered before a token is chosen."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+        return penalties or bool(self.logit_bias) or self.min_tokens > 0
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise UsageError where a token id is not one of `size`."""
+        assert isinstance(self.stop_token_ids, tuple) and isinstance(self.logit_bias, dict)
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            if wrong := [token for token in ids if token >= size]:
+                raise UsageError(f"{name} holds {wrong[0]}, the vocabulary has {size} tokens")
+
+
+KV_DTYPES = ("auto", "float32", "float16", "int8")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine. Raises UsageError for values that make no sense.
+
+    max_model_len: tokens of prompt and text together, None for what the model was trained on. max_num_seqs:
+    sequences that run at once; max_num_batched_tokens: rows of a step. kv_cache_dtype: "auto" is float32 for
+    float32 weights, else float16. kv_cache_memory: bytes of pages, None for as many as max_num_seqs long texts need.
+    block_size: tokens of a page. max_loras: adapters resident at once; max_lora_rank: highest rank;
+    lora_memory: bytes for resident adapters, None for max_loras of the highest rank seen. threads: None for all
+    cores that the process may use. enable_prefix_caching: keep pages of finished texts for others that begin alike.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    kv_cache_dtype: str = "auto"
+    kv_cache_memory: int | None = None
+    block_size: int = 32
+    max_loras: int = 16
+    max_lora_rank: int = 256
+    lora_memory: int | None = None
+    threads: int | None = None
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("max_num_seqs", 1, 4096), ("max_num_batched_tokens", 1, 1 << 20),
+                                ("max_loras", 1, 4096), ("max_lora_rank", 1, 256), ("block_size", 32, 1024)):
+            _whole(name, getattr(self, name), low, high)
+        for name, high in (("max_model_len", 1 << 24), ("kv_cache_memory", 1 << 50), ("lora_memory", 1 << 50), ("threads", 1024)):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1, high)
+        if self.block_size % 32:
+            raise UsageError(f"block_size must be a multiple of 32, not {self.block_size}")
+        if self.kv_cache_dtype not in KV_DTYPES:
+            raise UsageError(f"kv_cache_dtype {self.kv_cache_dtype!r} is not known", f"Known: {', '.join(KV_DTYPES)}.")

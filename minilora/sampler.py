@@ -1,0 +1,162 @@
+"""From logits to tokens: penalties, the choice itself, and log-probabilities, row by row on the team's threads.
+
+A row's token depends on its own logits, its parameters, its seed and its position; never on other rows.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from minilora_kernels.jit import program
+from minilora_kernels.sample import argmax, log_sum_exp, rank as rank_of, sample, top, uniform
+from minilora_kernels.team import Team, claim
+
+from .params import MOST_LOGPROBS, SamplingParams
+from .sequence import TokenLogprobs
+
+ZERO = np.float32(0)
+
+
+class Choices(NamedTuple):
+    """Rows to choose tokens for. at: where each row's logits start; seeds, positions: key of the random number."""
+
+    at: np.ndarray
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seeds: np.ndarray
+    positions: np.ndarray
+    tokens: np.ndarray
+
+
+class Questions(NamedTuple):
+    """Rows whose log-probabilities are wanted: of one token, and of the `count` best."""
+
+    at: np.ndarray
+    token: np.ndarray
+    count: np.ndarray
+    logprob: np.ndarray
+    rank: np.ndarray
+    ids: np.ndarray
+    values: np.ndarray
+
+
+def _choose(rank, size, sync, logits, width, rows, weights, heap):
+    i = claim(sync)
+    while i < len(rows.at):
+        if rows.temperature[i] == ZERO:
+            rows.tokens[i] = argmax(logits, rows.at[i], width)
+        else:
+            draw = uniform(rows.seeds[i], rows.positions[i])
+            rows.tokens[i] = sample(logits, rows.at[i], width, rows.temperature[i], rows.top_k[i], rows.top_p[i],
+                                    rows.min_p[i], draw, weights, heap, rank * width)
+        i = claim(sync)
+
+
+def _look_up(rank, size, sync, logits, width, questions):
+    i = claim(sync)
+    while i < len(questions.at):
+        at, token = questions.at[i], questions.token[i]
+        total = log_sum_exp(logits, at, width)
+        questions.logprob[i] = logits[at + token] - total
+        questions.rank[i] = rank_of(logits, at, width, token)
+        to = i * MOST_LOGPROBS
+        if questions.count[i] > 0:
+            top(logits, at, width, questions.count[i], questions.ids, questions.values, to)
+            for j in range(to, to + questions.count[i]):
+                questions.values[j] -= total
+        i = claim(sync)
+
+
+@cache
+def _programs():
+    return program(_choose), program(_look_up)
+
+
+class Draw(NamedTuple):
+    """A token to draw: from row `row` of the logits, for a text with these parameters."""
+
+    row: int
+    params: SamplingParams
+    seed: int
+    position: int
+    prompt: list[int]
+    text: list[int]
+    barred: tuple[int, ...]
+
+
+class Sampler:
+    """Chooses tokens. logits: the step's flat float32 rows of `width`; vocabulary: real tokens of each."""
+
+    def __init__(self, team: Team, logits: np.ndarray, width: int, vocabulary: int):
+        self._team, self._logits, self._width, self._vocabulary = team, logits, width, vocabulary
+        self._weights = np.empty(team.size * width, np.float32)
+        self._heap = np.empty(team.size * width, np.int64)
+        self._changed = np.empty(0, np.float32)
+
+    def draw(self, draws: list[Draw]) -> list[int]:
+        """A token for each."""
+        altered = [i for i, d in enumerate(draws) if d.params.changes_logits]
+        plain = [i for i in range(len(draws)) if i not in set(altered)]
+        tokens = np.zeros(len(draws), np.int64)
+        if plain:
+            tokens[plain] = self._choose(self._logits, [draws[i] for i in plain], [draws[i].row for i in plain])
+        if altered:
+            if len(self._changed) < len(altered) * self._width:
+                self._changed = np.empty(len(altered) * self._width, np.float32)
+            for j, i in enumerate(altered):
+                row = self._changed[j * self._width : (j + 1) * self._width]
+                row[:] = self._logits[draws[i].row * self._width : (draws[i].row + 1) * self._width]
+                alter(row[: self._vocabulary], draws[i])
+            tokens[altered] = self._choose(self._changed, [draws[i] for i in altered], list(range(len(altered))))
+        return tokens.tolist()
+
+    def _choose(self, logits: np.ndarray, draws: list[Draw], rows: list[int]) -> np.ndarray:
+        def column(name: str, dtype: type) -> np.ndarray:
+            return np.array([getattr(d.params, name) for d in draws], dtype)
+
+        temperature = np.array([0 if d.params.greedy else d.params.temperature for d in draws], np.float32)
+        choices = Choices(
+            np.array(rows, np.int64) * self._width, temperature, column("top_k", np.int64), column("top_p", np.float32),
+            column("min_p", np.float32), np.array([d.seed & (1 << 64) - 1 for d in draws], np.uint64),
+            np.array([d.position for d in draws], np.int64), np.zeros(len(draws), np.int64))
+        self._team.run(_programs()[0], logits, self._width, choices, self._weights, self._heap)
+        return choices.tokens
+
+    def look_up(self, wanted: list[tuple[int, int, int]]) -> list[TokenLogprobs]:
+        """log-probabilities for (row, token, count of best tokens), from the logits as the model gave them."""
+        if not wanted:
+            return []
+        rows, tokens, counts = (np.array(column, np.int64) for column in zip(*wanted, strict=True))
+        n = len(wanted)
+        questions = Questions(
+            rows * self._width, tokens, np.minimum(counts, self._vocabulary), np.zeros(n, np.float32), np.zeros(n, np.int64),
+            np.zeros(n * MOST_LOGPROBS, np.int64), np.zeros(n * MOST_LOGPROBS, np.float32))
+        self._team.run(_programs()[1], self._logits, self._width, questions)
+        return [
+            TokenLogprobs(int(token), float(questions.logprob[i]), int(questions.rank[i]), [
+                (int(questions.ids[j]), float(questions.values[j]))
+                for j in range(i * MOST_LOGPROBS, i * MOST_LOGPROBS + int(questions.count[i]))])
+            for i, token in enumerate(tokens)
+        ]
+
+
+def alter(logits: np.ndarray, draw: Draw) -> None:
+    """Penalties, biases and barred tokens, in place, in vLLM's order.
+
+    Repetition: logits of tokens in prompt or text are divided by the penalty if positive, multiplied if not.
+    """
+    params = draw.params
+    if draw.barred and len(draw.text) < params.min_tokens:
+        logits[list(draw.barred)] = -np.inf
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(np.array(draw.prompt + draw.text, np.int64))
+        factor = np.float32(params.repetition_penalty)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / factor, logits[seen] * factor)
+    if draw.text and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = np.unique(np.array(draw.text, np.int64), return_counts=True)
+        logits[ids] -= (params.frequency_penalty * counts + params.presence_penalty).astype(np.float32)
+    for token, bias in (params.logit_bias or {}).items():
+        logits[token] += np.float32(bias)

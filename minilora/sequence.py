@@ -1,0 +1,89 @@
+"""The state of one text that is being generated."""
+
+import struct
+from dataclasses import dataclass, field
+from enum import Enum
+from hashlib import blake2b
+from typing import NamedTuple
+
+from .params import SamplingParams
+
+
+class State(Enum):
+    """WAITING: holds no pages; RUNNING: takes part in steps; FINISHED: done, for finish_reason."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class AdapterUse(NamedTuple):
+    """An adapter by its content, and the factor that this request puts on it."""
+
+    digest: str
+    scale: float
+
+
+class TokenLogprobs(NamedTuple):
+    """log-probabilities at one place. token: the one that is there, with its rank (1: the best); top: the best."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One text: the prompt's tokens, then those generated.
+
+    computed: tokens whose keys and values are in `pages`; cached: how many of them were found, not computed.
+    siblings: other texts of the same prompt that start as copies of this one when the prompt is done.
+    """
+
+    number: int
+    tokens: list[int]
+    prompt_length: int
+    params: SamplingParams
+    seed: int
+    uses: tuple[AdapterUse, ...] = ()
+    salt: bytes = b""
+    siblings: list["Sequence"] = field(default_factory=list)
+    state: State = State.WAITING
+    computed: int = 0
+    cached: int = 0
+    pages: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_token: int | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    preemptions: int = 0
+    _keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are known but not computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt positions still need their logits."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1
+
+    def page_keys(self, page: int) -> list[bytes]:
+        """The key of each full page: a digest of the adapters, the salt and all tokens up to its end."""
+        for i in range(len(self._keys), len(self.tokens) // page):
+            tokens = self.tokens[i * page : (i + 1) * page]
+            before = self._keys[-1] if self._keys else self._root()
+            self._keys.append(blake2b(before + struct.pack(f"<{page}q", *tokens), digest_size=16).digest())
+        return self._keys
+
+    def _root(self) -> bytes:
+        digest = blake2b(struct.pack("<q", len(self.salt)) + self.salt, digest_size=16)
+        for use in self.uses:
+            digest.update(bytes.fromhex(use.digest) + struct.pack("<d", use.scale))
+        return digest.digest()

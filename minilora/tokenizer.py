@@ -1,0 +1,161 @@
+"""Text to token ids and back: the tokenizers library, with tokenizer.json from a folder or made from a GGUF file."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer as Engine
+
+from .errors import FormatError, NotFoundError, UsageError
+
+DEFINITION = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+
+UNFINISHED = "\ufffd"
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What defines a tokenizer: the text of tokenizer.json, the chat template if there is one, and the names of
+    special tokens that templates use (bos_token and the like)."""
+
+    definition: str
+    chat_template: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "TokenizerFiles":
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja. Raises NotFoundError, FormatError."""
+        try:
+            definition = (folder / DEFINITION).read_text(encoding="utf-8")
+            text = (folder / SETTINGS).read_text(encoding="utf-8") if (folder / SETTINGS).exists() else "{}"
+            settings = json.loads(text)
+        except FileNotFoundError:
+            raise NotFoundError(f"{folder / DEFINITION} is missing", "minilora reads fast tokenizers only.") from None
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{folder}: {SETTINGS} or {DEFINITION} is no valid JSON: {error}") from None
+        if not isinstance(settings, dict):
+            raise FormatError(f"{folder / SETTINGS} holds no JSON object")
+        return cls(definition, _template(folder, settings), _names(settings))
+
+    def save(self, folder: Path) -> None:
+        """Write the files that from_folder reads."""
+        (folder / DEFINITION).write_text(self.definition, encoding="utf-8")
+        (folder / SETTINGS).write_text(json.dumps(dict(self.names), indent=2), encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / TEMPLATE).write_text(self.chat_template, encoding="utf-8")
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    if (folder / TEMPLATE).exists():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    value = settings.get("chat_template")
+    if isinstance(value, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = by_name.get("default")
+    if value is not None and not isinstance(value, str):
+        raise FormatError(f"{folder / SETTINGS}: chat_template is no text")
+    return value
+
+
+def _names(settings: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = settings.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[key] = value
+    return found
+
+
+class Tokenizer:
+    """Encodes and decodes. Thread-safe."""
+
+    def __init__(self, files: TokenizerFiles):
+        try:
+            self._engine = Engine.from_str(files.definition)
+        except Exception as error:  # the library raises bare Exception
+            raise FormatError(f"{DEFINITION} is no tokenizer: {error}") from None
+        self._engine.no_padding()
+        self._engine.no_truncation()
+        self._plain = Engine.from_str(files.definition)
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self._plain.encode_special_tokens = True
+        self.files = files
+        self.special_tokens: dict[str, int] = {
+            token.content: number for number, token in self._engine.get_added_tokens_decoder().items() if token.special
+        }
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._engine.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text in which special tokens count as such; add_special_tokens: with what the tokenizer adds itself."""
+        return self._engine.encode(_valid(text), add_special_tokens=add_special_tokens).ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens are just text."""
+        return self._plain.encode(_valid(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids; incomplete characters come out as U+FFFD."""
+        return self._engine.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str:
+        """The text of one token by itself."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its exact name."""
+        return self._engine.token_to_id(token)
+
+
+def _valid(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the text holds half a surrogate pair, which is no valid Unicode") from None
+    return text
+
+
+class TextStream:
+    """Turns ids into text as they come, holding back characters that are not complete yet."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._ids: list[int] = []
+        self._from = self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+        self._ids.append(token_id)
+        return self._advance(final=False)
+
+    def finish(self) -> str:
+        """What is still held back."""
+        return self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        # Decoding starts one shown piece back: some decoders treat a text's first token differently.
+        shown = self._decode(self._from, self._shown)
+        text = self._decode(self._from, len(self._ids))
+        if text.endswith(UNFINISHED) and not final:
+            return ""
+        if len(text) <= len(shown):
+            return ""
+        self._from, self._shown = self._shown, len(self._ids)
+        return text[len(shown) :]
+
+    def _decode(self, first: int, end: int) -> str:
+        return self._tokenizer.decode(self._ids[first:end], self._skip)
+
+
+def added(text: str, special: bool) -> AddedToken:
+    """A token that is matched whole, before anything else."""
+    return AddedToken(text, special=special, normalized=False)
