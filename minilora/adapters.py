@@ -31,7 +31,7 @@ QKV_IN, O_IN, GATE_UP_IN, DOWN_IN = range(4)
 Q_OUT, K_OUT, V_OUT, O_OUT, GATE_OUT, UP_OUT, DOWN_OUT = range(7)
 
 OUTPUTS_OF = {QKV_IN: (Q_OUT, K_OUT, V_OUT), O_IN: (O_OUT,), GATE_UP_IN: (GATE_OUT, UP_OUT), DOWN_IN: (DOWN_OUT,)}
-MODULES = {
+MODULES: dict[str, tuple[int, ...]] = {
     "self_attn.q_proj": (Q_OUT,),
     "self_attn.k_proj": (K_OUT,),
     "self_attn.v_proj": (V_OUT,),
@@ -40,7 +40,7 @@ MODULES = {
     "mlp.up_proj": (UP_OUT,),
     "mlp.down_proj": (DOWN_OUT,),
 }
-FUSED_MODULES = {
+FUSED_MODULES: dict[str, tuple[int, ...]] = {
     "self_attn.qkv_proj": (Q_OUT, K_OUT, V_OUT),
     "self_attn.o_proj": (O_OUT,),
     "mlp.gate_up_proj": (GATE_OUT, UP_OUT),
@@ -102,14 +102,25 @@ def output_rows(config: ModelConfig) -> dict[int, int]:
     """Rows of each output matrix."""
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     wide = config.intermediate_size
-    return {Q_OUT: q, K_OUT: kv, V_OUT: kv, O_OUT: config.hidden_size, GATE_OUT: wide, UP_OUT: wide,
-            DOWN_OUT: config.hidden_size}
+    return {
+        Q_OUT: q,
+        K_OUT: kv,
+        V_OUT: kv,
+        O_OUT: config.hidden_size,
+        GATE_OUT: wide,
+        UP_OUT: wide,
+        DOWN_OUT: config.hidden_size,
+    }
 
 
 def input_columns(config: ModelConfig) -> dict[int, int]:
     """Columns of each input."""
-    return {QKV_IN: config.hidden_size, O_IN: config.heads * config.head_dim, GATE_UP_IN: config.hidden_size,
-            DOWN_IN: config.intermediate_size}
+    return {
+        QKV_IN: config.hidden_size,
+        O_IN: config.heads * config.head_dim,
+        GATE_UP_IN: config.hidden_size,
+        DOWN_IN: config.intermediate_size,
+    }
 
 
 def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -127,18 +138,48 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 # Keys that matter in training only.
 _HARMLESS = frozenset(
-    """
-    auto_mapping base_model_name_or_path ensure_weight_tying exclude_modules inference_mode init_lora_weights
-    lora_dropout lora_ga_config loftq_config eva_config corda_config megatron_config megatron_core monteclora_config
-    peft_version qalora_group_size revision runtime_config task_type velora_config base_model_class parent_library
-    tie_lora_adapters
-    """.split()
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "lora_dropout",
+        "lora_ga_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "megatron_config",
+        "megatron_core",
+        "monteclora_config",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+        "velora_config",
+        "base_model_class",
+        "parent_library",
+        "tie_lora_adapters",
+    ]
 )
 _READ = frozenset(
-    """
-    alpha_pattern bias fan_in_fan_out layers_pattern layers_to_transform lora_alpha modules_to_save peft_type r
-    rank_pattern target_modules use_dora use_rslora
-    """.split()
+    [
+        "alpha_pattern",
+        "bias",
+        "fan_in_fan_out",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_dora",
+        "use_rslora",
+    ]
 )
 # Initialisations that change the base weights, so that the saved A and B alone are not the adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -154,23 +195,35 @@ class _Settings:
         self._check()
         self.rank = self._integer("r", 8, HIGHEST_RANK)
         self.alpha = self._alpha("lora_alpha", data.get("lora_alpha", 8))
-        self.ranks = {key: self._integer(f"rank_pattern[{key}]", value, HIGHEST_RANK) for key, value in self._patterns("rank_pattern")}
-        self.alphas = {key: self._alpha(f"alpha_pattern[{key}]", value) for key, value in self._patterns("alpha_pattern")}
+        self.ranks = {
+            key: self._integer(f"rank_pattern[{key}]", value, HIGHEST_RANK)
+            for key, value in self._patterns("rank_pattern")
+        }
+        self.alphas = {
+            key: self._alpha(f"alpha_pattern[{key}]", value) for key, value in self._patterns("alpha_pattern")
+        }
 
     def _check(self) -> None:
         data = self.data
         if data.get("peft_type", "LORA") != "LORA":
             raise UnsupportedError(f"{CONFIG}: peft_type {data['peft_type']!r}, only LORA adapters are read")
-        for key, what in (("use_dora", "DoRA"), ("fan_in_fan_out", "transposed weights"), ("modules_to_save", "whole modules")):
+        for key, what in (
+            ("use_dora", "DoRA"),
+            ("fan_in_fan_out", "transposed weights"),
+            ("modules_to_save", "whole modules"),
+        ):
             if data.get(key):
-                raise UnsupportedError(f"{CONFIG}: {key} is set: minilora does not apply {what}", "Merge it into the base model with PEFT.")
+                raise UnsupportedError(
+                    f"{CONFIG}: {key} is set: minilora does not apply {what}", "Merge it into the base model with PEFT."
+                )
         if data.get("bias", "none") != "none":
             raise UnsupportedError(f"{CONFIG}: bias {data['bias']!r}: minilora does not apply biases of adapters")
         start = data.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
             raise UnsupportedError(
                 f"{CONFIG}: init_lora_weights {start!r} changes the base model's weights",
-                "Save the adapter with PEFT's path_initial_model_for_weight_conversion.")
+                "Save the adapter with PEFT's path_initial_model_for_weight_conversion.",
+            )
         unknown = sorted(k for k in data if k not in _READ | _HARMLESS and data[k] not in (None, False, [], {}))
         if unknown:
             raise UnsupportedError(f"{CONFIG} has {', '.join(unknown)}: minilora does not know what this changes")
@@ -230,7 +283,8 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
         if pickles := [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]:
             raise UnsupportedError(
                 f"{folder} holds {pickles[0]}, a pickle file, which can run code when it is read",
-                "Load it with PEFT and save it again: save_pretrained(folder, safe_serialization=True).")
+                "Load it with PEFT and save it again: save_pretrained(folder, safe_serialization=True).",
+            )
         raise NotFoundError(f"{folder / TENSORS} is missing")
     tensors = _read_tensors(folder / TENSORS)
     adapter = adapter_from_arrays(tensors, settings.data, config, source=str(folder))
@@ -243,8 +297,9 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     return {name: file.read(name) for name in file.tensors}
 
 
-def adapter_from_arrays(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], config: ModelConfig,
-                        source: str = "") -> Adapter:
+def adapter_from_arrays(
+    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], config: ModelConfig, source: str = ""
+) -> Adapter:
     """An adapter from arrays under PEFT's tensor names and the content of adapter_config.json.
 
     Raises AdapterError or UnsupportedError, naming the tensor or key.
@@ -285,7 +340,8 @@ def _pair(module: str, halves: Mapping[str, np.ndarray], shape: tuple[int, int],
         if half.shape != wanted:
             raise AdapterError(
                 f"{module}: lora_{name} has shape {half.shape}, rank {rank} on this base model needs {wanted}",
-                "The adapter was made for another base model, or its config names another rank.")
+                "The adapter was made for another base model, or its config names another rank.",
+            )
         if not np.isfinite(half).all():
             raise AdapterError(f"{module}: lora_{name} holds a number that is not finite")
     return Pair(a, b * np.float32(settings.scaling(module, rank)))
@@ -366,8 +422,16 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapt
     return PackedAdapter(data, inputs, outputs, embed)
 
 
-def _pack_input(adapter: Adapter, config: ModelConfig, layer: int, source: int, fmt: int, arena: _Bytes,
-                input_row: np.ndarray, output_rows_: np.ndarray) -> None:
+def _pack_input(
+    adapter: Adapter,
+    config: ModelConfig,
+    layer: int,
+    source: int,
+    fmt: int,
+    arena: _Bytes,
+    input_row: np.ndarray,
+    output_rows_: np.ndarray,
+) -> None:
     """A of all modules that read one input, side by side; B of each matrix they stand for."""
     rows, stacked, column = output_rows(config), [], 0
     for module, outs in module_outputs(config).items():
@@ -390,4 +454,6 @@ def describe(folder: Path) -> dict[str, Any]:
     data = read_json(folder / CONFIG)
     if not isinstance(data.get("r"), int):
         raise FormatError(f"{folder / CONFIG} names no rank r")
-    return json.loads(json.dumps({k: data.get(k) for k in ("r", "lora_alpha", "target_modules", "base_model_name_or_path")}))
+    return json.loads(
+        json.dumps({k: data.get(k) for k in ("r", "lora_alpha", "target_modules", "base_model_name_or_path")})
+    )

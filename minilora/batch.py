@@ -43,15 +43,15 @@ class Use(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens start .. start + count of a sequence, computed in one step.
+    """Tokens start .. start + length of a sequence, computed in one step.
 
     pages: the sequence's page numbers; uses: its adapters in order; first_logits: from which of its positions on
-    logits are wanted (start + count for none).
+    logits are wanted (start + length for none).
     """
 
     tokens: list[int]
     start: int
-    count: int
+    length: int
     pages: list[int]
     uses: tuple[Use, ...]
     first_logits: int
@@ -80,16 +80,18 @@ class Packer:
 
     def pack(self, chunks: list[Chunk]) -> StepInput:
         """The arrays of a step; chunks must be ordered so that those with equal adapters are neighbours."""
-        positions = [np.arange(c.start, c.start + c.count) for c in chunks]
-        counts = [c.count for c in chunks]
+        positions = [np.arange(c.start, c.start + c.length) for c in chunks]
+        counts = [c.length for c in chunks]
         pages_at = np.cumsum([0] + [len(c.pages) for c in chunks])
         rows = np.cumsum([0, *counts]).tolist()
         tiles, merges = self._tiles(chunks, rows, pages_at.tolist())
-        wanted = [range(row + max(c.first_logits - c.start, 0), row + c.count) for c, row in zip(chunks, rows, strict=False)]
+        wanted = [
+            range(row + max(c.first_logits - c.start, 0), row + c.length) for c, row in zip(chunks, rows, strict=False)
+        ]
         segments, scales = _segments(chunks, rows)
         out_segments, out_scales = _segments(chunks, np.cumsum([0] + [len(w) for w in wanted]).tolist())
         return StepInput(
-            _numbers([token for c in chunks for token in c.tokens[c.start : c.start + c.count]]),
+            _numbers([token for c in chunks for token in c.tokens[c.start : c.start + c.length]]),
             np.concatenate(positions).astype(np.int64),
             np.repeat(pages_at[:-1], counts).astype(np.int64),
             _numbers([page for c in chunks for page in c.pages]),
@@ -108,15 +110,15 @@ class Packer:
         parts = 0
         spare = len(chunks) * self._kv_heads < self._workers
         for chunk, row, pages in zip(chunks, rows, pages_at, strict=False):
-            splits = (chunk.start + chunk.count + SPLIT - 1) // SPLIT
+            splits = (chunk.start + chunk.length + SPLIT - 1) // SPLIT
             room = parts + splits * self._part <= self._most_parts
-            if spare and chunk.count == 1 and splits > 1 and room:
+            if spare and chunk.length == 1 and splits > 1 and room:
                 merges.append(len(tiles))
                 tiles += [(row, 1, chunk.start, pages, split, splits, parts) for split in range(splits)]
                 parts += splits * self._part
                 continue
-            for first in range(0, chunk.count, self._per_tile):
-                count = min(self._per_tile, chunk.count - first)
+            for first in range(0, chunk.length, self._per_tile):
+                count = min(self._per_tile, chunk.length - first)
                 tiles.append((row + first, count, chunk.start + first, pages, -1, 0, 0))
         # Long tiles first, so that threads come free together at the end.
         if not merges:

@@ -45,25 +45,87 @@ ARCHITECTURES = {
 
 # Keys that describe training, storage or the framework, not the function that the model computes.
 HARMLESS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout
-    auto_map bos_token_id chunk_size_feed_forward dtype embd_pdrop eos_token_id finetuning_task id2label
-    initializer_range is_llama_config keys_to_ignore_at_inference label2id max_window_layers mlp_only_layers
-    model_name model_type no_rope_layer_interval original_max_position_embeddings pad_token_id pretraining_tp
-    problem_type resid_pdrop return_dict rope_interleaved task_specific_params tie_encoder_decoder tokenizer_class
-    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache vocab_file
-    output_attentions output_hidden_states torchscript use_bfloat16 is_encoder_decoder is_decoder prefix
-    sep_token_id decoder_start_token_id cross_attention_hidden_size add_cross_attention pruned_heads
-    """.split()
+    [
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "is_llama_config",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "max_window_layers",
+        "mlp_only_layers",
+        "model_name",
+        "model_type",
+        "no_rope_layer_interval",
+        "original_max_position_embeddings",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "resid_pdrop",
+        "return_dict",
+        "rope_interleaved",
+        "task_specific_params",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+        "vocab_file",
+        "output_attentions",
+        "output_hidden_states",
+        "torchscript",
+        "use_bfloat16",
+        "is_encoder_decoder",
+        "is_decoder",
+        "prefix",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "cross_attention_hidden_size",
+        "add_cross_attention",
+        "pruned_heads",
+    ]
 )
 
 USED = frozenset(
-    """
-    attention_bias head_dim hidden_act hidden_size intermediate_size layer_types max_position_embeddings mlp_bias
-    no_rope_layers num_attention_heads num_hidden_layers num_key_value_heads partial_rotary_factor rms_norm_eps
-    rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window vocab_size
-    quantization_config
-    """.split()
+    [
+        "attention_bias",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "mlp_bias",
+        "no_rope_layers",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "partial_rotary_factor",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_sliding_window",
+        "vocab_size",
+        "quantization_config",
+    ]
 )
 
 
@@ -165,7 +227,11 @@ class _Reader:
         forward = self.integer("intermediate_size")
         if heads % kv_heads:
             raise FormatError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key-value heads")
-        for key, size, step in (("head_dim", head_dim, 16), ("hidden_size", width, 32), ("intermediate_size", forward, 32)):
+        for key, size, step in (
+            ("head_dim", head_dim, 16),
+            ("hidden_size", width, 32),
+            ("intermediate_size", forward, 32),
+        ):
             if size % step:
                 raise UnsupportedError(f"config.json: {key} {size} is no multiple of {step}")
         length = self.integer("max_position_embeddings", 2048, limit=1 << 30)
@@ -200,11 +266,13 @@ class _Reader:
         if unknown:
             raise UnsupportedError(
                 f"config.json has {', '.join(unknown)}: minilora does not know what this changes",
-                "If it changes nothing in the computation, remove it from config.json.")
+                "If it changes nothing in the computation, remove it from config.json.",
+            )
         if self.data.get("quantization_config"):
             raise UnsupportedError(
                 "config.json has a quantization_config: weights quantised by other tools are not read",
-                "Take the unquantised checkpoint and --dtype int8 or int4, or a GGUF file.")
+                "Take the unquantised checkpoint and --dtype int8 or int4, or a GGUF file.",
+            )
         activation = self.data.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise UnsupportedError(f"config.json: hidden_act {activation!r}, only silu is known")
@@ -216,13 +284,17 @@ class _Reader:
         if any(isinstance(value, Mapping) for value in scaling.values()):
             raise UnsupportedError("config.json: rope parameters that differ between layers")
         kind = check_kind(scaling.get("rope_type") or scaling.get("type") or "default")
-        parameters = {k: v for k, v in scaling.items() if v is not None and k not in ("rope_type", "type", "rope_theta")}
+        parameters = {
+            k: v for k, v in scaling.items() if v is not None and k not in ("rope_type", "type", "rope_theta")
+        }
         if self.data.get("original_max_position_embeddings") is not None:
             parameters.setdefault("original_max_position_embeddings", self.data["original_max_position_embeddings"])
         part = parameters.pop("partial_rotary_factor", None) or self.number("partial_rotary_factor", 1.0)
         dim = int(head_dim * part)
         if not 0 < dim <= head_dim or dim % 2:
-            raise FormatError(f"config.json: partial_rotary_factor {part!r} leaves {dim} of {head_dim} numbers to rotate")
+            raise FormatError(
+                f"config.json: partial_rotary_factor {part!r} leaves {dim} of {head_dim} numbers to rotate"
+            )
         theta = scaling.get("rope_theta") or self.number("rope_theta", self.arch.theta)
         return Rope(float(theta), dim, length, kind, parameters)
 

@@ -85,7 +85,9 @@ class Engine:
         try:
             self.kv = make_kv(self.model, self.kv_format, pages, page)
         except MemoryError:
-            raise ResourceError(f"no memory for {pages} pages of {size} bytes", "Lower kv_cache_memory or max_model_len.") from None
+            raise ResourceError(
+                f"no memory for {pages} pages of {size} bytes", "Lower kv_cache_memory or max_model_len."
+            ) from None
 
     def _setup_adapters(self) -> None:
         fmt = FLOAT32 if self._exact else FLOAT16
@@ -115,22 +117,40 @@ class Engine:
             logits=_floats(self._most_logits * padded),
             shared=max(rows, self._most_logits),
         )
-        self._shape = Shape(model.layers, model.hidden_size, model.heads, model.kv_heads, model.head_dim,
-                            model.intermediate_size, model.vocab_size, np.float32(model.rms_norm_eps))
+        self._shape = Shape(
+            model.layers,
+            model.hidden_size,
+            model.heads,
+            model.kv_heads,
+            model.head_dim,
+            model.intermediate_size,
+            model.vocab_size,
+            np.float32(model.rms_norm_eps),
+        )
         self._network = self.weights.network(self.length)
         self._step = make_step(self.weights.formats, self.kv_format, self.adapters.format)
         self._packer = Packer(model.group, model.kv_heads, part, parts, 4 * threads)
         self._sampler = Sampler(self.team, self._buffers.logits, padded, model.vocab_size)
-        self.scheduler = Scheduler(self.pool, config.block_size, config.max_num_seqs, rows, self._most_logits,
-                                   self._acquire, self._release, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            config.block_size,
+            config.max_num_seqs,
+            rows,
+            self._most_logits,
+            self._acquire,
+            self._release,
+            config.enable_prefix_caching,
+        )
 
     # ------------------------------------------------------------ adapters
 
     def add_adapter(self, adapter: Adapter) -> str:
         """Make an adapter known; returns its digest. Raises UsageError where its rank is too high."""
         if adapter.rank > self.config.max_lora_rank:
-            raise UsageError(f"an adapter of rank {adapter.rank}, but max_lora_rank is {self.config.max_lora_rank}",
-                             "Raise max_lora_rank.")
+            raise UsageError(
+                f"an adapter of rank {adapter.rank}, but max_lora_rank is {self.config.max_lora_rank}",
+                "Raise max_lora_rank.",
+            )
         if adapter.digest not in self._packed:
             self._packed[adapter.digest] = self.adapters.pack(adapter)
         return adapter.digest
@@ -152,8 +172,9 @@ class Engine:
 
     # ------------------------------------------------------------ requests
 
-    def submit(self, tokens: list[int], params: SamplingParams, uses: tuple[AdapterUse, ...] = (),
-               salt: bytes = b"") -> list[Sequence]:
+    def submit(
+        self, tokens: list[int], params: SamplingParams, uses: tuple[AdapterUse, ...] = (), salt: bytes = b""
+    ) -> list[Sequence]:
         """Queue a prompt; returns its params.n sequences. Raises UsageError where it can never run."""
         self._check(tokens, params, uses)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
@@ -171,11 +192,15 @@ class Engine:
         if wrong := [t for t in tokens if not 0 <= t < self.model.vocab_size]:
             raise UsageError(f"the prompt holds token {wrong[0]}, the vocabulary has {self.model.vocab_size}")
         if len(tokens) >= self.length:
-            raise UsageError(f"the prompt has {len(tokens)} tokens, the model takes {self.length - 1} at most",
-                             "Shorten it, or raise max_model_len if the model was trained for more.")
+            raise UsageError(
+                f"the prompt has {len(tokens)} tokens, the model takes {self.length - 1} at most",
+                "Shorten it, or raise max_model_len if the model was trained for more.",
+            )
         if self._final_length(len(tokens), params) > self.pool.pages * self.config.block_size:
-            raise UsageError(f"{len(tokens)} tokens and max_tokens do not fit into {self.pool.pages} KV pages",
-                             "Lower max_tokens or raise kv_cache_memory.")
+            raise UsageError(
+                f"{len(tokens)} tokens and max_tokens do not fit into {self.pool.pages} KV pages",
+                "Lower max_tokens or raise kv_cache_memory.",
+            )
         if params.n > self.config.max_num_seqs:
             raise UsageError(f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}")
         if len(uses) > self.config.max_loras:
@@ -211,12 +236,12 @@ class Engine:
         return self._finish_step(plan)
 
     def _chunk(self, work: Work) -> Chunk:
-        sequence, end = work.sequence, work.sequence.computed + work.count
+        sequence, end = work.sequence, work.sequence.computed + work.length
         uses = tuple(Use(self.adapters.number(use.digest), use.scale) for use in sequence.uses)
         first = end - 1 if end == len(sequence.tokens) else end
         if sequence.wants_prompt_logprobs:
             first = sequence.computed
-        return Chunk(sequence.tokens, sequence.computed, work.count, sequence.pages, uses, first)
+        return Chunk(sequence.tokens, sequence.computed, work.length, sequence.pages, uses, first)
 
     def _finish_step(self, plan: list[Work]) -> list[Output]:
         """Note what was computed, draw the new tokens, start copies, and end what is done."""
@@ -225,18 +250,18 @@ class Engine:
         asking: list[Sequence] = []
         for work in plan:
             sequence, start = work.sequence, work.sequence.computed
-            done = start + work.count == len(sequence.tokens)
+            done = start + work.length == len(sequence.tokens)
             if sequence.wants_prompt_logprobs:
                 count = sequence.params.prompt_logprobs or 0
-                places = range(start, min(start + work.count, sequence.prompt_length - 1))
+                places = range(start, min(start + work.length, sequence.prompt_length - 1))
                 questions += [(row + place - start, sequence.tokens[place + 1], count) for place in places]
                 asking += [sequence] * len(places)
-                last = row + work.count - 1
-                row += work.count
+                last = row + work.length - 1
+                row += work.length
             else:
                 last = row
                 row += done
-            self.scheduler.computed(sequence, work.count)
+            self.scheduler.computed(sequence, work.length)
             if done:
                 for target in (sequence, *sequence.siblings):
                     draws.append(self._draw(target, last))
@@ -245,15 +270,19 @@ class Engine:
         for sequence, found in zip(asking, self._sampler.look_up(questions), strict=True):
             sequence.prompt_logprobs.append(found)
         tokens = self._sampler.draw(draws) if draws else []
-        found = self._logprobs(targets, tokens)
-        return [self._append(target, token, found.get(target)) for (target, _), token in zip(targets, tokens, strict=True)]
+        chosen = self._logprobs(targets, tokens)
+        return [
+            self._append(target, token, chosen.get(target)) for (target, _), token in zip(targets, tokens, strict=True)
+        ]
 
     def _draw(self, sequence: Sequence, row: int) -> Draw:
         cut, params = sequence.prompt_length, sequence.params
         barred = (*self.eos, *(params.stop_token_ids or ())) if params.min_tokens else ()
         if not params.changes_logits:
             return Draw(row, params, sequence.seed, len(sequence.tokens), [], [], barred)
-        return Draw(row, params, sequence.seed, len(sequence.tokens), sequence.tokens[:cut], sequence.tokens[cut:], barred)
+        return Draw(
+            row, params, sequence.seed, len(sequence.tokens), sequence.tokens[:cut], sequence.tokens[cut:], barred
+        )
 
     def _logprobs(self, targets: list[tuple[Sequence, int]], tokens: list[int]) -> dict[Sequence, TokenLogprobs]:
         asked = [(s, row, t) for (s, row), t in zip(targets, tokens, strict=True) if s.params.logprobs is not None]
@@ -302,5 +331,11 @@ def _rows(count: int, width: int) -> Rows:
     """Room for rows of a product's input. The odd cache line keeps rows off each other's cache sets."""
     stride = padded_rows(width) + 64
     groups = count * stride // 32
-    return Rows(_floats(count * stride), np.zeros(count * stride, np.int8), _floats(groups), np.zeros(groups, np.int32),
-                _floats(groups), stride)
+    return Rows(
+        _floats(count * stride),
+        np.zeros(count * stride, np.int8),
+        _floats(groups),
+        np.zeros(groups, np.int32),
+        _floats(groups),
+        stride,
+    )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora_kernels.attention import Query, make_attention, merge_parts, partial_size, scratch_size
+from minilora_kernels.attention import KV, Query, make_attention, merge_parts
 from minilora_kernels.jit import kernel, program
 from minilora_kernels.linear import Rows, make_linear
 from minilora_kernels.lora import make_lora
@@ -23,8 +23,8 @@ from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
 from minilora_kernels.team import barrier, claim, share
 
-from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN
-from .batch import TILE_PAGES, TILE_PARTS, TILE_POSITION, TILE_ROW, TILE_SPLIT, TILE_SPLITS, TILE_TOKENS
+from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN, AdapterArrays
+from .batch import TILE_PAGES, TILE_PARTS, TILE_POSITION, TILE_ROW, TILE_SPLIT, TILE_SPLITS, TILE_TOKENS, StepInput
 from .weights import (
     DOWN,
     DOWN_BIAS,
@@ -32,7 +32,6 @@ from .weights import (
     GATE_UP_BIAS,
     INPUT_NORM,
     K_NORM,
-    O,
     O_BIAS,
     POST_NORM,
     Q_NORM,
@@ -41,14 +40,14 @@ from .weights import (
     QKV_PARTS,
     ROTARY,
     WINDOW,
+    Network,
+    O,
 )
 
 FEW = 8
 CHUNK_BLOCKS = 8
 MOST_ROWS = 256
 CACHE_BYTES = 256 * 1024
-
-ONE = np.float32(1)
 
 
 class Shape(NamedTuple):
@@ -86,6 +85,26 @@ class Buffers(NamedTuple):
     shared: int
 
 
+class Context(NamedTuple):
+    """What every phase of a step sees: the thread's number, the team's size and barrier, and all arrays."""
+
+    rank: int
+    size: int
+    sync: np.ndarray
+    w: Network
+    shape: Shape
+    kv: KV
+    batch: StepInput
+    adapters: AdapterArrays
+    buffers: Buffers
+
+
+@kernel
+def _share(c, total):
+    """(first, end) of this thread's part of range(total)."""
+    return share(total, c.rank, c.size)
+
+
 @kernel
 def _rows_at_once(columns):
     """Rows whose int8 inputs stay in the second-level cache beside the weights of a chunk."""
@@ -96,101 +115,111 @@ def _rows_at_once(columns):
 
 
 @kernel
-def _norm_one(weights, norm_at, shape, x, x_row, group, rows, row):
-    rms_norm(x, x_row * shape.width, shape.width, weights, norm_at, shape.eps, rows.values, row * rows.stride)
+def _norm_row(c, norm_at, group, x_row, row):
+    """Row x_row of the stream, normalised and quantised: row `row` of buffers.a."""
+    a, width = c.buffers.a, c.shape.width
+    rms_norm(c.buffers.x, x_row * width, width, c.w.arena, norm_at, c.shape.eps, a.values, row * a.stride)
     if group > 0:
-        quantize_row(rows.values, row * rows.stride, shape.width, group, rows, row, 0)
+        quantize_row(a.values, row * a.stride, width, group, a, row, 0)
 
 
 @kernel
-def _norm(rank, size, sync, count, weights, norm_at, shape, group, buffers):
-    """Normalised, quantised rows of x; returns the row of buffers.a where this thread finds the first."""
+def _norm(c, norm_at, group):
+    """All rows of the stream, normalised and quantised; returns the row of buffers.a where this thread finds the first."""
+    count = len(c.batch.tokens)
     if count <= FEW:
-        first = buffers.shared + rank * FEW
+        first = c.buffers.shared + c.rank * FEW
         for r in range(count):
-            _norm_one(weights, norm_at, shape, buffers.x, r, group, buffers.a, first + r)
+            _norm_row(c, norm_at, group, r, first + r)
         return first
-    low, high = share(count, rank, size)
+    low, high = _share(c, count)
     for r in range(low, high):
-        _norm_one(weights, norm_at, shape, buffers.x, r, group, buffers.a, r)
-    barrier(sync, size)
+        _norm_row(c, norm_at, group, r, r)
+    barrier(c.sync, c.size)
     return 0
 
 
 @kernel
-def _quantize_attended(rank, size, sync, count, columns, group, rows, shared):
-    """Quantise what attention left in rows 0 .. count of a; returns as _norm does."""
+def _quantize_attended(c, group):
+    """Quantise what attention left in the rows of buffers.a; returns as _norm does."""
+    count, a, columns = len(c.batch.tokens), c.buffers.a, c.shape.heads * c.shape.head_dim
     if group == 0:
         return 0
     if count <= FEW:
-        first = shared + rank * FEW
+        first = c.buffers.shared + c.rank * FEW
         for r in range(count):
-            quantize_row(rows.values, r * rows.stride, columns, group, rows, first + r, 0)
+            quantize_row(a.values, r * a.stride, columns, group, a, first + r, 0)
         return first
-    low, high = share(count, rank, size)
+    low, high = _share(c, count)
     for r in range(low, high):
-        quantize_row(rows.values, r * rows.stride, columns, group, rows, r, 0)
-    barrier(sync, size)
+        quantize_row(a.values, r * a.stride, columns, group, a, r, 0)
+    barrier(c.sync, c.size)
     return 0
 
 
 # ---------------------------------------------------------------- adapters
 
 
+class Place(NamedTuple):
+    """Where a product's rows lie: row `row` at `at`, the next one `stride` on, and panels `step` apart."""
+
+    array: np.ndarray
+    at: int
+    stride: int
+    step: int
+
+
 def _make_adapters(lora_format):
     shrink, gather, expand = make_lora(lora_format)
 
     @kernel
-    def shrink_all(rank, size, sync, segments, scales, adapters, layer, which, columns, x, x_row, buffers):
+    def shrink_all(c, segments, scales, layer, which, columns, x, x_row):
         """s = scale * x A of every segment, for the matrices that read input `which`. Ends with a barrier."""
-        turn = 0
+        inputs, b, turn = c.adapters.inputs, c.buffers, 0
         for i in range(len(segments)):
-            slot = segments[i, 2]
-            at, padded = adapters.inputs[slot, layer, which, 0], adapters.inputs[slot, layer, which, 1]
-            for panel in range(padded // PANEL):
-                for row in range(segments[i, 0], segments[i, 1], BLOCK):
-                    if turn % size == rank:
-                        count = min(BLOCK, segments[i, 1] - row)
-                        shrink(adapters.arena, at, columns, panel, x.values, (x_row + row) * x.stride, x.stride, count,
-                               scales[i], buffers.s, row * buffers.s_stride, buffers.s_stride)
+            first, end, slot = segments[i, 0], segments[i, 1], segments[i, 2]
+            at = inputs[slot, layer, which, 0]
+            for panel in range(inputs[slot, layer, which, 1] // PANEL):
+                for row in range(first, end, BLOCK):
+                    if turn % c.size == c.rank:
+                        x_at, s_at, count = (x_row + row) * x.stride, row * b.s_stride, min(BLOCK, end - row)
+                        arena = c.adapters.arena
+                        shrink(
+                            arena, at, columns, panel, x.values, x_at, x.stride, count, scales[i], b.s, s_at, b.s_stride
+                        )
                     turn += 1
-        barrier(sync, size)
+        barrier(c.sync, c.size)
 
     @kernel
-    def expand_all(segments, adapters, layer, which, row0, row1, low, high, buffers, out, out_at, out_stride, step):
-        """Add s B of matrix `which` to rows row0 .. row1, panels low .. high.
-
-        out_at: place of row row0's panel 0; step: from panel to panel.
-        """
-        if low >= high:
-            return
+    def expand_all(c, segments, layer, which, row0, row1, low, high, to):
+        """Add s B of matrix `which` to rows row0 .. row1, panels low .. high; to: Place of row row0, panel 0."""
+        outputs, b = c.adapters.outputs, c.buffers
         for i in range(len(segments)):
-            slot = segments[i, 2]
-            at, ranks = adapters.outputs[slot, layer, which, 0], adapters.outputs[slot, layer, which, 1]
-            column = adapters.outputs[slot, layer, which, 2]
-            first, end = max(row0, segments[i, 0]), min(row1, segments[i, 1])
-            if ranks > 0 and first < end:
-                expand(adapters.arena, at, ranks, low, high, buffers.s, first * buffers.s_stride + column,
-                       buffers.s_stride, end - first, out, out_at + (first - row0) * out_stride + low * step,
-                       out_stride, step)
+            first, end, slot = max(row0, segments[i, 0]), min(row1, segments[i, 1]), segments[i, 2]
+            at, ranks = outputs[slot, layer, which, 0], outputs[slot, layer, which, 1]
+            if ranks > 0 and first < end and low < high:
+                s_at = first * b.s_stride + outputs[slot, layer, which, 2]
+                out_at = to.at + (first - row0) * to.stride + low * to.step
+                arena, count = c.adapters.arena, end - first
+                expand(arena, at, ranks, low, high, b.s, s_at, b.s_stride, count, to.array, out_at, to.stride, to.step)
 
     @kernel
-    def embed_rows(rank, size, w, shape, batch, adapters, buffers):
-        """x = the rows of the input embedding, with the adapters' parts."""
-        low, high = share(len(batch.tokens), rank, size)
+    def embed_rows(c):
+        """x = the rows of the input embedding, with the adapters' parts. Ends with a barrier."""
+        batch, b, width = c.batch, c.buffers, c.shape.width
+        low, high = _share(c, len(batch.tokens))
         for r in range(low, high):
-            embed(w.arena, w.matrices, w.embed, batch.tokens[r], buffers.x, r * shape.width)
+            embed(c.w.arena, c.w.matrices, c.w.embed, batch.tokens[r], b.x, r * width)
         for i in range(len(batch.segments)):
-            slot = batch.segments[i, 2]
-            a_at, b_at, ranks = adapters.embed[slot, 0], adapters.embed[slot, 1], adapters.embed[slot, 2]
-            if ranks == 0:
-                continue
+            slot, arena = batch.segments[i, 2], c.adapters.arena
+            a_at, b_at, ranks = c.adapters.embed[slot, 0], c.adapters.embed[slot, 1], c.adapters.embed[slot, 2]
             padded = (ranks + PANEL - 1) // PANEL * PANEL
-            for r in range(max(low, batch.segments[i, 0]), min(high, batch.segments[i, 1])):
-                s_at = r * buffers.s_stride
-                gather(adapters.arena, a_at, padded, batch.tokens[r], batch.scales[i], buffers.s, s_at)
-                expand(adapters.arena, b_at, ranks, 0, shape.width // PANEL, buffers.s, s_at, 0, 1,
-                       buffers.x, r * shape.width, 0, PANEL)
+            first, end = max(low, batch.segments[i, 0]), min(high, batch.segments[i, 1])
+            for r in range(first, end if ranks > 0 else first):
+                s_at = r * b.s_stride
+                gather(arena, a_at, padded, batch.tokens[r], batch.scales[i], b.s, s_at)
+                expand(arena, b_at, ranks, 0, width // PANEL, b.s, s_at, 0, 1, b.x, r * width, 0, PANEL)
+        barrier(c.sync, c.size)
 
     return shrink_all, expand_all, embed_rows
 
@@ -200,37 +229,42 @@ def _make_adapters(lora_format):
 
 def _make_projection(linear, expand_all, write_key, write_value):
     @kernel
-    def multiply(w, layer, x_row, rows, block0, block1, buffers, at, stride):
+    def multiply(c, layer, x_row, rows, block0, block1, at):
         """Blocks block0 .. block1 of q k v, which are stored as one to three matrices."""
-        start = 0
+        w, b, start = c.w, c.buffers, 0
         for part in range(w.layers[layer, QKV_PARTS]):
             matrix = w.layers[layer, QKV] + part
             end = start + w.matrices[matrix, ROWS] // BLOCK
             low, high = max(block0, start), min(block1, end)
             if low < high:
-                to = at + (low - block0) * BLOCK
-                linear(w.arena, w.matrices, matrix, buffers.a, x_row, rows, low - start, high - start,
-                       buffers.qkv, to, stride, 0)
+                to, first, last = at + (low - block0) * BLOCK, low - start, high - start
+                linear(w.arena, w.matrices, matrix, b.a, x_row, rows, first, last, b.qkv, to, b.qkv_stride, 0)
             start = end
 
     @kernel
-    def adapt(layer, shape, adapters, batch, row0, row1, head0, head1, buffers, stride):
+    def adapt(c, layer, row0, row1, head0, head1):
         """Add the adapters' parts of heads head0 .. head1: queries, then keys, then values."""
+        shape, b, start = c.shape, c.buffers, 0
         first, end = head0 * shape.head_dim // PANEL, head1 * shape.head_dim // PANEL
-        start = 0
         for which in range(3):
-            heads = shape.heads if which == Q_OUT else shape.kv_heads
-            panels = heads * shape.head_dim // PANEL
-            expand_all(batch.segments, adapters, layer, which, row0, row1, max(first - start, 0),
-                       min(end - start, panels), buffers, buffers.qkv, row0 * stride + start * PANEL, stride, PANEL)
+            panels = (shape.heads if which == Q_OUT else shape.kv_heads) * shape.head_dim // PANEL
+            to = Place(b.qkv, row0 * b.qkv_stride + start * PANEL, b.qkv_stride, PANEL)
+            low, high = max(first - start, 0), min(end - start, panels)
+            expand_all(c, c.batch.segments, layer, which, row0, row1, low, high, to)
             start += panels
 
     @kernel
-    def finish(w, layer, shape, kv, position, page, head, x, at):
-        """Norm and rotation of one head; keys and values go to their page."""
+    def finish(c, layer, row, head):
+        """Bias, norm and rotation of one head; keys and values go to their page. Heads: q, then k, then v."""
+        w, shape, kv, x = c.w, c.shape, c.kv, c.buffers.qkv
         key, value = head - shape.heads, head - shape.heads - shape.kv_heads
+        column, position = head * shape.head_dim, c.batch.positions[row]
+        at = row * c.buffers.qkv_stride + column
+        page, slot = c.batch.pages[c.batch.pages_at[row] + position // kv.page], position % kv.page
+        if w.layers[layer, QKV_BIAS] >= 0:
+            add_row(x, at, w.arena, w.layers[layer, QKV_BIAS] + 4 * column, shape.head_dim)
         if value >= 0:
-            write_value(kv, layer, page, position % kv.page, value, x, at)
+            write_value(kv, layer, page, slot, value, x, at)
             return
         norm = w.layers[layer, Q_NORM] if key < 0 else w.layers[layer, K_NORM]
         if norm >= 0:
@@ -238,71 +272,68 @@ def _make_projection(linear, expand_all, write_key, write_value):
         if w.layers[layer, ROTARY] == 1:
             rope(x, at, w.half, w.cos, w.sin, position * w.half)
         if key >= 0:
-            write_key(kv, layer, page, position % kv.page, key, x, at)
+            write_key(kv, layer, page, slot, key, x, at)
 
     @kernel
-    def project_heads(rank, size, layer, w, shape, kv, batch, adapters, x_row, buffers):
-        """q k v of this thread's heads, ready for attention."""
-        heads, stride = shape.heads + 2 * shape.kv_heads, buffers.qkv_stride
-        unit = 1 if shape.head_dim % BLOCK == 0 else 2
-        low, high = share((heads + unit - 1) // unit, rank, size)
+    def project_heads(c, layer, x_row):
+        """q k v of this thread's heads, ready for attention. Ends with a barrier."""
+        shape, count = c.shape, len(c.batch.tokens)
+        heads, unit = shape.heads + 2 * shape.kv_heads, 1 if shape.head_dim % BLOCK == 0 else 2
+        low, high = _share(c, (heads + unit - 1) // unit)
         head0, head1 = low * unit, min(high * unit, heads)
         block0, block1 = head0 * shape.head_dim // BLOCK, (head1 * shape.head_dim + BLOCK - 1) // BLOCK
-        bias, step = w.layers[layer, QKV_BIAS], _rows_at_once(shape.width)
-        for row in range(0, len(batch.tokens), step):
-            rows = min(step, len(batch.tokens) - row)
-            multiply(w, layer, x_row + row, rows, block0, block1, buffers, row * stride + block0 * BLOCK, stride)
-            adapt(layer, shape, adapters, batch, row, row + rows, head0, head1, buffers, stride)
+        step = _rows_at_once(shape.width)
+        for row in range(0, count, step):
+            rows = min(step, count - row)
+            multiply(c, layer, x_row + row, rows, block0, block1, row * c.buffers.qkv_stride + block0 * BLOCK)
+            adapt(c, layer, row, row + rows, head0, head1)
             for r in range(row, row + rows):
-                position = batch.positions[r]
-                page = batch.pages[batch.pages_at[r] + position // kv.page]
                 for head in range(head0, head1):
-                    column = head * shape.head_dim
-                    if bias >= 0:
-                        add_row(buffers.qkv, r * stride + column, w.arena, bias + 4 * column, shape.head_dim)
-                    finish(w, layer, shape, kv, position, page, head, buffers.qkv, r * stride + column)
+                    finish(c, layer, r, head)
+        barrier(c.sync, c.size)
 
     return project_heads
 
 
 def _make_attention(attend, attend_part):
     @kernel
-    def attend_all(rank, size, sync, layer, w, shape, kv, batch, buffers):
-        """Attention of all heads, tile by tile as threads come free; the results are rows of buffers.a."""
-        group, window, a = shape.heads // shape.kv_heads, w.layers[layer, WINDOW], buffers.a
-        scratch_at = rank * buffers.scratch_stride
-        item = claim(sync)
+    def attend_all(c, layer):
+        """Attention of all heads, tile by tile as threads come free; results are rows of buffers.a. Ends with a barrier."""
+        shape, batch, b = c.shape, c.batch, c.buffers
+        group, window, scratch_at = shape.heads // shape.kv_heads, c.w.layers[layer, WINDOW], c.rank * b.scratch_stride
+        item = claim(c.sync)
         while item < len(batch.tiles) * shape.kv_heads:
             tile, head = item // shape.kv_heads, item % shape.kv_heads
             row, split = batch.tiles[tile, TILE_ROW], batch.tiles[tile, TILE_SPLIT]
-            query = Query(layer, head, group, batch.tiles[tile, TILE_POSITION], batch.tiles[tile, TILE_TOKENS], window,
-                          batch.tiles[tile, TILE_PAGES])
+            position, tokens = batch.tiles[tile, TILE_POSITION], batch.tiles[tile, TILE_TOKENS]
+            query = Query(layer, head, group, position, tokens, window, batch.tiles[tile, TILE_PAGES])
             column = head * group * shape.head_dim
-            q_at = row * buffers.qkv_stride + column
+            q_at, out_at = row * b.qkv_stride + column, row * b.a.stride + column
             if split < 0:
-                attend(kv, query, batch.pages, buffers.qkv, q_at, buffers.qkv_stride,
-                       a.values, row * a.stride + column, a.stride, buffers.scratch, scratch_at)
+                out, stride = b.a.values, b.a.stride
+                attend(c.kv, query, batch.pages, b.qkv, q_at, b.qkv_stride, out, out_at, stride, b.scratch, scratch_at)
             else:
-                part = batch.tiles[tile, TILE_PARTS]
-                part += (head * batch.tiles[tile, TILE_SPLITS] + split) * group * (shape.head_dim + 2)
-                attend_part(kv, query, batch.pages, split, buffers.qkv, q_at, buffers.qkv_stride,
-                            buffers.parts, part, buffers.scratch, scratch_at)
-            item = claim(sync)
-        barrier(sync, size)
+                splits = batch.tiles[tile, TILE_SPLITS]
+                part = batch.tiles[tile, TILE_PARTS] + (head * splits + split) * group * (shape.head_dim + 2)
+                attend_part(
+                    c.kv, query, batch.pages, split, b.qkv, q_at, b.qkv_stride, b.parts, part, b.scratch, scratch_at
+                )
+            item = claim(c.sync)
+        barrier(c.sync, c.size)
         if len(batch.merges) > 0:
-            merge_all(rank, size, shape, batch, buffers)
-            barrier(sync, size)
+            merge_all(c, group)
+            barrier(c.sync, c.size)
 
     @kernel
-    def merge_all(rank, size, shape, batch, buffers):
-        group = shape.heads // shape.kv_heads
-        low, high = share(len(batch.merges) * shape.heads, rank, size)
+    def merge_all(c, group):
+        """Join the splits of tokens that were attended to split by split."""
+        batch, b, heads, size = c.batch, c.buffers, c.shape.heads, c.shape.head_dim
+        low, high = _share(c, len(batch.merges) * heads)
         for i in range(low, high):
-            tile, head = batch.merges[i // shape.heads], i % shape.heads
+            tile, head = batch.merges[i // heads], i % heads
             splits, row = batch.tiles[tile, TILE_SPLITS], batch.tiles[tile, TILE_ROW]
-            part = batch.tiles[tile, TILE_PARTS] + head // group * splits * group * (shape.head_dim + 2)
-            merge_parts(buffers.parts, part, splits, group, head % group, shape.head_dim,
-                        buffers.a.values, row * buffers.a.stride + head * shape.head_dim)
+            part = batch.tiles[tile, TILE_PARTS] + head // group * splits * group * (size + 2)
+            merge_parts(b.parts, part, splits, group, head % group, size, b.a.values, row * b.a.stride + head * size)
 
     return attend_all
 
@@ -312,84 +343,85 @@ def _make_attention(attend, attend_part):
 
 def _make_output(linear, shrink_all, expand_all):
     @kernel
-    def add_product(rank, size, sync, layer, w, shape, batch, adapters, matrix, bias, which_in, which_out, x, x_row,
-                    values_row, buffers):
-        """x += this thread's columns of input W, with bias and adapters: o and down. Ends with a barrier."""
+    def add_product(c, layer, matrix, bias, which_in, which_out, x, x_row, values_row):
+        """x += this thread's columns of o or down, with bias and adapters. Ends with a barrier.
+
+        x_row: first of the quantised rows of `x`; values_row: of the float ones, which adapters read.
+        """
+        w, b, batch, width, count = c.w, c.buffers, c.batch, c.shape.width, len(c.batch.tokens)
         columns = w.matrices[matrix, COLUMNS]
         if len(batch.segments) > 0:
-            shrink_all(rank, size, sync, batch.segments, batch.scales, adapters, layer, which_in, columns, x,
-                       values_row, buffers)
-        block0, block1 = share(shape.width // BLOCK, rank, size)
-        step = _rows_at_once(columns)
-        for row in range(0, len(batch.tokens), step):
-            rows = min(step, len(batch.tokens) - row)
-            to = row * shape.width
-            linear(w.arena, w.matrices, matrix, x, x_row + row, rows, block0, block1,
-                   buffers.x, to + block0 * BLOCK, shape.width, 1)
-            expand_all(batch.segments, adapters, layer, which_out, row, row + rows, 2 * block0, 2 * block1, buffers,
-                       buffers.x, to, shape.width, PANEL)
-            if bias >= 0:
-                for r in range(rows):
-                    column = block0 * BLOCK
-                    add_row(buffers.x, to + r * shape.width + column, w.arena, bias + 4 * column,
-                            (block1 - block0) * BLOCK)
-        barrier(sync, size)
+            shrink_all(c, batch.segments, batch.scales, layer, which_in, columns, x, values_row)
+        block0, block1 = _share(c, width // BLOCK)
+        column, step = block0 * BLOCK, _rows_at_once(columns)
+        for row in range(0, count, step):
+            rows, at = min(step, count - row), row * width
+            linear(w.arena, w.matrices, matrix, x, x_row + row, rows, block0, block1, b.x, at + column, width, 1)
+            to = Place(b.x, at, width, PANEL)
+            expand_all(c, batch.segments, layer, which_out, row, row + rows, 2 * block0, 2 * block1, to)
+            for r in range(rows if bias >= 0 else 0):
+                add_row(b.x, at + r * width + column, w.arena, bias + 4 * column, (block1 - block0) * BLOCK)
+        barrier(c.sync, c.size)
 
     return add_product
 
 
 def _make_gate_up(linear, expand_all):
     @kernel
-    def gate_up(rank, size, layer, w, shape, batch, adapters, x_row, buffers):
-        """silu(gate) * up for this thread's columns, quantised: rows of buffers.b."""
-        matrix, down = w.layers[layer, GATE_UP], w.layers[layer, DOWN]
-        group, bias, b = w.matrices[down, GROUP], w.layers[layer, GATE_UP_BIAS], buffers.b
+    def finish(c, layer, group, row, rows, block, end):
+        """silu(gate) * up of a chunk in scratch, quantised: columns of buffers.b."""
+        b, count, stride = c.buffers, end - block, CHUNK_BLOCKS * BLOCK
+        at, bias = c.rank * b.scratch_stride, c.w.layers[layer, GATE_UP_BIAS]
+        for r in range(row, row + rows):
+            to = r * b.b.stride + block * PANEL
+            if bias >= 0:
+                add_row(b.scratch, at, c.w.arena, bias + 4 * block * BLOCK, count * BLOCK)
+            silu_mul(b.scratch, at, count, b.b.values, to)
+            if group > 0:
+                quantize_row(b.b.values, to, count * PANEL, group, b.b, r, block * PANEL)
+            at += stride
+
+    @kernel
+    def gate_up(c, layer, x_row):
+        """silu(gate) * up for this thread's columns. Ends with a barrier."""
+        w, b, count = c.w, c.buffers, len(c.batch.tokens)
+        matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
         unit = max(1, group // PANEL)
-        low, high = share(shape.forward // PANEL // unit, rank, size)
-        step, scratch, stride = _rows_at_once(shape.width), rank * buffers.scratch_stride, CHUNK_BLOCKS * BLOCK
-        for row in range(0, len(batch.tokens), step):
-            rows = min(step, len(batch.tokens) - row)
+        low, high = _share(c, c.shape.forward // PANEL // unit)
+        step, scratch, stride = _rows_at_once(c.shape.width), c.rank * b.scratch_stride, CHUNK_BLOCKS * BLOCK
+        for row in range(0, count, step):
+            rows = min(step, count - row)
             for block in range(low * unit, high * unit, CHUNK_BLOCKS):
                 end = min(block + CHUNK_BLOCKS, high * unit)
-                linear(w.arena, w.matrices, matrix, buffers.a, x_row + row, rows, block, end,
-                       buffers.scratch, scratch, stride, 0)
+                linear(w.arena, w.matrices, matrix, b.a, x_row + row, rows, block, end, b.scratch, scratch, stride, 0)
                 for which in range(2):
-                    to = scratch - block * BLOCK + which * PANEL
-                    expand_all(batch.segments, adapters, layer, GATE_OUT + which, row, row + rows, block, end, buffers,
-                               buffers.scratch, to, stride, BLOCK)
-                for r in range(rows):
-                    to = (row + r) * b.stride + block * PANEL
-                    if bias >= 0:
-                        add_row(buffers.scratch, scratch + r * stride, w.arena, bias + 4 * block * BLOCK,
-                                (end - block) * BLOCK)
-                    silu_mul(buffers.scratch, scratch + r * stride, end - block, b.values, to)
-                    if group > 0:
-                        quantize_row(b.values, to, (end - block) * PANEL, group, b, row + r, block * PANEL)
+                    to = Place(b.scratch, scratch - block * BLOCK + which * PANEL, stride, BLOCK)
+                    expand_all(c, c.batch.segments, layer, GATE_OUT + which, row, row + rows, block, end, to)
+                finish(c, layer, group, row, rows, block, end)
+        barrier(c.sync, c.size)
 
     return gate_up
 
 
 def _make_head(linear, shrink_all, expand_all):
     @kernel
-    def logits(rank, size, sync, w, shape, batch, adapters, buffers):
+    def logits(c):
         """Logits of the rows that batch.out_rows names; beyond the vocabulary -inf."""
-        count, a = len(batch.out_rows), buffers.a
-        group, padded = w.matrices[w.head, GROUP], w.matrices[w.head, ROWS]
-        low, high = share(count, rank, size)
+        w, shape, batch, b = c.w, c.shape, c.batch, c.buffers
+        count, group, padded = len(batch.out_rows), w.matrices[w.head, GROUP], w.matrices[w.head, ROWS]
+        low, high = _share(c, count)
         for j in range(low, high):
-            _norm_one(w.arena, w.final_norm, shape, buffers.x, batch.out_rows[j], group, a, j)
-        barrier(sync, size)
+            _norm_row(c, w.final_norm, group, batch.out_rows[j], j)
+        barrier(c.sync, c.size)
         if len(batch.out_segments) > 0:
-            shrink_all(rank, size, sync, batch.out_segments, batch.out_scales, adapters, shape.layers, 0, shape.width,
-                       a, 0, buffers)
-        block0, block1 = share(padded // BLOCK, rank, size)
-        linear(w.arena, w.matrices, w.head, a, 0, count, block0, block1, buffers.logits, block0 * BLOCK, padded, 0)
-        expand_all(batch.out_segments, adapters, shape.layers, 0, 0, count, 2 * block0,
-                   min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL), buffers, buffers.logits, 0, padded, PANEL)
-        if rank == size - 1:
-            for j in range(count):
-                for i in range(shape.vocabulary, padded):
-                    buffers.logits[j * padded + i] = -np.inf
+            shrink_all(c, batch.out_segments, batch.out_scales, shape.layers, 0, shape.width, b.a, 0)
+        block0, block1 = _share(c, padded // BLOCK)
+        linear(w.arena, w.matrices, w.head, b.a, 0, count, block0, block1, b.logits, block0 * BLOCK, padded, 0)
+        end = min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)
+        expand_all(c, batch.out_segments, shape.layers, 0, 0, count, 2 * block0, end, Place(b.logits, 0, padded, PANEL))
+        for j in range(count if c.rank == c.size - 1 else 0):
+            for i in range(shape.vocabulary, padded):
+                b.logits[j * padded + i] = -np.inf
 
     return logits
 
@@ -412,35 +444,29 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
     gate_up = _make_gate_up(linear, expand_all)
     logits = _make_head(linear, shrink_all, expand_all)
 
+    @kernel
+    def prepare(c, layer, norm, matrix, which_in):
+        """Normalised rows for a product, and the adapters' share of them; returns as _norm does."""
+        x_row = _norm(c, c.w.layers[layer, norm], c.w.matrices[c.w.layers[layer, matrix], GROUP])
+        if len(c.batch.segments) > 0:
+            shrink_all(c, c.batch.segments, c.batch.scales, layer, which_in, c.shape.width, c.buffers.a, x_row)
+        return x_row
+
     def step(rank, size, sync, w, shape, kv, batch, adapters, buffers):
         """One forward pass of batch's rows: writes their pages, and buffers.logits of the rows asked for."""
-        count, a, b = len(batch.tokens), buffers.a, buffers.b
-        embed_rows(rank, size, w, shape, batch, adapters, buffers)
-        barrier(sync, size)
+        c = Context(rank, size, sync, w, shape, kv, batch, adapters, buffers)
+        embed_rows(c)
         for layer in range(shape.layers):
             o, down = w.layers[layer, O], w.layers[layer, DOWN]
-            group = w.matrices[w.layers[layer, QKV], GROUP]
-            x_row = _norm(rank, size, sync, count, w.arena, w.layers[layer, INPUT_NORM], shape, group, buffers)
-            if len(batch.segments) > 0:
-                shrink_all(rank, size, sync, batch.segments, batch.scales, adapters, layer, QKV_IN, shape.width, a,
-                           x_row, buffers)
-            project_heads(rank, size, layer, w, shape, kv, batch, adapters, x_row, buffers)
-            barrier(sync, size)
-            attend_all(rank, size, sync, layer, w, shape, kv, batch, buffers)
-            x_row = _quantize_attended(rank, size, sync, count, shape.heads * shape.head_dim, w.matrices[o, GROUP], a,
-                                       buffers.shared)
-            add_product(rank, size, sync, layer, w, shape, batch, adapters, o, w.layers[layer, O_BIAS], O_IN, O_OUT,
-                        a, x_row, 0, buffers)
-            group = w.matrices[w.layers[layer, GATE_UP], GROUP]
-            x_row = _norm(rank, size, sync, count, w.arena, w.layers[layer, POST_NORM], shape, group, buffers)
-            if len(batch.segments) > 0:
-                shrink_all(rank, size, sync, batch.segments, batch.scales, adapters, layer, GATE_UP_IN, shape.width, a,
-                           x_row, buffers)
-            gate_up(rank, size, layer, w, shape, batch, adapters, x_row, buffers)
-            barrier(sync, size)
-            add_product(rank, size, sync, layer, w, shape, batch, adapters, down, w.layers[layer, DOWN_BIAS], DOWN_IN,
-                        DOWN_OUT, b, 0, 0, buffers)
+            x_row = prepare(c, layer, INPUT_NORM, QKV, QKV_IN)
+            project_heads(c, layer, x_row)
+            attend_all(c, layer)
+            x_row = _quantize_attended(c, w.matrices[o, GROUP])
+            add_product(c, layer, o, w.layers[layer, O_BIAS], O_IN, O_OUT, buffers.a, x_row, 0)
+            x_row = prepare(c, layer, POST_NORM, GATE_UP, GATE_UP_IN)
+            gate_up(c, layer, x_row)
+            add_product(c, layer, down, w.layers[layer, DOWN_BIAS], DOWN_IN, DOWN_OUT, buffers.b, 0, 0)
         if len(batch.out_rows) > 0:
-            logits(rank, size, sync, w, shape, batch, adapters, buffers)
+            logits(c)
 
     return program(step, (formats, kv_format, lora_format))

@@ -155,10 +155,20 @@ class EngineConfig:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        for name, low, high in (("max_num_seqs", 1, 4096), ("max_num_batched_tokens", 1, 1 << 20),
-                                ("max_loras", 1, 4096), ("max_lora_rank", 1, 256), ("block_size", 32, 1024)):
+        for name, low, high in (
+            ("max_num_seqs", 1, 4096),
+            ("max_num_batched_tokens", 1, 1 << 20),
+            ("max_loras", 1, 4096),
+            ("max_lora_rank", 1, 256),
+            ("block_size", 32, 1024),
+        ):
             _whole(name, getattr(self, name), low, high)
-        for name, high in (("max_model_len", 1 << 24), ("kv_cache_memory", 1 << 50), ("lora_memory", 1 << 50), ("threads", 1024)):
+        for name, high in (
+            ("max_model_len", 1 << 24),
+            ("kv_cache_memory", 1 << 50),
+            ("lora_memory", 1 << 50),
+            ("threads", 1024),
+        ):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, high)
         if self.block_size % 32:

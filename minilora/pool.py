@@ -5,6 +5,7 @@ happens between steps only, when nothing reads it.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from .adapters import Adapter, AdapterArrays, PackedAdapter, pack_adapter
 from .config import ModelConfig
 from .errors import ResourceError
 from .weights import ALIGNMENT, aligned_empty
-
 
 
 @dataclass
@@ -89,8 +89,10 @@ class AdapterPool:
         if self._grows and self.used + size > self.capacity:
             self._grow(self.used + size)
         if size > self.capacity:
-            raise ResourceError(f"an adapter of {size} bytes is larger than the whole pool of {self.capacity}",
-                                "Raise the adapter memory.")
+            raise ResourceError(
+                f"an adapter of {size} bytes is larger than the whole pool of {self.capacity}",
+                "Raise the adapter memory.",
+            )
         while not self._free_numbers or self.used + size > self.capacity:
             if not self._evict():
                 return False
@@ -158,7 +160,7 @@ class AdapterPool:
     def check_integrity(self) -> None:
         """Raise AssertionError where the books are wrong."""
         slots = sorted(self._slots.values(), key=lambda slot: slot.start)
-        for one, other in zip(slots, slots[1:], strict=False):
+        for one, other in pairwise(slots):
             if one.start + one.size > other.start:
                 raise AssertionError("two adapters overlap")
         numbers = [slot.number for slot in slots] + self._free_numbers

@@ -35,7 +35,9 @@ class Rope:
         """
         frequencies, factor = RULES[self.kind](self, length)
         angles = np.arange(length, dtype=np.float32)[:, None] * frequencies.astype(np.float32)[None, :]
-        return (np.cos(angles) * np.float32(factor)).astype(np.float32), (np.sin(angles) * np.float32(factor)).astype(np.float32)
+        return (np.cos(angles) * np.float32(factor)).astype(np.float32), (np.sin(angles) * np.float32(factor)).astype(
+            np.float32
+        )
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number among the rule's parameters. Raises FormatError."""

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels.jit import program
-from minilora_kernels.sample import argmax, log_sum_exp, rank as rank_of, sample, top, uniform
+from minilora_kernels.sample import argmax, log_sum_exp, sample, top, uniform
+from minilora_kernels.sample import rank as rank_of
 from minilora_kernels.team import Team, claim
 
 from .params import MOST_LOGPROBS, SamplingParams
@@ -32,11 +33,11 @@ class Choices(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """Rows whose log-probabilities are wanted: of one token, and of the `count` best."""
+    """Rows whose log-probabilities are wanted: of one token, and of the `best` best."""
 
     at: np.ndarray
     token: np.ndarray
-    count: np.ndarray
+    best: np.ndarray
     logprob: np.ndarray
     rank: np.ndarray
     ids: np.ndarray
@@ -50,8 +51,19 @@ def _choose(rank, size, sync, logits, width, rows, weights, heap):
             rows.tokens[i] = argmax(logits, rows.at[i], width)
         else:
             draw = uniform(rows.seeds[i], rows.positions[i])
-            rows.tokens[i] = sample(logits, rows.at[i], width, rows.temperature[i], rows.top_k[i], rows.top_p[i],
-                                    rows.min_p[i], draw, weights, heap, rank * width)
+            rows.tokens[i] = sample(
+                logits,
+                rows.at[i],
+                width,
+                rows.temperature[i],
+                rows.top_k[i],
+                rows.top_p[i],
+                rows.min_p[i],
+                draw,
+                weights,
+                heap,
+                rank * width,
+            )
         i = claim(sync)
 
 
@@ -63,9 +75,9 @@ def _look_up(rank, size, sync, logits, width, questions):
         questions.logprob[i] = logits[at + token] - total
         questions.rank[i] = rank_of(logits, at, width, token)
         to = i * MOST_LOGPROBS
-        if questions.count[i] > 0:
-            top(logits, at, width, questions.count[i], questions.ids, questions.values, to)
-            for j in range(to, to + questions.count[i]):
+        if questions.best[i] > 0:
+            top(logits, at, width, questions.best[i], questions.ids, questions.values, to)
+            for j in range(to, to + questions.best[i]):
                 questions.values[j] -= total
         i = claim(sync)
 
@@ -119,9 +131,15 @@ class Sampler:
 
         temperature = np.array([0 if d.params.greedy else d.params.temperature for d in draws], np.float32)
         choices = Choices(
-            np.array(rows, np.int64) * self._width, temperature, column("top_k", np.int64), column("top_p", np.float32),
-            column("min_p", np.float32), np.array([d.seed & (1 << 64) - 1 for d in draws], np.uint64),
-            np.array([d.position for d in draws], np.int64), np.zeros(len(draws), np.int64))
+            np.array(rows, np.int64) * self._width,
+            temperature,
+            column("top_k", np.int64),
+            column("top_p", np.float32),
+            column("min_p", np.float32),
+            np.array([d.seed & (1 << 64) - 1 for d in draws], np.uint64),
+            np.array([d.position for d in draws], np.int64),
+            np.zeros(len(draws), np.int64),
+        )
         self._team.run(_programs()[0], logits, self._width, choices, self._weights, self._heap)
         return choices.tokens
 
@@ -132,13 +150,25 @@ class Sampler:
         rows, tokens, counts = (np.array(column, np.int64) for column in zip(*wanted, strict=True))
         n = len(wanted)
         questions = Questions(
-            rows * self._width, tokens, np.minimum(counts, self._vocabulary), np.zeros(n, np.float32), np.zeros(n, np.int64),
-            np.zeros(n * MOST_LOGPROBS, np.int64), np.zeros(n * MOST_LOGPROBS, np.float32))
+            rows * self._width,
+            tokens,
+            np.minimum(counts, self._vocabulary),
+            np.zeros(n, np.float32),
+            np.zeros(n, np.int64),
+            np.zeros(n * MOST_LOGPROBS, np.int64),
+            np.zeros(n * MOST_LOGPROBS, np.float32),
+        )
         self._team.run(_programs()[1], self._logits, self._width, questions)
         return [
-            TokenLogprobs(int(token), float(questions.logprob[i]), int(questions.rank[i]), [
-                (int(questions.ids[j]), float(questions.values[j]))
-                for j in range(i * MOST_LOGPROBS, i * MOST_LOGPROBS + int(questions.count[i]))])
+            TokenLogprobs(
+                int(token),
+                float(questions.logprob[i]),
+                int(questions.rank[i]),
+                [
+                    (int(questions.ids[j]), float(questions.values[j]))
+                    for j in range(i * MOST_LOGPROBS, i * MOST_LOGPROBS + int(questions.best[i]))
+                ],
+            )
             for i, token in enumerate(tokens)
         ]
 

@@ -9,10 +9,10 @@ from .sequence import Sequence, State
 
 
 class Work(NamedTuple):
-    """A sequence's share of a step: its next `count` tokens."""
+    """A sequence's share of a step: its next `length` tokens."""
 
     sequence: Sequence
-    count: int
+    length: int
 
 
 class Scheduler:
@@ -23,8 +23,17 @@ class Scheduler:
     acquire says whether they are there. Raises nothing: what can't run now waits.
     """
 
-    def __init__(self, pool: PagePool, page: int, most_sequences: int, budget: int, most_logits: int,
-                 acquire: Callable[[Sequence], bool], release: Callable[[Sequence], None], caching: bool = True):
+    def __init__(
+        self,
+        pool: PagePool,
+        page: int,
+        most_sequences: int,
+        budget: int,
+        most_logits: int,
+        acquire: Callable[[Sequence], bool],
+        release: Callable[[Sequence], None],
+        caching: bool = True,
+    ):
         self.pool, self.page, self.caching = pool, page, caching
         self.most_sequences, self.budget, self.most_logits = most_sequences, budget, most_logits
         self.waiting: deque[Sequence] = deque()

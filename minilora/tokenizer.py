@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer as Engine
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Engine
 
 from .errors import FormatError, NotFoundError, UsageError
 

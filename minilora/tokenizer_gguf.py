@@ -26,7 +26,6 @@ def _cased(ending: str) -> str:
     return f"{_START}{_UPPER}*{_LOWER}+{ending}|{_START}{_UPPER}+{_LOWER}*{ending}"
 
 
-
 LLAMA3 = rf"{_CONTRACTIONS}|{_START}\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
 QWEN2 = rf"{_CONTRACTIONS}|{_START}\p{{L}}+|\p{{N}}|{_REST}"
 TEKKEN = rf"{_cased('')}|\p{{N}}|{_CASED_REST}"
@@ -111,11 +110,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> TokenizerFiles:
 
 
 def _add_special(engine: Tokenizer, vocabulary: _Vocabulary, add_bos: bool) -> None:
-    engine.add_tokens([
-        added(token, special=kind == CONTROL)
-        for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
-        if kind in (CONTROL, USER_DEFINED) and token
-    ])
+    engine.add_tokens(
+        [
+            added(token, special=kind == CONTROL)
+            for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+            if kind in (CONTROL, USER_DEFINED) and token
+        ]
+    )
     before, after = [], []
     if vocabulary.flag("add_bos_token", add_bos) and (bos := vocabulary.special("bos")) is not None:
         before.append(bos)
@@ -154,9 +155,11 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
         words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
     if name in _PATTERNS:
-        words = pre_tokenizers.Split(Regex(_PATTERNS[name]), behavior="isolated")
-        return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise UnsupportedError(f"the GGUF file's pre-tokenizer {name!r} is not known", f"Known: {', '.join(PRE_TOKENIZERS)}.")
+        pieces = pre_tokenizers.Split(Regex(_PATTERNS[name]), behavior="isolated")
+        return pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise UnsupportedError(
+        f"the GGUF file's pre-tokenizer {name!r} is not known", f"Known: {', '.join(PRE_TOKENIZERS)}."
+    )
 
 
 # ---------------------------------------------------------------- SentencePiece

@@ -23,8 +23,23 @@ from .errors import FormatError, UsageError
 
 # Columns of the layers table: byte offsets of float32 vectors in the arena (-1: none), rows of the matrices
 # table, and what the layer does.
-(INPUT_NORM, POST_NORM, Q_NORM, K_NORM, QKV_BIAS, O_BIAS, GATE_UP_BIAS, DOWN_BIAS,
- QKV, QKV_PARTS, O, GATE_UP, DOWN, WINDOW, ROTARY) = range(15)
+(
+    INPUT_NORM,
+    POST_NORM,
+    Q_NORM,
+    K_NORM,
+    QKV_BIAS,
+    O_BIAS,
+    GATE_UP_BIAS,
+    DOWN_BIAS,
+    QKV,
+    QKV_PARTS,
+    O,
+    GATE_UP,
+    DOWN,
+    WINDOW,
+    ROTARY,
+) = range(15)
 LAYER_WIDTH = 15
 
 ALIGNMENT = 64
@@ -55,10 +70,12 @@ class Vector:
 
     @property
     def rows(self) -> int:
+        """Numbers of a vector, rows of a matrix."""
         return sum(part.rows for part in self.parts)
 
     @property
     def bytes(self) -> int:
+        """Bytes that it takes in the arena."""
         return 4 * self.rows
 
 
@@ -72,6 +89,7 @@ class Matrix(Vector):
 
     @property
     def bytes(self) -> int:
+        """Bytes that it takes in the arena."""
         return pack.packed_bytes(self.format, self.rows, self.columns, self.group)
 
 
@@ -148,7 +166,9 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     expected, found = expected_shapes(checkpoint.config), checkpoint.names()
     known = set(expected) | ({HEAD} if checkpoint.config.tie_word_embeddings else set())
     if missing := sorted(set(expected) - found):
-        raise FormatError(f"the checkpoint lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        raise FormatError(
+            f"the checkpoint lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        )
     if unknown := sorted(name for name in found - known if not name.endswith(IGNORED_SUFFIXES)):
         raise FormatError(f"the checkpoint holds {unknown[0]!r}, which {checkpoint.config.architecture} does not have")
     for name, shape in expected.items():
@@ -199,7 +219,9 @@ def convert(matrix: Quantized, fmt: int) -> Quantized:
         return matrix
     zero = pack.zero(matrix.format)
     if pack.has_minimum(fmt) and matrix.minima is None:
-        return Quantized(matrix.values, matrix.scales, (-zero * matrix.scales.astype(np.float32)).astype(np.float16), pack.bits(fmt))
+        return Quantized(
+            matrix.values, matrix.scales, (-zero * matrix.scales.astype(np.float32)).astype(np.float16), pack.bits(fmt)
+        )
     shift = np.uint8(pack.zero(fmt) - zero)
     return Quantized(matrix.values + shift, matrix.scales, matrix.minima, pack.bits(fmt))
 
@@ -381,7 +403,9 @@ class Packer:
         return quantize(weights, pack.bits(item.format), item.group, pack.has_minimum(item.format))
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[_Piece], np.ndarray], pieces: Iterator[_Piece]) -> Iterator[np.ndarray]:
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_Piece], np.ndarray], pieces: Iterator[_Piece]
+) -> Iterator[np.ndarray]:
     """function of each piece, in order, a few of them under way at a time."""
     waiting: deque[Future[np.ndarray]] = deque()
     for piece in pieces:
@@ -439,8 +463,17 @@ class Weights:
     def network(self, length: int) -> Network:
         """The arrays for texts of up to `length` tokens."""
         cos, sin = self.config.rope.tables(length)
-        return Network(self.arena, self.matrices, self.layers, self.embed, self.head, self.final_norm,
-                       cos.reshape(-1), sin.reshape(-1), self.config.rope.dim // 2)
+        return Network(
+            self.arena,
+            self.matrices,
+            self.layers,
+            self.embed,
+            self.head,
+            self.final_norm,
+            cos.reshape(-1),
+            sin.reshape(-1),
+            self.config.rope.dim // 2,
+        )
 
     def floats(self) -> dict[str, np.ndarray]:
         """Every tensor as float32 under its Hugging Face name: what the packed numbers stand for."""
@@ -485,7 +518,9 @@ def _unpack_all(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
             yield from _split(layer_parts(config, layer)[product], stacked, product == "gate_up")
             if row[vectors[product]] >= 0:
                 parts = layer_parts(config, layer, "bias")[product]
-                yield from _split(parts, vector(row[vectors[product]], sum(p.rows for p in parts)), product == "gate_up")
+                yield from _split(
+                    parts, vector(row[vectors[product]], sum(p.rows for p in parts)), product == "gate_up"
+                )
 
 
 def _split(parts: list[Part], stacked: np.ndarray, interleaved: bool) -> Iterator[tuple[str, np.ndarray]]:

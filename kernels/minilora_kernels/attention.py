@@ -337,7 +337,8 @@ def _make_split(kv_format):
             own = query.position + r // query.group
             low = max(first, own - query.window + 1) if query.window > 0 else first
             scratch[state + 2 * r], scratch[state + 2 * r + 1] = _softmax_row(
-                scratch, weights + r * SPLIT, low - start, min(own + 1, end) - start, first - start, stop - start)
+                scratch, weights + r * SPLIT, low - start, min(own + 1, end) - start, first - start, stop - start
+            )
         for i in range(0, rows * kv.size, 16):
             store_f32(scratch, sums + i, splat_f32(ZERO))
         for p in range(first, end, SUBPAGE):
@@ -382,8 +383,16 @@ def make_attention(kv_format: int):
             for r in range(rows):
                 mine, other = state + 2 * r, more_state + 2 * r
                 scratch[mine], scratch[mine + 1] = _merge_row(
-                    scratch, sums + r * kv.size, kv.size, scratch[mine], scratch[mine + 1],
-                    scratch, more + r * kv.size, scratch[other], scratch[other + 1])
+                    scratch,
+                    sums + r * kv.size,
+                    kv.size,
+                    scratch[mine],
+                    scratch[mine + 1],
+                    scratch,
+                    more + r * kv.size,
+                    scratch[other],
+                    scratch[other + 1],
+                )
         for r in range(rows):
             to = out_at + r // query.group * out_stride + r % query.group * kv.size
             _divide_row(scratch, sums + r * kv.size, kv.size, scratch[state + 2 * r + 1], out, to)
@@ -417,5 +426,7 @@ def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):
     maximum, total = parts[at + size], parts[at + size + 1]
     for split in range(1, splits):
         other = at + split * step
-        maximum, total = _merge_row(parts, at, size, maximum, total, parts, other, parts[other + size], parts[other + size + 1])
+        maximum, total = _merge_row(
+            parts, at, size, maximum, total, parts, other, parts[other + size], parts[other + size + 1]
+        )
     _divide_row(parts, at, size, total, out, out_at)

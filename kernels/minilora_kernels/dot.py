@@ -5,15 +5,12 @@
 u is unsigned, s signed; sums are int32 and exact.
 """
 
-from functools import cache
-
 from llvmlite import binding, ir
 
 from . import cpu
 from .simd import call, constant, i32x16, join, pick_lanes, primitive, u8x64
 
 _I32 = i32x16.llvm
-
 
 
 def _split(builder, v, parts):
@@ -23,7 +20,7 @@ def _split(builder, v, parts):
 
 def _by_parts(builder, parts, emit, acc, u, s):
     """emit on each of 2 or 4 equal parts, joined again."""
-    done = [emit(builder, *args) for args in zip(*(_split(builder, v, parts) for v in (acc, u, s)))]
+    done = [emit(builder, *args) for args in zip(*(_split(builder, v, parts) for v in (acc, u, s)), strict=True)]
     while len(done) > 1:
         done = [join(builder, done[i], done[i + 1]) for i in range(0, len(done), 2)]
     return done[0]

@@ -222,7 +222,9 @@ def _write(path: Path, data: bytes) -> None:
     except OSError as error:
         warnings.warn(
             f"cannot keep machine code in {path.parent} ({error.strerror}): every start compiles again. "
-            "Set MINILORA_CACHE to a folder that can be written.", stacklevel=2)
+            "Set MINILORA_CACHE to a folder that can be written.",
+            stacklevel=2,
+        )
 
 
 def _is_private(folder: Path) -> bool:

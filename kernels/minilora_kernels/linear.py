@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .dot import dot4, dot4_small
 from .jit import kernel
 from .pack import (
     BFLOAT16,
@@ -22,12 +23,10 @@ from .pack import (
     GROUP,
     INT4,
     INT4_MIN,
-    INT8,
     INT8_MIN,
     OFFSET,
     is_float,
 )
-from .dot import dot4, dot4_small
 from .simd import (
     f32x16,
     fma,

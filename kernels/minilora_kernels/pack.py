@@ -44,15 +44,18 @@ class Quantized(NamedTuple):
 
     @property
     def group(self) -> int:
+        """Columns that share a scale."""
         return self.values.shape[1] // self.scales.shape[1]
 
     @property
     def format(self) -> int:
+        """The pack format that holds it."""
         symmetric, with_minimum = (INT4, INT4_MIN) if self.bits == 4 else (INT8, INT8_MIN)
         return symmetric if self.minima is None else with_minimum
 
 
 def is_float(fmt: int) -> bool:
+    """Whether a format holds floating-point numbers."""
     return fmt in (FLOAT32, FLOAT16, BFLOAT16)
 
 
@@ -62,6 +65,7 @@ def bits(fmt: int) -> int:
 
 
 def has_minimum(fmt: int) -> bool:
+    """Whether a format stores a minimum for each group."""
     return fmt in (INT8_MIN, INT4_MIN)
 
 
@@ -71,6 +75,7 @@ def zero(fmt: int) -> int:
 
 
 def padded_rows(rows: int) -> int:
+    """Rows of whole blocks."""
     return -(-rows // BLOCK) * BLOCK
 
 

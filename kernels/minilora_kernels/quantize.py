@@ -30,7 +30,7 @@ def quantize(weight: np.ndarray, bits: int, group: int, minimum: bool) -> Quanti
         return Quantized((levels + 128).astype(np.uint8), scales, None, 8)
     if bits == 8:
         lowest = grouped.min(axis=2)
-        ranges = (grouped.max(axis=2) - lowest) / 255, lowest
+        ranges = np.stack([(grouped.max(axis=2) - lowest) / 255, lowest])
     else:
         ranges = np.empty((2, *grouped.shape[:2]), np.float32)
         _compiled_fit()(grouped.reshape(-1), group, ranges[0].reshape(-1), ranges[1].reshape(-1))
@@ -57,7 +57,12 @@ def fit_ranges(weight, group, scales, minima):
     `group` numbers; scales, minima: float32, one of each for every group.
     """
     for g in range(len(weight) // group):
-        low, high, total, square = splat_f32(np.float32(np.inf)), splat_f32(np.float32(-np.inf)), splat_f32(ZERO), splat_f32(ZERO)
+        low, high, total, square = (
+            splat_f32(np.float32(np.inf)),
+            splat_f32(np.float32(-np.inf)),
+            splat_f32(ZERO),
+            splat_f32(ZERO),
+        )
         for i in range(g * group, (g + 1) * group, 16):
             w = load_f32(weight, i)
             low, high, total, square = vmin(low, w), vmax(high, w), total + w, fma(w, w, square)
@@ -66,8 +71,15 @@ def fit_ranges(weight, group, scales, minima):
         for r in range(RANGES):
             if highest > lowest:
                 cut = (highest - lowest) * SHRINK * np.float32(r)
-                error, scale, minimum = _fit(weight, g * group, group, lowest + cut / np.float32(2),
-                                             (highest - lowest - cut) / LEVELS, hsum(total), hsum(square))
+                error, scale, minimum = _fit(
+                    weight,
+                    g * group,
+                    group,
+                    lowest + cut / np.float32(2),
+                    (highest - lowest - cut) / LEVELS,
+                    hsum(total),
+                    hsum(square),
+                )
                 if error < best:
                     best, scales[g], minima[g] = error, scale, minimum
 
@@ -75,7 +87,13 @@ def fit_ranges(weight, group, scales, minima):
 @kernel
 def _fit(weight, at, group, low, step, total, square):
     """(squared error, scale, minimum) of the line through the levels that `low` and `step` give."""
-    sums, base, inverse, nought, top = _sums(), splat_f32(low), splat_f32(ONE / step), splat_f32(ZERO), splat_f32(LEVELS)
+    sums, base, inverse, nought, top = (
+        _sums(),
+        splat_f32(low),
+        splat_f32(ONE / step),
+        splat_f32(ZERO),
+        splat_f32(LEVELS),
+    )
     for j in range(3):
         sums[j] = nought
     for i in range(at, at + group, 16):

@@ -93,11 +93,13 @@ def primitive(result, parameters, emit):
 
 
 def call(builder, name, result, *args):
+    """A call of an LLVM intrinsic."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
 def constant(llvm, value):
+    """The vector that holds a value in every lane."""
     return ir.Constant(llvm, [value] * llvm.count)
 
 
@@ -114,6 +116,7 @@ def pick_lanes(builder, v, wanted):
 
 
 def join(builder, low, high):
+    """One vector of two."""
     mask = ir.Constant(ir.VectorType(_WORD, 2 * low.type.count), list(range(2 * low.type.count)))
     return builder.shuffle_vector(low, high, mask)
 
@@ -333,8 +336,11 @@ def _halving(combine):
         while v.type.count > 1:
             half = v.type.count // 2
             low, high = pick_lanes(builder, v, range(half)), pick_lanes(builder, v, range(half, 2 * half))
-            v = combine(builder, low, high) if half > 1 else combine(
-                builder, *(builder.extract_element(x, ir.Constant(_WORD, 0)) for x in (low, high)))
+            v = (
+                combine(builder, low, high)
+                if half > 1
+                else combine(builder, *(builder.extract_element(x, ir.Constant(_WORD, 0)) for x in (low, high)))
+            )
             if half == 1:
                 return v
 

@@ -9,6 +9,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ class Gguf:
     def _alignment(self) -> int:
         value = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(value, int) or value % 8 or not 8 <= value <= LARGEST_ALIGNMENT or value & (value - 1):
-            raise FormatError(f"{self.path.name}: general.alignment {value!r} is not a power of two from 8 to {LARGEST_ALIGNMENT}")
+            raise FormatError(
+                f"{self.path.name}: general.alignment {value!r} is not a power of two from 8 to {LARGEST_ALIGNMENT}"
+            )
         return value
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
@@ -184,7 +187,9 @@ class _Reader:
         for name, shape, kind, offset in entries:
             size = math.prod(shape) // kind.values * kind.size
             if offset % alignment or base + offset + size > len(self.data):
-                raise self.fail(f"tensor {name!r}", f"offset {offset} and {size} bytes reach beyond the file or are not aligned")
+                raise self.fail(
+                    f"tensor {name!r}", f"offset {offset} and {size} bytes reach beyond the file or are not aligned"
+                )
             if name in found:
                 raise self.fail(f"tensor {name!r}", "there twice")
             found[name] = GgufTensor(name, shape, kind, base + offset, size)
@@ -200,7 +205,8 @@ class _Reader:
         code = self.scalar("<I", 4, f"type of {name!r}")
         if code not in BLOCK_TYPES:
             raise UnsupportedError(
-                f"{self.name}: tensor {name!r} has ggml type {code}", f"Known: {', '.join(k.name for k in BLOCK_TYPES.values())}."
+                f"{self.name}: tensor {name!r} has ggml type {code}",
+                f"Known: {', '.join(k.name for k in BLOCK_TYPES.values())}.",
             )
         kind = BLOCK_TYPES[code]
         if min(shape) < 1 or math.prod(shape) > len(self.data) * kind.values // kind.size or shape[-1] % kind.values:
@@ -209,6 +215,6 @@ class _Reader:
 
     def check_apart(self, tensors: list[GgufTensor]) -> None:
         tensors.sort(key=lambda tensor: tensor.start)
-        for one, other in zip(tensors, tensors[1:], strict=False):
+        for one, other in pairwise(tensors):
             if one.start + one.size > other.start:
                 raise self.fail(f"tensor {other.name!r}", f"overlaps {one.name!r}")

@@ -49,12 +49,27 @@ ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 
 # Keys of an architecture that we read, and those that change nothing in the computation.
 READ = frozenset(
-    """
-    block_count context_length embedding_length feed_forward_length attention.head_count attention.head_count_kv
-    attention.key_length attention.value_length attention.layer_norm_rms_epsilon attention.sliding_window
-    rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor rope.scaling.attn_factor
-    rope.scaling.original_context_length rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow vocab_size
-    """.split()
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.sliding_window",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scaling.attn_factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "vocab_size",
+    ]
 )
 HARMLESS = frozenset(("rope.scaling.finetuned", "attention.causal", "use_parallel_residual", "tensor_data_layout"))
 
@@ -170,7 +185,11 @@ class GgufCheckpoint:
             return {"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "attention_factor": 1.0}
         if "rope_factors_long.weight" in tensors and "rope_factors_short.weight" in tensors:
             long, short = (self._floats(tensors[f"rope_factors_{kind}.weight"]) for kind in ("long", "short"))
-            return {"rope_type": "longrope", "long_factor": long.reshape(-1).tolist(), "short_factor": short.reshape(-1).tolist()}
+            return {
+                "rope_type": "longrope",
+                "long_factor": long.reshape(-1).tolist(),
+                "short_factor": short.reshape(-1).tolist(),
+            }
         return {}
 
     def _ends(self) -> list[int]:

@@ -1,0 +1,329 @@
+"""The NumPy twin of every public kernel: same name, same signature, slow and obvious.
+
+Arrays are flat, as in the kernels; each twin first cuts out what its kernel would touch.
+"""
+
+import numpy as np
+
+from .attention import KV, SUBPAGE, Query
+from .lora import PANEL
+from .pack import BLOCK, COLUMNS, FORMAT, GROUP, is_float, unpack, unpack_quantized, zero
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _span(x, at, n):
+    return x[at : at + n]
+
+
+def _grid(x, at, stride, rows, columns):
+    """Rows of a flat array as a view [rows, columns]."""
+    return np.lib.stride_tricks.as_strided(x[at:], (rows, columns), (stride * x.itemsize, x.itemsize))
+
+
+# ---------------------------------------------------------------- linear
+
+
+def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add):
+    """out[r, c] (+)= sum over k of x[x_row + r, k] * weight[32 * block0 + c, k]."""
+    row = matrices[matrix]
+    columns, group = int(row[COLUMNS]), int(row[GROUP])
+    chosen = slice(block0 * BLOCK, block1 * BLOCK)
+    if is_float(row[FORMAT]):
+        values = _grid(x.values, x_row * x.stride, x.stride, rows, columns)
+        y = values.astype(np.float64) @ unpack(weights, row)[chosen].T.astype(np.float64)
+    else:
+        y = _grouped_product(unpack_quantized(weights, row), x, x_row, rows, columns, group, chosen)
+    target = _grid(out, out_at, out_stride, rows, y.shape[1])
+    target[:] = target + y if add else y
+
+
+def _grouped_product(matrix, x, x_row, rows, columns, group, chosen):
+    """Sum over groups of scale * x_scale * (integer dot) + minimum * x_scale * (sum of q)."""
+    q = _grid(x.q, x_row * x.stride, x.stride, rows, columns).astype(np.int64).reshape(rows, -1, group)
+    x_scale = _grid(x.scales, x_row * (x.stride // 32), x.stride // 32, rows, columns // group).astype(np.float64)
+    u = matrix.values[chosen].astype(np.int64).reshape(-1, columns // group, group) - zero(matrix.format)
+    dots = np.einsum("mgk,ngk->mng", q, u)
+    y = np.einsum("mng,ng,mg->mn", dots, matrix.scales[chosen].astype(np.float64), x_scale)
+    if matrix.minima is not None:
+        y += np.einsum("mg,ng->mn", x_scale * q.sum(axis=2), matrix.minima[chosen].astype(np.float64))
+    return y
+
+
+# ---------------------------------------------------------------- pointwise
+
+
+def rms_norm(x, at, n, weights, weight_at, eps, out, out_at):
+    """out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]."""
+    v = _span(x, at, n).astype(np.float64)
+    weight = _span(weights, weight_at, 4 * n).view(np.float32)
+    out[out_at : out_at + n] = v / np.sqrt(np.mean(v * v) + eps) * weight
+
+
+def quantize_row(x, at, n, group, rows, row, column):
+    """q = round(x / scale), scale = max |x| / 127 in each group."""
+    v = _span(x, at, n).reshape(-1, group)
+    peak = np.abs(v).max(axis=1, keepdims=True)
+    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    q = np.rint(v * inverse).astype(np.int32)
+    to, scale_to = row * rows.stride + column, row * (rows.stride // 32) + column // group
+    groups = slice(scale_to, scale_to + n // group)
+    rows.q[to : to + n] = q.reshape(-1)
+    rows.scales[groups] = peak[:, 0] / np.float32(127)
+    rows.sums[groups] = -q.sum(axis=1)
+    rows.offsets[groups] = rows.scales[groups] * q.sum(axis=1).astype(np.float32)
+
+
+def silu_mul(gate_up, at, panels, out, out_at):
+    """out = gate * sigmoid(gate) * up, 16 values of gate and 16 of up in turn."""
+    gate, up = np.moveaxis(_span(gate_up, at, 32 * panels).reshape(panels, 2, PANEL), 1, 0).astype(np.float64)
+    out[out_at : out_at + 16 * panels] = (gate / (1 + np.exp(-gate)) * up).reshape(-1)
+
+
+def add_row(x, at, weights, weight_at, n):
+    """x[i] += weight[i]."""
+    x[at : at + n] += _span(weights, weight_at, 4 * n).view(np.float32)
+
+
+def rope(x, at, half, cos, sin, table_at):
+    """(a, b) -> (a cos - b sin, b cos + a sin) for a = x[i], b = x[half + i]."""
+    a, b = x[at : at + half].copy(), x[at + half : at + 2 * half].copy()
+    c, s = _span(cos, table_at, half), _span(sin, table_at, half)
+    x[at : at + half], x[at + half : at + 2 * half] = a * c - b * s, b * c + a * s
+
+
+def embed(weights, matrices, matrix, token, out, out_at):
+    """out = row `token` of a packed matrix."""
+    row = matrices[matrix]
+    out[out_at : out_at + row[COLUMNS]] = unpack(weights, row)[token]
+
+
+# ---------------------------------------------------------------- attention
+
+
+def _tokens(kv: KV, layer, head, pages, pages_at, count):
+    """Keys and values [count, size] of a sequence's first tokens, as float32."""
+    shape = (-1, kv.pages, kv.heads, kv.page // SUBPAGE)
+    keys = kv.keys.reshape(*shape, kv.size, SUBPAGE)[layer]
+    values = kv.values.reshape(*shape, SUBPAGE, kv.size)[layer]
+    table = pages[pages_at : pages_at + -(-count // kv.page)]
+    k = np.moveaxis(keys[table, head], -2, -1).reshape(-1, kv.size)[:count]
+    v = values[table, head].reshape(-1, kv.size)[:count]
+    if kv.keys.dtype == np.uint16:
+        return k.view(np.float16).astype(np.float32), v.view(np.float16).astype(np.float32)
+    if kv.keys.dtype == np.int8:
+        scales = (
+            s.reshape(-1, kv.pages, kv.heads, kv.page)[layer, table, head].reshape(-1)[:count, None]
+            for s in (kv.key_scales, kv.value_scales)
+        )
+        return tuple(x * s for x, s in zip((k, v), scales, strict=True))
+    return k, v
+
+
+def _write(kv: KV, array, scales, x, at):
+    """x as the pool stores it, its scale noted."""
+    v = _span(x, at, kv.size)
+    if array.dtype == np.uint16:
+        return np.clip(v, -65504, 65504).astype(np.float16).view(np.uint16)
+    if array.dtype == np.int8:
+        scale = np.abs(v).max() / np.float32(127)
+        scales[:] = scale
+        return np.rint(v * (np.float32(1) / scale if scale > 0 else 0)).astype(np.int8)
+    return v
+
+
+def write_key(kv, layer, page, slot, head, x, at):
+    """Store a token's key of one kv head."""
+    keys = kv.keys.reshape(-1, kv.pages, kv.heads, kv.page // SUBPAGE, kv.size, SUBPAGE)
+    scales = (
+        kv.key_scales.reshape(-1, kv.pages, kv.heads, kv.page)[layer, page, head] if _has_scales(kv) else kv.key_scales
+    )
+    keys[layer, page, head, slot // SUBPAGE, :, slot % SUBPAGE] = _write(kv, kv.keys, scales[slot : slot + 1], x, at)
+
+
+def write_value(kv, layer, page, slot, head, x, at):
+    """Store a token's value of one kv head."""
+    values = kv.values.reshape(-1, kv.pages, kv.heads, kv.page, kv.size)
+    scales = (
+        kv.value_scales.reshape(-1, kv.pages, kv.heads, kv.page)[layer, page, head]
+        if _has_scales(kv)
+        else kv.value_scales
+    )
+    values[layer, page, head, slot] = _write(kv, kv.values, scales[slot : slot + 1], x, at)
+
+
+def _has_scales(kv: KV) -> bool:
+    return kv.keys.dtype == np.int8
+
+
+def attend(kv, query: Query, pages, q, q_at, q_stride, out, out_at, out_stride, scratch, scratch_at):
+    """out = softmax(q . keys / sqrt(size)) . values, over the positions up to each token's own."""
+    last = query.position + query.tokens
+    keys, values = _tokens(kv, query.layer, query.head, pages, query.pages_at, last)
+    for t in range(query.tokens):
+        end = query.position + t + 1
+        first = max(0, end - query.window) if query.window else 0
+        heads = _grid(q, q_at + t * q_stride, kv.size, query.group, kv.size)
+        scores = heads @ keys[first:end].T / np.sqrt(np.float32(kv.size))
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        _grid(out, out_at + t * out_stride, kv.size, query.group, kv.size)[:] = weights @ values[first:end]
+
+
+def attend_part(kv, query: Query, pages, split, q, q_at, q_stride, parts, parts_at, scratch, scratch_at):
+    """One split of 256 positions, not merged: each row's sums, maximum and total."""
+    keys, values = _tokens(kv, query.layer, query.head, pages, query.pages_at, query.position + query.tokens)
+    for r in range(query.tokens * query.group):
+        t, g = divmod(r, query.group)
+        end = query.position + t + 1
+        first = max(0, end - query.window) if query.window else 0
+        chosen = slice(max(first, split * 256), max(first, min(end, split * 256 + 256)))
+        row = _span(q, q_at + t * q_stride + g * kv.size, kv.size)
+        scores = keys[chosen] @ row / np.sqrt(np.float32(kv.size))
+        maximum = scores.max(initial=-np.inf)
+        weights = np.exp(scores - maximum)
+        to = parts_at + r * (kv.size + 2)
+        parts[to : to + kv.size] = weights @ values[chosen]
+        parts[to + kv.size : to + kv.size + 2] = maximum, weights.sum()
+
+
+def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):
+    """Merge `splits` results of attend_part."""
+    found = (
+        parts[parts_at : parts_at + splits * rows * (size + 2)]
+        .reshape(splits, rows, size + 2)[:, row]
+        .astype(np.float64)
+    )
+    weight = np.exp(found[:, size] - found[:, size].max())
+    out[out_at : out_at + size] = weight @ found[:, :size] / (weight @ found[:, size + 1])
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+def _panels(arena, at, panels, inner, dtype):
+    """Panels [panels, inner, 16] at byte `at`, as float32."""
+    count = panels * inner * PANEL
+    return arena[at : at + count * dtype.itemsize].view(dtype).astype(np.float32).reshape(panels, inner, PANEL)
+
+
+def make_lora(dtype):
+    """(shrink, gather, expand) for adapters held as this NumPy dtype."""
+    dtype = np.dtype(dtype)
+
+    def shrink(arena, at, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
+        a = _panels(arena, at, panel + 1, columns, dtype)[panel]
+        _grid(s, s_at + panel * PANEL, s_stride, rows, PANEL)[:] = scale * (_grid(x, x_at, x_stride, rows, columns) @ a)
+
+    def gather(arena, at, padded, token, scale, s, s_at):
+        start = at + token * padded * dtype.itemsize
+        s[s_at : s_at + padded] = scale * arena[start : start + padded * dtype.itemsize].view(dtype).astype(np.float32)
+
+    def expand(arena, at, rank, panel0, panel1, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step):
+        b = _panels(arena, at, panel1, rank, dtype)
+        shrunk = _grid(s, s_at, s_stride, rows, rank)
+        for p in range(panel0, panel1):
+            _grid(out, out_at + (p - panel0) * panel_step, out_stride, rows, PANEL)[:] += shrunk @ b[p]
+
+    return shrink, gather, expand
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def argmax(x, at, n):
+    """The index of the largest x[i], the first of equals."""
+    return int(np.argmax(_span(x, at, n)))
+
+
+def log_sum_exp(x, at, n):
+    """log(sum of exp(x[i]))."""
+    v = _span(x, at, n).astype(np.float64)
+    return v.max() + np.log(np.exp(v - v.max()).sum())
+
+
+def rank(x, at, n, token):
+    """1 + the number of logits greater than x[token]."""
+    return int((_span(x, at, n) > x[at + token]).sum()) + 1
+
+
+def top(x, at, n, count, ids, values, to):
+    """The `count` largest, falling, the first of equals first."""
+    order = np.argsort(-_span(x, at, n), kind="stable")[:count]
+    ids[to : to + count], values[to : to + count] = order, x[at + order]
+
+
+def uniform(seed, position):
+    """A number in [0, 1) from (seed, position): two rounds of SplitMix64."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(seed)
+        for word in (np.uint64(0), np.uint64(position)):
+            state = (state ^ word) + GOLDEN
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return float(state >> np.uint64(11)) / (1 << 53)
+
+
+def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, heap, to):
+    """A token drawn from softmax(x / temperature), cut by min_p, then top_k, then top_p."""
+    v = _span(x, at, n).astype(np.float64)
+    w = np.exp((v - v.max()) / temperature)
+    if top_k == 0 and top_p >= 1 and min_p <= 0:
+        return int(np.searchsorted(np.cumsum(w), draw * w.sum(), side="right"))
+    order = np.argsort(-w, kind="stable")
+    order = order[w[order] >= min_p][: top_k or n]
+    mass = np.cumsum(w[order])
+    if top_p < 1:
+        order = order[: np.searchsorted(mass, top_p * mass[-1]) + 1]
+    mass = np.cumsum(w[order])
+    return int(order[min(np.searchsorted(mass, draw * mass[-1], side="right"), len(order) - 1)])
+
+
+# ---------------------------------------------------------------- quantisation
+
+
+def fit_ranges(weight, group, scales, minima):
+    """The scale and minimum of each group with the least squared error among several narrowing ranges."""
+    from .quantize import RANGES, SHRINK
+
+    for g, w in enumerate(weight.reshape(-1, group).astype(np.float64)):
+        low, high, best = w.min(), w.max(), np.inf
+        scales[g], minima[g] = 0, low
+        for r in range(RANGES if high > low else 0):
+            cut = (high - low) * SHRINK * r
+            level = np.rint(np.clip((w - low - cut / 2) / ((high - low - cut) / 15), 0, 15))
+            scale, minimum = np.polyfit(level, w, 1) if np.ptp(level) else (0.0, w.mean())
+            error = ((w - scale * level - minimum) ** 2).sum()
+            if error < best:
+                best, scales[g], minima[g] = error, scale, minimum
+
+
+def dot4(acc, u, s):
+    """acc[i] + sum over j < 4 of u[4 i + j] * s[4 i + j]: u uint8, s int8, acc int32."""
+    return acc + (u.astype(np.int32) * s.astype(np.int32)).reshape(-1, 4).sum(axis=1, dtype=np.int32)
+
+
+__all__ = [
+    "add_row",
+    "argmax",
+    "attend",
+    "attend_part",
+    "dot4",
+    "embed",
+    "fit_ranges",
+    "linear",
+    "log_sum_exp",
+    "make_lora",
+    "merge_parts",
+    "quantize_row",
+    "rank",
+    "rms_norm",
+    "rope",
+    "sample",
+    "silu_mul",
+    "top",
+    "uniform",
+    "write_key",
+    "write_value",
+]

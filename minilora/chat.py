@@ -1,0 +1,159 @@
+"""Chat templates: messages to prompt text, in a sandbox.
+
+A template comes with a model and is not trusted: it can't reach Python's insides, and its output is limited.
+Special tokens that a message merely mentions stay text: the template's own are the only ones that count.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from .errors import FormatError, UsageError
+from .tokenizer import Tokenizer
+
+LONGEST_OUTPUT = 1 << 24
+SECONDS = 5.0
+
+Message = Mapping[str, Any]
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks the assistant's part for training; here it is just its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which every attribute, item and call also checks the clock."""
+
+    deadline = float("inf")
+
+    def check(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise UsageError(f"the chat template ran for more than {SECONDS:g} seconds")
+
+    def getattr(self, obj, attribute):
+        self.check()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj, argument):
+        self.check()
+        return super().getitem(obj, argument)
+
+    def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805 (Jinja's own names: templates may pass any other)
+        __self.check()
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _refuse(message: str) -> None:
+    raise UsageError(f"the chat template refuses these messages: {message}")
+
+
+def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = _to_json
+    sandbox.globals["raise_exception"] = _refuse
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return sandbox.from_string(template)
+    except jinja2.TemplateError as error:
+        raise FormatError(f"the chat template is not valid: {error}") from None
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise UsageError unless messages is a list of {"role": text, "content": text}."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UsageError("messages must be a list with at least one message")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UsageError("each message must be an object with a role")
+        if not isinstance(message.get("content"), str):
+            raise UsageError("each message's content must be a text")
+
+
+def render(
+    template: str, messages: Sequence[Message], names: Mapping[str, str], add_generation_prompt: bool = True
+) -> str:
+    """The prompt text of messages. names: bos_token and the like. Raises UsageError, FormatError."""
+    check_messages(messages)
+    compiled = _compile(template)
+    sandbox = compiled.environment
+    assert isinstance(sandbox, _Sandbox)
+    sandbox.deadline = time.monotonic() + SECONDS
+    pieces, size = [], 0
+    try:
+        for piece in compiled.generate(
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **names
+        ):
+            sandbox.check()
+            pieces.append(piece)
+            size += len(piece)
+            if size > LONGEST_OUTPUT:
+                raise UsageError("the chat template's output is too long")
+    except jinja2.TemplateError as error:
+        raise UsageError(f"the chat template failed: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"the chat template failed: {type(error).__name__}") from None
+    return "".join(pieces)
+
+
+# Characters of Unicode's private use area stand for special tokens that a message mentions.
+_MARK = "\ue000{}\ue001"
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    """The prompt's ids. Raises UsageError where the model has no chat template, or the messages don't fit it."""
+    template = tokenizer.files.chat_template
+    if template is None:
+        raise UsageError("this model has no chat template", "Give the prompt as plain text.")
+    check_messages(messages)
+    mentioned = [name for name in tokenizer.special_tokens if name and any(name in m["content"] for m in messages)]
+    mentioned.sort(key=len, reverse=True)
+    marks = {name: _MARK.format(i) for i, name in enumerate(mentioned)}
+    text = render(
+        template, [_hide(message, marks) for message in messages], tokenizer.files.names, add_generation_prompt
+    )
+    ids: list[int] = []
+    for piece, name in _cut(text, marks):
+        ids += tokenizer.encode(piece, add_special_tokens=False) if piece else []
+        ids += tokenizer.encode_plain(name) if name else []
+    return ids
+
+
+def _hide(message: Message, marks: Mapping[str, str]) -> Message:
+    content = message["content"]
+    for name, mark in marks.items():
+        content = content.replace(name, mark)
+    return {**message, "content": content}
+
+
+def _cut(text: str, marks: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Pieces of text, each with the name of the mentioned token that follows it."""
+    pieces: list[tuple[str, str]] = []
+    names = {mark: name for name, mark in marks.items()}
+    while text:
+        at, mark = min(((text.find(m), m) for m in names if m in text), default=(-1, ""))
+        if at < 0:
+            pieces.append((text, ""))
+            break
+        pieces.append((text[:at], names[mark]))
+        text = text[at + len(mark) :]
+    return pieces

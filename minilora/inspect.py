@@ -1,0 +1,72 @@
+"""What `show` and `env` print."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+
+from minilora_kernels import cpu
+from minilora_kernels.jit import cache_root, code_folder
+from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
+
+from . import __version__
+from .adapters import CONFIG
+from .adapters import describe as describe_adapter
+from .checkpoint.lock import entries, resolve_adapter, resolve_model
+from .engine import usable_cores
+from .packed import Report, load_model
+from .weights import Target
+
+
+def describe(name: str, dtype: str, report: Report) -> dict[str, Any]:
+    """The facts of a model or adapter. Raises NotFoundError and the like."""
+    if name in entries("adapters"):
+        return {"name": name, **describe_adapter(resolve_adapter(name, report))}
+    path = resolve_model(name, report)
+    if (path / CONFIG).exists():
+        return {"name": name, **describe_adapter(path)}
+    weights = load_model(path, name, Target(dtype), report).weights
+    config = weights.config
+    numbers = int((weights.matrices[:, ROWS] * weights.matrices[:, COLUMNS]).sum())
+    return {
+        "name": name,
+        "architecture": config.architecture,
+        "layers": config.layers,
+        "hidden size": config.hidden_size,
+        "heads": f"{config.heads} query, {config.kv_heads} key-value, of {config.head_dim}",
+        "feed-forward": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "parameters": f"{numbers / 1e6:.1f} million",
+        "formats": ", ".join(f"{FORMAT_NAMES[fmt]} {weights.bytes_of(fmt) / 1e6:.1f} MB" for fmt in weights.formats),
+        "bytes": len(weights.arena),
+        "tied embeddings": config.tie_word_embeddings,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, CPU and folders."""
+    triple, model, _ = cpu.target()
+    return {
+        "minilora": __version__,
+        "python": sys.version.split()[0],
+        **{
+            name: _version(name)
+            for name in ("numpy", "numba", "llvmlite", "tokenizers", "safetensors", "huggingface-hub")
+        },
+        "platform": platform.platform(),
+        "cpu": f"{model} ({triple}), {cpu.family()} kernels",
+        "cores": usable_cores(),
+        "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
+        "cache": str(cache_root()),
+        "kernels": str(code_folder()),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

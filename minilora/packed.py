@@ -1,0 +1,225 @@
+"""Packed models on disk: a folder with the arena, the tables and the tokenizer, mapped into memory when used.
+
+    minilora.json      the tables, config.json's and generation_config.json's content, a checksum of everything
+    weights.bin        the arena
+    tokenizer.json, tokenizer_config.json, chat_template.jinja
+
+`quantize` writes such a folder on purpose, loading any other model writes one into the cache. A folder that is
+damaged or was made from other bytes is made again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora_kernels.jit import cache_root
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.folder import read_json
+from .config import ModelConfig, token_ids
+from .errors import FormatError
+from .params import SamplingParams
+from .tokenizer import Tokenizer, TokenizerFiles
+from .weights import Packer, Plan, Target, Weights, pack_in_memory
+
+MANIFEST, ARENA = "minilora.json", "weights.bin"
+VERSION = 1
+CHECKED_WORDS = 1 << 17
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to run. generation: the content of generation_config.json; folder: None if it is in memory only."""
+
+    name: str
+    weights: Weights
+    tokenizer: Tokenizer
+    generation: Mapping[str, Any]
+    folder: Path | None
+
+    def default_params(self, **given: Any) -> SamplingParams:
+        """SamplingParams with the model's own generation_config.json where `given` is silent."""
+        keys = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        found = {k: self.generation[k] for k in keys if self.generation.get(k) is not None}
+        if self.generation.get("do_sample") is False:
+            found = {"temperature": 0.0}
+        return SamplingParams(**found | given)
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """All tokens that end a text."""
+        listed = token_ids(self.generation.get("eos_token_id"), "eos_token_id")
+        return frozenset((*listed, *self.weights.config.eos_token_ids))
+
+
+def silent(message: str) -> None:
+    """A Report that says nothing."""
+
+
+def load_model(path: Path, name: str, target: Target | None = None, report: Report = silent) -> Model:
+    """A model from a checkpoint or a packed folder, packed in the cache if it was not before.
+
+    Raises NotFoundError, FormatError or UnsupportedError. Where the cache can't be written it says so and keeps
+    the packed weights in memory.
+    """
+    target = target or Target()
+    if (path / MANIFEST).exists():
+        return read_packed(path, name)
+    checkpoint = open_checkpoint(path)
+    folder = cache_root() / "packed" / f"{path.name}-{_key(checkpoint, path, target)}"
+    try:
+        return read_packed(folder, name)
+    except (FormatError, OSError):
+        pass
+    except LookupError:
+        pass
+    report(f"packing {name} ({target.dtype})")
+    plan = Plan(checkpoint, target)
+    tokenizer = checkpoint.tokenizer()
+    try:
+        write_packed(folder, plan, tokenizer)
+        return read_packed(folder, name)
+    except OSError as error:
+        report(
+            f"cannot keep the packed model in {folder.parent} ({error.strerror}): it is packed anew at each start. "
+            "Set MINILORA_CACHE to a folder with room."
+        )
+    return Model(name, pack_in_memory(plan), Tokenizer(tokenizer), checkpoint.generation, None)
+
+
+def _key(checkpoint: Checkpoint, path: Path, target: Target) -> str:
+    """A digest of what the packed bytes depend on: which files, their sizes and times, the target, our version."""
+    digest = hashlib.sha256(repr((VERSION, target.dtype, target.group)).encode())
+    extra = (
+        [
+            path / n
+            for n in (
+                "config.json",
+                "generation_config.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "chat_template.jinja",
+            )
+        ]
+        if path.is_dir()
+        else []
+    )
+    for file in (*checkpoint.files, *(f for f in extra if f.exists())):
+        status = file.stat()
+        digest.update(repr((str(file.resolve()), status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles) -> None:
+    """Write a packed model, whole or not at all; if another process was faster, its folder stays.
+
+    Raises OSError where there is no room or no permission.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with (building / ARENA).open("wb") as file:
+            for chunk in Packer(plan).chunks():
+                file.write(chunk.data)
+        tokenizer.save(building)
+        (building / MANIFEST).write_text(json.dumps(_manifest(building, plan)))
+        _replace_folder(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _replace_folder(building: Path, folder: Path) -> None:
+    try:
+        os.rename(building, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        try:
+            read_packed(folder, folder.name)
+            shutil.rmtree(building, ignore_errors=True)
+        except (FormatError, LookupError):
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(building, folder)
+
+
+def _manifest(folder: Path, plan: Plan) -> dict[str, Any]:
+    tables = {
+        "matrices": plan.matrices.tolist(),
+        "layers": plan.layers.tolist(),
+        "embed": plan.embed,
+        "head": plan.head,
+        "final_norm": plan.final_norm,
+    }
+    content = {
+        "version": VERSION,
+        "config": dict(plan.config.source),
+        "generation": dict(plan.checkpoint.generation),
+        "dtype": plan.target.dtype,
+        "group": plan.target.group,
+        "bytes": plan.size,
+        "checksum": checksum(_map(folder / ARENA, plan.size)),
+        **tables,
+    }
+    return {**content, "digest": _digest(content)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def checksum(arena: np.ndarray) -> str:
+    """A digest of sum and exclusive or over each MiB: fast enough for every start, and sees any flipped bit."""
+    words = arena[: len(arena) // 8 * 8].view(np.uint64)
+    digest = hashlib.sha256(arena[len(arena) // 8 * 8 :].tobytes())
+    for start in range(0, len(words), CHECKED_WORDS):
+        piece = words[start : start + CHECKED_WORDS]
+        digest.update(np.array([np.add.reduce(piece), np.bitwise_xor.reduce(piece)], np.uint64).tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_packed(folder: Path, name: str) -> Model:
+    """A packed model, its arena mapped into memory. Raises FormatError where it is damaged, NotFoundError if absent."""
+    content = read_json(folder / MANIFEST)
+    digest = content.pop("digest", None)
+    if content.get("version") != VERSION or digest != _digest(content):
+        raise FormatError(f"{folder / MANIFEST} is damaged or from another version of minilora", "Delete the folder.")
+    arena = _map(folder / ARENA, content["bytes"])
+    if checksum(arena) != content["checksum"]:
+        raise FormatError(f"{folder / ARENA} is damaged", "Delete the folder.")
+    weights = Weights(
+        ModelConfig.from_dict(content["config"]),
+        arena,
+        np.array(content["matrices"], np.int64),
+        np.array(content["layers"], np.int64),
+        content["embed"],
+        content["head"],
+        content["final_norm"],
+    )
+    return Model(name, weights, Tokenizer(TokenizerFiles.from_folder(folder)), content["generation"], folder)
+
+
+def _map(path: Path, size: int) -> np.ndarray:
+    """The file as uint8, shared with other processes until written to (which never happens)."""
+    try:
+        if path.stat().st_size != size:
+            raise FormatError(f"{path} has {path.stat().st_size} bytes instead of {size}", "Delete the folder.")
+        return np.memmap(path, np.uint8, mode="c").view(np.ndarray)
+    except FileNotFoundError:
+        raise FormatError(f"{path} is missing", "Delete the folder.") from None

@@ -1,0 +1,79 @@
+"""The NumPy backend: the reference network behind the same interface, one text at a time. Slow, to trust and to teach."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from minilora_kernels import reference as kernels
+
+from .adapters import Adapter, load_adapter
+from .checkpoint.lock import resolve_adapter, resolve_model
+from .llm import LoRARequest, token_ids
+from .outputs import RequestOutput, TextBuilder
+from .packed import Report, load_model, silent
+from .params import SamplingParams
+from .reference import Reference
+from .sampler import Draw, alter
+from .sequence import Sequence
+from .weights import DEFAULT_GROUP, Target
+
+
+class PlainLLM:
+    """LLM's generate with NumPy alone: every token computes the whole text again."""
+
+    def __init__(self, model: str, *, dtype: str = "auto", group_size: int = DEFAULT_GROUP, report: Report = silent):
+        self.model = load_model(resolve_model(model, report), model, Target(dtype, group_size), report)
+        self.tokenizer = self.model.tokenizer
+        self.adapters: dict[str, Adapter] = {}
+        self._floats = self.model.weights.floats()
+
+    def add_lora(self, name: str, source: str, report: Report = silent) -> None:
+        """Load an adapter under a name."""
+        self.adapters[name] = load_adapter(resolve_adapter(source, report), self.model.weights.config)
+
+    def generate(self, prompt: Mapping[str, Any], params: SamplingParams, loras: list[LoRARequest]) -> RequestOutput:
+        """One text for one prompt of token ids. Log-probabilities are not computed."""
+        tokens = token_ids(prompt)
+        config = self.model.weights.config
+        network = Reference(config, self._merged(loras), config.max_position_embeddings)
+        sequence = Sequence(1, list(tokens), len(tokens), params, params.seed or 0)
+        builder = TextBuilder(sequence, 0, self.tokenizer)
+        while sequence.finish_reason is None:
+            token = self._choose(network.forward(sequence.tokens)[-1], sequence)
+            sequence.tokens.append(token)
+            enough = sequence.generated >= params.min_tokens
+            if enough and (
+                (token in self.model.eos and not params.ignore_eos) or token in (params.stop_token_ids or ())
+            ):
+                sequence.finish_reason = "stop"
+            elif sequence.generated == params.max_tokens or len(sequence.tokens) == config.max_position_embeddings:
+                sequence.finish_reason = "length"
+            if builder.add(token, None):
+                sequence.finish_reason = "stop"
+        builder.finish()
+        return RequestOutput("1", None, tokens, [builder.output], finished=True, lora_request=tuple(loras))
+
+    def _merged(self, loras: list[LoRARequest]) -> dict[str, np.ndarray]:
+        """The weights with every adapter's B A added."""
+        merged = dict(self._floats)
+        for lora in loras:
+            for module, (a, b) in self.adapters[lora.lora_name].pairs.items():
+                update = (b @ a).T if module == "model.embed_tokens" else b @ a
+                merged[f"{module}.weight"] = merged[f"{module}.weight"] + np.float32(lora.scale) * update
+        return merged
+
+    def _choose(self, logits: np.ndarray, sequence: Sequence) -> int:
+        params, cut = sequence.params, sequence.prompt_length
+        barred = (*self.model.eos, *(params.stop_token_ids or ()))
+        draw = Draw(
+            0, params, sequence.seed, len(sequence.tokens), sequence.tokens[:cut], sequence.tokens[cut:], barred
+        )
+        logits = logits.astype(np.float32)
+        alter(logits, draw)
+        if params.greedy:
+            return kernels.argmax(logits, 0, len(logits))
+        number = kernels.uniform(sequence.seed & (1 << 64) - 1, draw.position)
+        return kernels.sample(
+            logits, 0, len(logits), params.temperature, params.top_k, params.top_p, params.min_p, number, None, None, 0
+        )
