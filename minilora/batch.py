@@ -17,8 +17,8 @@ class StepInput(NamedTuple):
     """What one step computes, int64 but for scales. T rows, rows of a sequence together.
 
     tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 7]; merges:
-    the tiles (first split of each) whose splits must be merged. segments: [S, 3], first row, end row and slot of
-    each run of rows with one adapter; scales: float32 [S]. out_rows: rows whose logits are wanted; out_segments,
+    the tiles (first split of each) whose splits must be merged. segments: [S, 4], first row, end row, slot and
+    first column in the shrunk rows of each run of rows with one adapter; scales: float32 [S]. out_rows: rows whose logits are wanted; out_segments,
     out_scales: like segments, counted in out_rows.
     """
 
@@ -72,9 +72,10 @@ def split_size(heads: int, head_dim: int) -> int:
 
 class Packer:
     """Makes StepInputs. group: query heads per kv head; part: split_size; most_parts: numbers in Buffers.parts;
-    workers: attention items that keep all threads busy."""
+    workers: attention items that keep all threads busy; ranks: columns of the shrunk rows that one adapter takes."""
 
-    def __init__(self, group: int, kv_heads: int, part: int, most_parts: int, workers: int):
+    def __init__(self, group: int, kv_heads: int, part: int, most_parts: int, workers: int, ranks: int):
+        self._ranks = ranks
         self._per_tile, self._kv_heads = tokens_per_tile(group), kv_heads
         self._part, self._most_parts, self._workers = part, most_parts, workers
 
@@ -88,8 +89,8 @@ class Packer:
         wanted = [
             range(row + max(c.first_logits - c.start, 0), row + c.length) for c, row in zip(chunks, rows, strict=False)
         ]
-        segments, scales = _segments(chunks, rows)
-        out_segments, out_scales = _segments(chunks, np.cumsum([0] + [len(w) for w in wanted]).tolist())
+        segments, scales = _segments(chunks, rows, self._ranks)
+        out_segments, out_scales = _segments(chunks, np.cumsum([0] + [len(w) for w in wanted]).tolist(), self._ranks)
         return StepInput(
             _numbers([token for c in chunks for token in c.tokens[c.start : c.start + c.length]]),
             np.concatenate(positions).astype(np.int64),
@@ -130,9 +131,9 @@ def _numbers(values: list[int]) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def _segments(chunks: list[Chunk], rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _segments(chunks: list[Chunk], rows: list[int], ranks: int) -> tuple[np.ndarray, np.ndarray]:
     """Runs of rows with equal adapters; a run with several adapters is there once for each, in their order."""
-    segments: list[tuple[int, int, int]] = []
+    segments: list[tuple[int, ...]] = []
     scales: list[float] = []
     at = 0
     while at < len(chunks):
@@ -140,7 +141,7 @@ def _segments(chunks: list[Chunk], rows: list[int]) -> tuple[np.ndarray, np.ndar
         while end < len(chunks) and chunks[end].uses == chunks[at].uses:
             end += 1
         if rows[at] < rows[end]:
-            segments += [(rows[at], rows[end], use.slot) for use in chunks[at].uses]
+            segments += [(rows[at], rows[end], use.slot, i * ranks) for i, use in enumerate(chunks[at].uses)]
             scales += [use.scale for use in chunks[at].uses]
         at = end
-    return np.array(segments, np.int64).reshape(-1, 3), np.array(scales, np.float32)
+    return np.array(segments, np.int64).reshape(-1, 4), np.array(scales, np.float32)

@@ -25,6 +25,7 @@ from .sequence import AdapterUse, Sequence, State, TokenLogprobs
 from .weights import Weights
 
 MEMORY_SHARE = 0.5
+MOST_USES = 8
 
 
 class Output(NamedTuple):
@@ -109,8 +110,8 @@ class Engine:
             b=_rows(rows, model.intermediate_size),
             qkv=_floats(rows * qkv),
             qkv_stride=qkv,
-            s=_floats(max(rows, self._most_logits) * ranks),
-            s_stride=ranks,
+            s=_floats(max(rows, self._most_logits) * ranks * MOST_USES),
+            s_stride=ranks * MOST_USES,
             scratch=_floats(threads * scratch),
             scratch_stride=scratch,
             parts=_floats(parts),
@@ -129,7 +130,7 @@ class Engine:
         )
         self._network = self.weights.network(self.length)
         self._step = make_step(self.weights.formats, self.kv_format, self.adapters.format)
-        self._packer = Packer(model.group, model.kv_heads, part, parts, 4 * threads)
+        self._packer = Packer(model.group, model.kv_heads, part, parts, 4 * threads, ranks)
         self._sampler = Sampler(self.team, self._buffers.logits, padded, model.vocab_size)
         self.scheduler = Scheduler(
             self.pool,
@@ -203,8 +204,9 @@ class Engine:
             )
         if params.n > self.config.max_num_seqs:
             raise UsageError(f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}")
-        if len(uses) > self.config.max_loras:
-            raise UsageError(f"{len(uses)} adapters in one request, but max_loras is {self.config.max_loras}")
+        if len(uses) > min(MOST_USES, self.config.max_loras):
+            most = min(MOST_USES, self.config.max_loras)
+            raise UsageError(f"{len(uses)} adapters in one request, at most {most} are possible")
         params.check_vocabulary(self.model.vocab_size)
         for use in uses:
             if use.digest not in self._packed:

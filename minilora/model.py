@@ -182,7 +182,8 @@ def _make_adapters(lora_format):
             for panel in range(inputs[slot, layer, which, 1] // PANEL):
                 for row in range(first, end, BLOCK):
                     if turn % c.size == c.rank:
-                        x_at, s_at, count = (x_row + row) * x.stride, row * b.s_stride, min(BLOCK, end - row)
+                        x_at, s_at = (x_row + row) * x.stride, row * b.s_stride + segments[i, 3]
+                        count = min(BLOCK, end - row)
                         arena = c.adapters.arena
                         shrink(
                             arena, at, columns, panel, x.values, x_at, x.stride, count, scales[i], b.s, s_at, b.s_stride
@@ -198,7 +199,7 @@ def _make_adapters(lora_format):
             first, end, slot = max(row0, segments[i, 0]), min(row1, segments[i, 1]), segments[i, 2]
             at, ranks = outputs[slot, layer, which, 0], outputs[slot, layer, which, 1]
             if ranks > 0 and first < end and low < high:
-                s_at = first * b.s_stride + outputs[slot, layer, which, 2]
+                s_at = first * b.s_stride + segments[i, 3] + outputs[slot, layer, which, 2]
                 out_at = to.at + (first - row0) * to.stride + low * to.step
                 arena, count = c.adapters.arena, end - first
                 expand(arena, at, ranks, low, high, b.s, s_at, b.s_stride, count, to.array, out_at, to.stride, to.step)
@@ -216,7 +217,7 @@ def _make_adapters(lora_format):
             padded = (ranks + PANEL - 1) // PANEL * PANEL
             first, end = max(low, batch.segments[i, 0]), min(high, batch.segments[i, 1])
             for r in range(first, end if ranks > 0 else first):
-                s_at = r * b.s_stride
+                s_at = r * b.s_stride + batch.segments[i, 3]
                 gather(arena, a_at, padded, batch.tokens[r], batch.scales[i], b.s, s_at)
                 expand(arena, b_at, ranks, 0, width // PANEL, b.s, s_at, 0, 1, b.x, r * width, 0, PANEL)
         barrier(c.sync, c.size)

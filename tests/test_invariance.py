@@ -1,0 +1,169 @@
+"""A request gives bitwise the same numbers whoever is beside it, however its prompt is cut, on any number of threads."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minilora.params import SamplingParams
+from minilora.sequence import AdapterUse
+from minilora_kernels.cases import CASES
+
+from .support import GREEDY, load_weights, make_adapter, make_engine, random_tokens, run
+
+PROMPT = random_tokens(np.random.default_rng(7), 300)
+RANKS = (2, 8, 16, 24)
+
+
+def linear_cases():
+    return [case for case in CASES if case.name.startswith("linear")]
+
+
+@pytest.mark.parametrize("case", linear_cases(), ids=lambda case: case.name)
+def test_linear_rows_do_not_depend_on_their_number(case):
+    size = {**case.small[0], "M": 15}
+    weights, table, matrix, rows, row, count, first, end, out, at, stride, _ = case.make(np.random.default_rng(1), size)
+    together = np.zeros_like(out)
+    case.compiled(weights, table, matrix, rows, row, count, first, end, together, at, stride, 0)
+    for start, length in [(0, 1), (14, 1), (3, 2), (5, 4), (2, 8), (1, 13)]:
+        alone = np.zeros_like(out)
+        case.compiled(weights, table, matrix, rows, start, length, first, end, alone, at, stride, 0)
+        assert np.array_equal(alone[: length * stride], together[start * stride : (start + length) * stride])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith("attend ")], ids=lambda case: case.name)
+@pytest.mark.parametrize("window", [0, 290])
+def test_attention_rows_do_not_depend_on_their_tile(case, window):
+    size = {"position": 505, "tokens": 12, "heads": 1, "group": 3, "size": 64, "window": window}
+    kv, query, pages, q, _, stride, out, _, _, scratch, _ = case.make(np.random.default_rng(2), size)
+    case.compiled(kv, query, pages, q, 0, stride, out, 0, stride, scratch, 0)
+    for start, count in [(0, 1), (11, 1), (2, 5), (6, 6)]:
+        part = query._replace(position=query.position + start, tokens=count)
+        alone = np.zeros_like(out)
+        case.compiled(kv, part, pages, q, start * stride, stride, alone, 0, stride, scratch, 0)
+        assert np.array_equal(alone[: count * stride], out[start * stride : (start + count) * stride])
+
+
+def trace(engine, sequence, outputs):
+    """All numbers of a request: tokens, and log-probabilities of prompt and text."""
+    return sequence.tokens, sequence.prompt_logprobs, [output.logprobs for output in outputs[sequence]]
+
+
+PARAMS = SamplingParams(max_tokens=12, seed=3, temperature=0.8, top_p=0.9, logprobs=3, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=["float32", "int4", "int8"])
+def world(request, tiny):
+    """(weights, adapters, the needle's trace alone), the needle with two adapters."""
+    weights = load_weights(tiny("llama"), request.param)
+    adapters = [make_adapter(weights.config, rank=rank, seed=rank) for rank in RANKS]
+    engine = make_engine(weights)
+    digests = [engine.add_adapter(adapter) for adapter in adapters]
+    needle = (AdapterUse(digests[1], 1.0), AdapterUse(digests[2], 0.5))
+    [sequence] = engine.submit(PROMPT, PARAMS, needle)
+    return weights, adapters, needle, trace(engine, sequence, run(engine))
+
+
+def same_in(world, neighbours=0, seed=0, **config):
+    weights, adapters, needle, alone = world
+    engine = make_engine(weights, **{"max_num_seqs": 16, **config})
+    digests = [engine.add_adapter(adapter) for adapter in adapters]
+    rng = np.random.default_rng(seed)
+    for i in range(neighbours):
+        if i == neighbours // 2:
+            [sequence] = engine.submit(PROMPT, PARAMS, needle)
+        uses = tuple(AdapterUse(digests[j], float(rng.random())) for j in rng.permutation(4)[: rng.integers(0, 3)])
+        params = SamplingParams(max_tokens=int(rng.integers(1, 20)), temperature=float(rng.choice([0, 1])), ignore_eos=True, n=int(rng.integers(1, 3)))
+        engine.submit(random_tokens(rng, int(rng.integers(1, 90))), params, uses)
+    if not neighbours:
+        [sequence] = engine.submit(PROMPT, PARAMS, needle)
+    outputs = run(engine)
+    assert trace(engine, sequence, outputs) == alone
+    return engine, sequence
+
+
+def test_among_neighbours(world):
+    same_in(world, neighbours=15, seed=1)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64])
+def test_however_the_prompt_is_cut(world, budget):
+    same_in(world, max_num_batched_tokens=budget)
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_on_any_number_of_threads(world, threads):
+    same_in(world, threads=threads)
+    same_in(world, threads=threads, neighbours=6, seed=2, max_num_batched_tokens=50)
+
+
+def test_after_preemption(world):
+    weights = world[0]
+    engine = make_engine(weights)
+    page = engine.kv.heads * engine.kv.page * engine.kv.size * weights.config.layers * 2 * engine.kv.keys.itemsize
+    engine, sequence = same_in(world, neighbours=12, seed=3, kv_cache_memory=14 * page)
+    assert engine.scheduler.preemptions > 0
+
+
+def test_with_a_prefix_hit(world):
+    weights, adapters, needle, alone = world
+    engine = make_engine(weights)
+    for adapter in adapters:
+        engine.add_adapter(adapter)
+    for expected_hit in (0, 288):
+        [sequence] = engine.submit(PROMPT, PARAMS, needle)
+        outputs = run(engine)
+        assert sequence.cached == expected_hit
+        assert trace(engine, sequence, outputs) == alone
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_mix_gives_what_each_gives_alone(world, data):
+    """Random requests together, then one by one."""
+    weights, adapters, _, _ = world
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    requests = []
+    for _ in range(data.draw(st.integers(2, 6))):
+        count = data.draw(st.sampled_from([1, 2, 31, 32, 33, 70]))
+        uses = tuple((j, data.draw(st.sampled_from([1.0, 0.25]))) for j in data.draw(st.lists(st.integers(0, 3), max_size=2, unique=True)))
+        params = SamplingParams(max_tokens=data.draw(st.integers(1, 5)), seed=1, temperature=data.draw(st.sampled_from([0.0, 1.0])), ignore_eos=True)
+        requests.append((random_tokens(rng, count), params, uses))
+    config = {"max_num_batched_tokens": data.draw(st.sampled_from([3, 16, 200])), "threads": data.draw(st.sampled_from([1, 2]))}
+
+    def tokens_of(groups):
+        found = []
+        for group in groups:
+            engine = make_engine(weights, **config)
+            digests = [engine.add_adapter(adapter) for adapter in adapters]
+            sequences = [engine.submit(t, p, tuple(AdapterUse(digests[j], s) for j, s in uses))[0] for t, p, uses in group]
+            run(engine)
+            engine.close()
+            found += [sequence.tokens for sequence in sequences]
+        return found
+
+    assert tokens_of([requests]) == tokens_of([[request] for request in requests])
+
+
+def test_the_test_can_fail(world):
+    """Another seed gives another text: the comparison above sees differences."""
+    weights, adapters, needle, alone = world
+    engine = make_engine(weights)
+    for adapter in adapters:
+        engine.add_adapter(adapter)
+    [sequence] = engine.submit(PROMPT, SamplingParams(max_tokens=12, seed=4, temperature=0.8, logprobs=3, ignore_eos=True), needle)
+    assert trace(engine, sequence, run(engine)) != alone
+
+
+def test_greedy_decode_equals_prefill(world):
+    """Feeding a generated text back as a prompt gives the same log-probabilities, bit for bit."""
+    weights = world[0]
+    engine = make_engine(weights)
+    [first] = engine.submit(PROMPT, SamplingParams(max_tokens=20, logprobs=1, **GREEDY))
+    generated = [output.logprobs for output in run(engine)[first]]
+    engine = make_engine(weights)
+    [again] = engine.submit(first.tokens, SamplingParams(max_tokens=1, prompt_logprobs=1, **GREEDY))
+    run(engine)
+    assert again.prompt_logprobs[len(PROMPT) - 1 :] == generated
+
+

@@ -1,0 +1,118 @@
+"""The compiled step against the NumPy reference network, for every architecture, format and kind of adapter."""
+
+import numpy as np
+import pytest
+
+from minilora.reference import Reference
+from minilora.sequence import AdapterUse
+
+from .support import ARCHITECTURES, LINEAR, load_weights, make_adapter, make_engine, prompt_logits, random_tokens
+
+
+def log_softmax(x):
+    x = x.astype(np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def reference_logprobs(weights, tokens, length, adapters=()):
+    floats = weights.floats()
+    for adapter, scale in adapters:
+        for module, (a, b) in adapter.pairs.items():
+            update = (b @ a).T if module == "model.embed_tokens" else b @ a
+            floats[f"{module}.weight"] = floats[f"{module}.weight"] + np.float32(scale) * update
+    return log_softmax(Reference(weights.config, floats, length).forward(tokens))
+
+
+def largest_error(found, expected, tokens):
+    """Over the tokens that are there and the best ones at each place."""
+    errors = []
+    for place, entry in enumerate(found):
+        pairs = [(entry.token, entry.logprob), *entry.top]
+        errors += [abs(logprob - expected[place, token]) for token, logprob in pairs]
+    return max(errors)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_equals_the_reference(tiny, name):
+    weights = load_weights(tiny(name))
+    engine = make_engine(weights, max_num_batched_tokens=64)
+    tokens = random_tokens(np.random.default_rng(1), 150)
+    found = prompt_logits(engine, tokens)
+    assert largest_error(found, reference_logprobs(weights, tokens, engine.length), tokens) < 2e-4
+
+
+def test_texts_longer_than_a_split(tiny):
+    weights = load_weights(tiny("qwen3"))
+    engine = make_engine(weights)
+    tokens = random_tokens(np.random.default_rng(2), 600)
+    found = prompt_logits(engine, tokens)
+    assert largest_error(found, reference_logprobs(weights, tokens, engine.length), tokens) < 2e-4
+
+
+@pytest.mark.parametrize("dtype, kv, bound", [
+    ("float16", "float32", 1e-3), ("bfloat16", "float32", 1e-3), ("float32", "float16", 0.02), ("float32", "int8", 0.2),
+    ("int8", "auto", 0.3), ("int4", "auto", 0.3),
+])
+def test_formats_equal_the_reference_on_their_own_weights(tiny, dtype, kv, bound):
+    weights = load_weights(tiny("llama"), dtype)
+    engine = make_engine(weights, kv_cache_dtype=kv)
+    tokens = random_tokens(np.random.default_rng(3), 100)
+    found = prompt_logits(engine, tokens)
+    assert largest_error(found, reference_logprobs(weights, tokens, engine.length), tokens) < bound
+
+
+@pytest.mark.parametrize("dtype, bound", [("int8", 0.01), ("int4", 0.12)])
+def test_quantisation_keeps_the_weights(tiny, dtype, bound):
+    exact, rounded = load_weights(tiny("llama")).floats(), load_weights(tiny("llama"), dtype).floats()
+    for name, weight in exact.items():
+        assert np.linalg.norm(rounded[name] - weight) <= bound * np.linalg.norm(weight), name
+
+
+ADAPTERS = {
+    "attention": dict(rank=4, modules=("q_proj", "v_proj", "qkv_proj")),
+    "rank one": dict(rank=1, modules=("o_proj",)),
+    "all linear": dict(rank=16, modules=LINEAR),
+    "high rank": dict(rank=64, modules=("down_proj", "up_proj", "gate_up_proj")),
+    "rslora": dict(rank=9, modules=LINEAR, use_rslora=True),
+    "embedding": dict(rank=5, modules=("embed_tokens",)),
+    "head": dict(rank=7, modules=("lm_head", "k_proj", "qkv_proj")),
+    "patterns": dict(rank=4, modules=LINEAR, alpha_pattern={"0.self_attn.q_proj": 1, "down_proj": 32}),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("name", ["llama", "phi3", "llama-tied"])
+def test_adapters_equal_merged_weights(tiny, name, kind):
+    weights = load_weights(tiny(name))
+    adapter = make_adapter(weights.config, **ADAPTERS[kind])
+    engine = make_engine(weights, max_num_batched_tokens=48)
+    digest = engine.add_adapter(adapter)
+    tokens = random_tokens(np.random.default_rng(4), 70)
+    found = prompt_logits(engine, tokens, (AdapterUse(digest, 0.75),))
+    expected = reference_logprobs(weights, tokens, engine.length, [(adapter, 0.75)])
+    assert largest_error(found, expected, tokens) < 5e-4
+    plain = reference_logprobs(weights, tokens, engine.length)
+    assert largest_error(found, plain, tokens) > 0.05, "the adapter has no effect"
+
+
+def test_several_adapters_in_one_request(tiny):
+    weights = load_weights(tiny("llama"))
+    one, other = make_adapter(weights.config, rank=3, seed=5), make_adapter(weights.config, rank=8, seed=6, modules=("o_proj", "up_proj", "lm_head"))
+    engine = make_engine(weights)
+    uses = (AdapterUse(engine.add_adapter(one), 0.5), AdapterUse(engine.add_adapter(other), -1.25))
+    tokens = random_tokens(np.random.default_rng(5), 60)
+    found = prompt_logits(engine, tokens, uses)
+    expected = reference_logprobs(weights, tokens, engine.length, [(one, 0.5), (other, -1.25)])
+    assert largest_error(found, expected, tokens) < 5e-4
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_adapters_on_quantised_weights(tiny, dtype):
+    weights = load_weights(tiny("llama"), dtype)
+    adapter = make_adapter(weights.config, rank=8)
+    engine = make_engine(weights)
+    tokens = random_tokens(np.random.default_rng(6), 60)
+    found = prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(adapter), 1.0),))
+    expected = reference_logprobs(weights, tokens, engine.length, [(adapter, 1.0)])
+    assert largest_error(found, expected, tokens) < 0.4
