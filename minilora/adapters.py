@@ -361,8 +361,9 @@ def _check_targets(settings: Mapping[str, Any], adapter: Adapter, config: ModelC
     targets = settings.get("target_modules")
     if not isinstance(targets, list):
         return
-    chosen = settings.get("layers_to_transform")
-    layers = set([chosen] if isinstance(chosen, int) else chosen or range(config.layers))
+    layers = _layers(settings.get("layers_to_transform"), config)
+    if not all(isinstance(target, str) for target in targets):
+        raise AdapterError(f"{CONFIG}: target_modules must hold names")
     for name in module_shapes(config):
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) not in layers:
@@ -372,6 +373,14 @@ def _check_targets(settings: Mapping[str, Any], adapter: Adapter, config: ModelC
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in adapter.pairs):
             raise AdapterError(f"{CONFIG} names the target {target!r}, which the base model does not have")
+
+
+def _layers(chosen: Any, config: ModelConfig) -> set[int]:
+    """The layers that layers_to_transform means; without it, all."""
+    listed = [chosen] if isinstance(chosen, int) else list(range(config.layers)) if chosen is None else chosen
+    if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+        raise AdapterError(f"{CONFIG}: layers_to_transform must be a layer's number or a list of them, not {chosen!r}")
+    return set(listed)
 
 
 # ---------------------------------------------------------------- packed

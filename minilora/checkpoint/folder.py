@@ -49,8 +49,8 @@ class FolderCheckpoint:
 
     def _inside(self, name: str) -> Path:
         """A file named by the index, which must lie in the folder itself."""
-        if Path(name).name != name:
-            raise FormatError(f"{INDEX} names {name!r}, which is not a file of its own folder")
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise FormatError(f"{INDEX} names {name!r}, which is no safetensors file of its own folder")
         if not (self.path / name).exists():
             raise NotFoundError(f"{self.path / name} is missing", f"{INDEX} names it; fetch the checkpoint again.")
         return self.path / name

@@ -1,0 +1,213 @@
+"""PEFT folders: what is read, that everything else is refused by name, and the pool of resident adapters."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from minilora.adapters import load_adapter
+from minilora.config import ModelConfig
+from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
+from minilora.pool import AdapterPool
+
+from .support import BASE_CONFIG, make_adapter, peft_tensors, save_adapter
+
+CONFIG = ModelConfig.from_dict(BASE_CONFIG)
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def test_scaling_is_alpha_over_rank(tmp_path):
+    adapter = load_adapter(save_adapter(tmp_path, CONFIG, rank=4, lora_alpha=12), CONFIG)
+    tensors = peft_tensors(CONFIG, 4, ("q_proj", "v_proj"), 1)
+    a, b = adapter.pairs["model.layers.0.self_attn.q_proj"]
+    assert np.array_equal(a, tensors[f"{Q0}.lora_A.weight"])
+    assert np.array_equal(b, tensors[f"{Q0}.lora_B.weight"] * np.float32(3))
+    assert adapter.rank == 4 and adapter.modules == ["q_proj", "v_proj"]
+
+
+def test_rank_and_alpha_patterns(tmp_path):
+    tensors = peft_tensors(CONFIG, 4, ("v_proj",), 1) | {k: v for k, v in peft_tensors(CONFIG, 7, ("q_proj",), 2).items()}
+    folder = save_adapter(tmp_path, CONFIG, rank=4, tensors=tensors, rank_pattern={"q_proj": 7}, alpha_pattern={r"layers.1.self_attn.v_proj": 40}, use_rslora=True)
+    pairs = load_adapter(folder, CONFIG).pairs
+    assert len(pairs["model.layers.0.self_attn.q_proj"].a) == 7
+    v = [pairs[f"model.layers.{i}.self_attn.v_proj"].b / tensors[f"base_model.model.model.layers.{i}.self_attn.v_proj.lora_B.weight"] for i in (0, 1)]
+    assert np.allclose(v[0], 8 / 2) and np.allclose(v[1], 40 / 2)
+
+
+def test_layers_to_transform(tmp_path):
+    tensors = {k: v for k, v in peft_tensors(CONFIG, 4, ("q_proj", "v_proj"), 1).items() if ".layers.1." in k}
+    folder = save_adapter(tmp_path, CONFIG, tensors=tensors, layers_to_transform=[1])
+    assert all(".layers.1." in name for name in load_adapter(folder, CONFIG).pairs)
+
+
+def test_the_digest_is_of_the_content(tmp_path):
+    one, same, other = (load_adapter(save_adapter(tmp_path / name, CONFIG, seed=seed), CONFIG) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    scaled = load_adapter(save_adapter(tmp_path / "d", CONFIG, seed=1, lora_alpha=9), CONFIG)
+    assert one.digest == same.digest and len({one.digest, other.digest, scaled.digest}) == 3
+
+
+BAD_SETTINGS = [
+    ({"peft_type": "IA3"}, UnsupportedError, "IA3"), ({"use_dora": True}, UnsupportedError, "DoRA"), ({"bias": "all"}, UnsupportedError, "bias"),
+    ({"modules_to_save": ["lm_head"]}, UnsupportedError, "modules_to_save"), ({"fan_in_fan_out": True}, UnsupportedError, "fan_in_fan_out"),
+    ({"init_lora_weights": "pissa_niter_4"}, UnsupportedError, "pissa"), ({"trainable_token_indices": [1]}, UnsupportedError, "trainable_token_indices"),
+    ({"alora_invocation_tokens": [1]}, UnsupportedError, "alora"), ({"layer_replication": [[0, 2]]}, UnsupportedError, "layer_replication"),
+    ({"r": 0}, AdapterError, "r must be"), ({"r": 10**9}, AdapterError, "r must be"), ({"r": 8}, AdapterError, "q_proj.*rank 8"), ({"r": "4"}, AdapterError, "r must be"),
+    ({"lora_alpha": float("inf")}, AdapterError, "lora_alpha"), ({"lora_alpha": None}, AdapterError, "lora_alpha"),
+    ({"rank_pattern": {"(a+)+": 3}}, AdapterError, "pattern"), ({"rank_pattern": {"q_proj(": 3}}, AdapterError, "pattern"), ({"alpha_pattern": [1]}, AdapterError, "alpha_pattern"),
+    ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, AdapterError, "o_proj.*missing"), ({"target_modules": ["q_proj", "v_proj", "w1"]}, AdapterError, "w1"),
+]
+
+
+@pytest.mark.parametrize("change, error, word", BAD_SETTINGS)
+def test_bad_settings_are_refused(tmp_path, change, error, word):
+    with pytest.raises(error, match=word):
+        load_adapter(save_adapter(tmp_path, CONFIG, **change), CONFIG)
+
+
+def without(name):
+    return lambda t: {k: v for k, v in t.items() if k != name}
+
+
+def with_(name, value):
+    return lambda t: t | {name: value}
+
+
+BAD_TENSORS = [
+    (without(f"{Q0}.lora_B.weight"), AdapterError, "q_proj: lora_B is missing"),
+    (with_(f"{Q0}.lora_A.weight", np.zeros((4, 65), np.float32)), AdapterError, r"q_proj: lora_A.*\(4, 65\)"),
+    (with_(f"{Q0}.lora_B.weight", np.zeros((63, 4), np.float32)), AdapterError, r"q_proj: lora_B.*\(63, 4\)"),
+    (with_(f"{Q0}.lora_A.weight", np.full((4, 64), np.nan, np.float32)), AdapterError, "not finite"),
+    (with_(f"{Q0}.lora_magnitude_vector", np.zeros(64, np.float32)), UnsupportedError, "DoRA"),
+    (with_("base_model.model.lm_head.weight", np.zeros((263, 64), np.float32)), UnsupportedError, "lm_head.weight"),
+    (with_("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", np.zeros((4, 64), np.float32)), AdapterError, "layers.7"),
+    (with_("base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight", np.zeros((4, 64), np.float32)), AdapterError, "qkv_proj"),
+    (with_("base_model.model.model.embed_tokens.lora_A.weight", np.zeros((4, 263), np.float32)), AdapterError, "embed_tokens"),
+    (lambda t: {}, AdapterError, "no tensors"),
+]
+
+
+@pytest.mark.parametrize("change, error, word", BAD_TENSORS)
+def test_bad_tensors_are_refused(tmp_path, change, error, word):
+    tensors = change(peft_tensors(CONFIG, 4, ("q_proj", "v_proj"), 1))
+    with pytest.raises(error, match=word):
+        load_adapter(save_adapter(tmp_path, CONFIG, tensors=tensors), CONFIG)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(NotFoundError, match="no folder"):
+        load_adapter(tmp_path / "nowhere", CONFIG)
+    with pytest.raises(NotFoundError, match=r"adapter_config\.json"):
+        load_adapter(tmp_path, CONFIG)
+    save_adapter(tmp_path, CONFIG)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UnsupportedError, match="safe_serialization"):
+        load_adapter(tmp_path, CONFIG)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(FormatError):
+        load_adapter(tmp_path, CONFIG)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_damaged_folders_never_crash(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "adapter"
+    save_adapter(folder, CONFIG)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        raw = bytearray((folder / file).read_bytes())
+        for _ in range(data.draw(st.integers(0, 3))):
+            raw[data.draw(st.integers(0, min(len(raw) - 1, 3000)))] = data.draw(st.integers(0, 255))
+        (folder / file).write_bytes(raw)
+    try:
+        load_adapter(folder, CONFIG)
+    except MiniloraError:
+        pass
+
+
+def test_unknown_json_types_never_crash(tmp_path):
+    for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "layers_to_transform", "bias", "peft_type", "init_lora_weights"):
+        for value in (None, True, -1, 1.5, "x", [], [None], {}, {"a": []}):
+            folder = save_adapter(tmp_path, CONFIG)
+            content = json.loads((folder / "adapter_config.json").read_text()) | {key: value}
+            (folder / "adapter_config.json").write_text(json.dumps(content))
+            try:
+                load_adapter(folder, CONFIG)
+            except MiniloraError:
+                pass
+
+
+# ---------------------------------------------------------------- the pool
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Random operations; after each the books must be right and every resident adapter's bytes intact."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapters = [make_adapter(CONFIG, rank=rank, seed=rank, modules=("q_proj", "up_proj")[: 1 + rank % 2]) for rank in (1, 4, 8, 20, 33)]
+        packed = [AdapterPool(CONFIG, 1, None).pack(adapter) for adapter in self.adapters]
+        self.packed = {adapter.digest: p for adapter, p in zip(self.adapters, packed, strict=True)}
+        self.pool = AdapterPool(CONFIG, 3, 2 * max(len(p.data) for p in packed))
+        self.users = dict.fromkeys(self.packed, 0)
+
+    @rule(i=st.integers(0, 4))
+    def insert(self, i):
+        digest = self.adapters[i].digest
+        if self.pool.insert(digest, self.packed[digest]):
+            assert digest in self.pool
+        else:
+            assert any(self.users.values())
+
+    @rule(i=st.integers(0, 4))
+    def acquire(self, i):
+        digest = self.adapters[i].digest
+        if digest in self.pool:
+            self.pool.acquire(digest)
+            self.users[digest] += 1
+
+    @precondition(lambda self: any(self.users.values()))
+    @rule(i=st.integers(0, 4))
+    def release(self, i):
+        digest = [d for d, count in self.users.items() if count][i % sum(map(bool, self.users.values()))]
+        self.pool.release(digest)
+        self.users[digest] -= 1
+
+    @rule(i=st.integers(0, 4))
+    def remove(self, i):
+        digest = self.adapters[i].digest
+        expected = digest in self.pool and not self.users[digest]
+        assert self.pool.remove(digest) == expected
+
+    @invariant()
+    def intact(self):
+        self.pool.check_integrity()
+        for digest, packed in self.packed.items():
+            if self.users[digest]:
+                assert digest in self.pool, "an adapter in use was evicted"
+            if digest in self.pool:
+                n, arrays = self.pool.number(digest), self.pool.arrays
+                first = arrays.inputs[n][packed.inputs[..., 1] > 0][0, 0] - packed.inputs[packed.inputs[..., 1] > 0][0, 0]
+                assert np.array_equal(arrays.arena[first : first + len(packed.data)], packed.data)
+                assert np.array_equal(arrays.outputs[n][..., 0], np.where(packed.outputs[..., 1] > 0, packed.outputs[..., 0] + first, 0))
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+
+
+def test_what_can_never_fit_is_refused():
+    pool = AdapterPool(CONFIG, 2, 1000)
+    adapter = make_adapter(CONFIG, rank=8)
+    with pytest.raises(ResourceError, match="larger than the whole pool"):
+        pool.insert(adapter.digest, pool.pack(adapter))
+
+
+def test_a_pool_without_limit_grows():
+    pool = AdapterPool(CONFIG, 3, None)
+    adapters = [make_adapter(CONFIG, rank=8, seed=seed) for seed in range(3)]
+    for adapter in adapters:
+        assert pool.insert(adapter.digest, pool.pack(adapter))
+    assert all(adapter.digest in pool for adapter in adapters)
+    pool.check_integrity()

@@ -1,0 +1,236 @@
+"""Hugging Face folders: what is read, and that everything else is refused by name."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from minilora.checkpoint import open_checkpoint
+from minilora.config import ModelConfig
+from minilora.errors import FormatError, MiniloraError, NotFoundError, UnsupportedError
+from minilora_kernels.pack import BFLOAT16, FLOAT16, FLOAT32, narrow_bfloat16
+
+from .support import BASE_CONFIG, load_weights, make_checkpoint
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert np.array_equal(one[name], other[name]), name
+
+
+def test_shards_hold_the_same_model(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "three").mkdir()
+    one, three = make_checkpoint(tmp_path / "one"), make_checkpoint(tmp_path / "three", shards=3)
+    assert_same(load_weights(one).floats(), load_weights(three).floats())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-bias", "qwen3", "phi3"])
+def test_packing_and_unpacking_change_nothing(tiny, name):
+    stored = load_file(tiny(name) / "model.safetensors")
+    floats = load_weights(tiny(name)).floats()
+    for key, value in stored.items():
+        assert np.array_equal(floats[key], value), key
+
+
+@pytest.mark.parametrize("name, fmt", [("float16", FLOAT16), ("bfloat16", BFLOAT16), ("float32", FLOAT32)])
+def test_stored_precision_is_kept(tmp_path, name, fmt):
+    make_checkpoint(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    if name == "bfloat16":
+        write_bfloat16(path, tensors)
+        expected = {k: (narrow_bfloat16(v).astype(np.uint32) << 16).view(np.float32) for k, v in tensors.items()}
+    else:
+        save_file({k: v.astype(name) for k, v in tensors.items()}, path)
+        expected = {k: v.astype(name).astype(np.float32) for k, v in tensors.items()}
+    weights = load_weights(tmp_path)
+    assert weights.formats == (fmt,)
+    assert_same(dict(sorted(weights.floats().items())), dict(sorted(expected.items())))
+
+
+def write_bfloat16(path, tensors):
+    """safetensors by hand: its NumPy side has no bfloat16."""
+    header, data = {}, b""
+    for name, value in tensors.items():
+        raw = narrow_bfloat16(value).tobytes()
+        header[name] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def change_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def removed(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def unknown(tensors):
+    tensors["model.layers.0.mlp.experts.weight"] = np.zeros(3, np.float32)
+
+
+def reshaped(tensors):
+    tensors["model.norm.weight"] = np.zeros(65, np.float32)
+
+
+def integers(tensors):
+    tensors["model.norm.weight"] = np.zeros(64, np.int32)
+
+
+def infinite(tensors):
+    tensors["model.layers.0.self_attn.v_proj.weight"][3, 5] = np.inf
+
+
+@pytest.mark.parametrize("change, word", [(removed, "lacks.*up_proj"), (unknown, "experts"), (reshaped, "model.norm.weight.*65"),
+                                          (integers, "I32"), (infinite, "v_proj.*not finite")])
+def test_wrong_tensors_are_named(tmp_path, change, word):
+    make_checkpoint(tmp_path)
+    change_tensors(tmp_path, change)
+    with pytest.raises((FormatError, UnsupportedError), match=word):
+        load_weights(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(NotFoundError, match=r"config\.json"):
+        open_checkpoint(tmp_path)
+    make_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(NotFoundError, match=r"model\.safetensors"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UnsupportedError, match="can run code"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(NotFoundError, match="does not exist"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "missing.safetensors"])
+def test_an_index_cannot_name_other_places(tmp_path, name):
+    make_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises((FormatError, NotFoundError)):
+        open_checkpoint(tmp_path)
+
+
+def safetensors(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+F4 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+MALFORMED = {
+    "empty": b"",
+    "too short": b"\x01\x02",
+    "header longer than the file": safetensors(b"{}", length=1 << 40),
+    "header of 2^64-1": safetensors(b"{}", length=(1 << 64) - 1),
+    "not JSON": safetensors(b"{nope}"),
+    "not UTF-8": safetensors(b'{"\xff\xfe": 1}'),
+    "a list": safetensors(b"[1, 2]"),
+    "offsets overlap": safetensors({"a": F4, "b": {**F4, "data_offsets": [8, 24]}}, bytes(24)),
+    "a gap": safetensors({"a": F4, "b": {**F4, "data_offsets": [32, 48]}}, bytes(48)),
+    "data cut short": safetensors({"a": F4}, bytes(8)),
+    "trailing bytes": safetensors({"a": F4}, bytes(32)),
+    "wrong size": safetensors({"a": {**F4, "shape": [5]}}, bytes(16)),
+    "shape overflows": safetensors({"a": {**F4, "shape": [1 << 40, 1 << 40]}}, bytes(16)),
+    "unknown dtype": safetensors({"a": {**F4, "dtype": "Q99"}}, bytes(16)),
+    "negative offset": safetensors({"a": {**F4, "data_offsets": [-1, 15]}}, bytes(16)),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_safetensors_are_refused(tmp_path, name):
+    make_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(MALFORMED[name])
+    with pytest.raises(FormatError, match=r"model\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_damaged_folders_never_crash(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    if not folder.exists():
+        folder.mkdir()
+        make_checkpoint(folder)
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            (folder / f"{file}.good").write_bytes((folder / file).read_bytes())
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        raw = bytearray((folder / f"{file}.good").read_bytes())
+        if data.draw(st.booleans()):
+            for _ in range(data.draw(st.integers(1, 3))):
+                raw[data.draw(st.integers(0, min(len(raw) - 1, 4000)))] = data.draw(st.integers(0, 255))
+            raw = raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw
+        (folder / file).write_bytes(raw)
+    try:
+        load_weights(folder)
+        open_checkpoint(folder).tokenizer()
+    except MiniloraError:
+        pass
+
+
+# ---------------------------------------------------------------- config.json
+
+
+BAD_CONFIGS = [
+    ({"architectures": ["GPT2LMHeadModel"]}, UnsupportedError, "GPT2LMHeadModel"),
+    ({"architectures": None, "model_type": "mamba"}, UnsupportedError, "mamba"),
+    ({"hidden_act": "gelu"}, UnsupportedError, "gelu"),
+    ({"logit_scale": 2.0}, UnsupportedError, "logit_scale"),
+    ({"num_local_experts": 8}, UnsupportedError, "num_local_experts"),
+    ({"quantization_config": {"bits": 4}}, UnsupportedError, "quantization_config"),
+    ({"rope_scaling": {"rope_type": "su"}}, UnsupportedError, "su"),
+    ({"rope_scaling": {"rope_type": "linear"}}, FormatError, "factor"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, FormatError, "factor"),
+    ({"rope_scaling": 7}, FormatError, "rope scaling"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, UnsupportedError, "differ between layers"),
+    ({"hidden_size": 0}, FormatError, "hidden_size"),
+    ({"hidden_size": 65}, UnsupportedError, "hidden_size 65"),
+    ({"hidden_size": True}, FormatError, "hidden_size"),
+    ({"hidden_size": 1 << 60}, FormatError, "hidden_size"),
+    ({"hidden_size": "64"}, FormatError, "hidden_size"),
+    ({"head_dim": 20}, UnsupportedError, "head_dim 20"),
+    ({"intermediate_size": 33}, UnsupportedError, "intermediate_size 33"),
+    ({"num_key_value_heads": 3}, FormatError, "multiple"),
+    ({"num_hidden_layers": -1}, FormatError, "num_hidden_layers"),
+    ({"rms_norm_eps": -1.0}, FormatError, "rms_norm_eps"),
+    ({"layer_types": ["linear_attention", "full_attention"]}, UnsupportedError, "linear_attention"),
+    ({"layer_types": ["full_attention"]}, FormatError, "layer_types"),
+    ({"partial_rotary_factor": 3.0}, FormatError, "partial_rotary_factor"),
+    ({"eos_token_id": "2"}, FormatError, "eos_token_id"),
+    ({"attention_bias": "yes"}, FormatError, "attention_bias"),
+]
+
+
+@pytest.mark.parametrize("change, error, word", BAD_CONFIGS)
+def test_bad_configs_are_refused(change, error, word):
+    with pytest.raises(error, match=word):
+        config = ModelConfig.from_dict({**BASE_CONFIG, **change})
+        config.rope.tables(8)
+
+
+def test_harmless_keys_pass():
+    extra = {"torch_dtype": "float32", "transformers_version": "9", "use_cache": True, "auto_map": {"x": "y"}, "unknown_flag": False, "other": None}
+    assert ModelConfig.from_dict({**BASE_CONFIG, **extra}) == ModelConfig.from_dict(BASE_CONFIG)
+
+
+@pytest.mark.parametrize("change, windows", [
+    ({"architectures": ["MistralForCausalLM"]}, (4096, 4096)),
+    ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (0, 0)),
+    ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9}, (0, 0)),
+    ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}, (0, 9)),
+    ({"architectures": ["Qwen3ForCausalLM"], "sliding_window": 9, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}, (9, 0)),
+    ({}, (0, 0)),
+])
+def test_windows(change, windows):
+    assert ModelConfig.from_dict({**BASE_CONFIG, **change}).windows == windows

@@ -1,0 +1,244 @@
+"""The engine: sampling parameters, ends of texts, pages, prefix cache, copies, cancellation."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from minilora.errors import UsageError
+from minilora.params import EngineConfig, SamplingParams
+from minilora.sequence import AdapterUse
+
+from .support import GREEDY, VOCABULARY, load_weights, make_adapter, make_engine, random_tokens, run
+
+PROMPT = random_tokens(np.random.default_rng(11), 40)
+
+
+@pytest.fixture(scope="module")
+def weights(tiny):
+    return load_weights(tiny("llama"))
+
+
+def text_of(weights, params, prompt=PROMPT, eos=(), **config):
+    engine = make_engine(weights, eos=eos, **config)
+    [sequence, *_] = engine.submit(prompt, params)
+    run(engine)
+    assert engine.pool.held == 0, "all pages are free again"
+    return sequence
+
+
+def generated(sequence):
+    return sequence.tokens[sequence.prompt_length :]
+
+
+# ---------------------------------------------------------------- parameters
+
+BAD = [
+    {"n": 0}, {"n": True}, {"n": 1.0}, {"n": 10**9}, {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": "1"},
+    {"temperature": True}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": math.nan}, {"top_k": -2}, {"top_k": 1.5}, {"top_k": 1 << 63}, {"min_p": -0.1}, {"min_p": 1.5},
+    {"repetition_penalty": 0}, {"repetition_penalty": math.inf}, {"presence_penalty": 3}, {"frequency_penalty": -3}, {"seed": 1 << 64}, {"seed": 1.5},
+    {"max_tokens": 0}, {"max_tokens": 10**30}, {"min_tokens": -1}, {"min_tokens": 20, "max_tokens": 10}, {"logprobs": -1}, {"logprobs": 1000}, {"prompt_logprobs": True},
+    {"stop": [""]}, {"stop": ["x"] * 100}, {"stop": ["x" * 10**6]}, {"stop": [1]}, {"stop_token_ids": [-1]}, {"stop_token_ids": [True]}, {"ignore_eos": 1},
+    {"logit_bias": {1: math.nan}}, {"logit_bias": {1: 101}}, {"logit_bias": {-1: 1}}, {"logit_bias": {"a": 1}}, {"logit_bias": [1]}, {"logit_bias": dict.fromkeys(range(5000), 0)},
+]
+
+
+@pytest.mark.parametrize("values", BAD, ids=repr)
+def test_bad_parameters_are_refused(values):
+    with pytest.raises(UsageError, match=next(iter(values)).split("_")[0]):
+        SamplingParams(**values)
+
+
+@pytest.mark.parametrize("values", [{"max_num_seqs": 0}, {"block_size": 16}, {"block_size": 48}, {"kv_cache_dtype": "int3"}, {"threads": 0}, {"max_lora_rank": 300}])
+def test_bad_engine_settings_are_refused(values):
+    with pytest.raises(UsageError):
+        EngineConfig(**values)
+
+
+@pytest.mark.parametrize("tokens, params", [
+    ([], {}), ([VOCABULARY], {}), ([-1], {}), ([5] * 640, {}), ([5] * 10**6, {}), (PROMPT, {"stop_token_ids": [VOCABULARY]}), (PROMPT, {"logit_bias": {VOCABULARY: 1}}), (PROMPT, {"n": 9}),
+])
+def test_impossible_requests_are_refused_at_once(weights, tokens, params):
+    with pytest.raises(UsageError):
+        make_engine(weights).submit(tokens, SamplingParams(**params))
+
+
+def test_a_request_that_can_never_fit_is_refused(weights):
+    engine = make_engine(weights, kv_cache_memory=3 * 2 * 2 * 2 * 32 * 16 * 4)
+    with pytest.raises(UsageError, match="do not fit"):
+        engine.submit(PROMPT, SamplingParams(max_tokens=100))
+    engine.submit(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True))
+    run(engine)
+
+
+# ---------------------------------------------------------------- ends
+
+
+def test_length_and_model_length(weights):
+    assert len(generated(text_of(weights, SamplingParams(max_tokens=7, **GREEDY)))) == 7
+    sequence = text_of(weights, SamplingParams(max_tokens=None, **GREEDY), max_model_len=64)
+    assert len(sequence.tokens) == 64 and sequence.finish_reason == "length"
+
+
+def test_eos_stop_tokens_and_min_tokens(weights):
+    free = generated(text_of(weights, SamplingParams(max_tokens=12, **GREEDY)))
+    end = free[4]
+    first = free.index(end)
+    stopped = text_of(weights, SamplingParams(max_tokens=12, temperature=0), eos=[end])
+    assert generated(stopped) == free[: first + 1] and stopped.finish_reason == "stop" and stopped.stop_token is None
+    stopped = text_of(weights, SamplingParams(max_tokens=12, temperature=0, stop_token_ids=[end]))
+    assert generated(stopped) == free[: first + 1] and stopped.stop_token == end
+    assert generated(text_of(weights, SamplingParams(max_tokens=12, **GREEDY), eos=[end])) == free
+    longer = text_of(weights, SamplingParams(max_tokens=12, temperature=0, min_tokens=9), eos=[end])
+    assert end not in generated(longer)[:9] and len(generated(longer)) >= 9
+
+
+# ---------------------------------------------------------------- choices
+
+
+def test_seeds(weights):
+    def draw(seed, **config):
+        return generated(text_of(weights, SamplingParams(max_tokens=20, seed=seed, ignore_eos=True), **config))
+
+    assert draw(1) == draw(1) == draw(1, threads=2) and draw(1) != draw(2)
+    assert generated(text_of(weights, SamplingParams(max_tokens=20, ignore_eos=True))) != generated(text_of(weights, SamplingParams(max_tokens=20, ignore_eos=True)))
+
+
+def test_n_texts_differ_and_equal_their_own_seeds(weights):
+    engine = make_engine(weights)
+    several = engine.submit(PROMPT, SamplingParams(n=4, seed=5, max_tokens=10, ignore_eos=True, logprobs=1, prompt_logprobs=0))
+    outputs = run(engine)
+    texts = [generated(sequence) for sequence in several]
+    assert len({tuple(text) for text in texts}) == 4
+    for i, text in enumerate(texts):
+        assert text == generated(text_of(weights, SamplingParams(seed=5 + i, max_tokens=10, ignore_eos=True)))
+        assert len(outputs[several[i]]) == 10 and len(several[i].prompt_logprobs) == len(PROMPT) - 1
+    assert engine.pool.held == 0
+
+
+def test_n_texts_with_hardly_any_pages(weights):
+    params = SamplingParams(n=3, seed=5, max_tokens=30, ignore_eos=True)
+    plenty = make_engine(weights)
+    expected = plenty.submit(PROMPT, params)
+    run(plenty)
+    engine = make_engine(weights, kv_cache_memory=4 * 2 * 2 * 2 * 32 * 16 * 4)
+    found = engine.submit(PROMPT, params)
+    run(engine)
+    assert [s.tokens for s in found] == [s.tokens for s in expected] and engine.scheduler.preemptions > 0
+
+
+def test_frequencies_follow_the_probabilities(weights):
+    """2,000 draws of the first token against the softmax, by a chi-square bound."""
+    engine = make_engine(weights, max_num_seqs=100)
+    params = SamplingParams(n=100, max_tokens=1, top_k=5, logprobs=5, ignore_eos=True)
+    counts, probabilities = Counter(), {}
+    for seed in range(20):
+        sequences = engine.submit(PROMPT, SamplingParams(**{**vars_of(params), "seed": 1000 * seed}))
+        for outputs in run(engine, check=False).values():
+            counts[outputs[0].token] += 1
+            probabilities = {token: math.exp(logprob) for token, logprob in outputs[0].logprobs.top}
+        assert len(sequences) == 100
+    total = sum(probabilities.values())
+    assert set(counts) <= set(probabilities)
+    chi = sum((counts[t] - 2000 * p / total) ** 2 / (2000 * p / total) for t, p in probabilities.items())
+    assert chi < 23.5, "four degrees of freedom: less than one in ten thousand"
+
+
+def vars_of(params):
+    return {name: getattr(params, name) for name in ("n", "max_tokens", "top_k", "logprobs", "ignore_eos")}
+
+
+def test_biases_and_penalties(weights):
+    banned = generated(text_of(weights, SamplingParams(max_tokens=1, **GREEDY)))[0]
+    assert generated(text_of(weights, SamplingParams(max_tokens=1, logit_bias={banned: -100}, **GREEDY)))[0] != banned
+    forced = generated(text_of(weights, SamplingParams(max_tokens=5, logit_bias={77: 100}, **GREEDY)))
+    assert forced == [77] * 5
+    assert len(set(generated(text_of(weights, SamplingParams(max_tokens=30, frequency_penalty=2.0, presence_penalty=2.0, **GREEDY))))) > 15
+    no_repeat = text_of(weights, SamplingParams(max_tokens=10, repetition_penalty=10.0, **GREEDY))
+    assert generated(no_repeat) != generated(text_of(weights, SamplingParams(max_tokens=10, **GREEDY)))
+
+
+def test_logprobs_are_of_the_models_own_logits(weights):
+    """Penalties change the choice, never the reported log-probabilities."""
+    engine = make_engine(weights)
+    plain, biased = (engine.submit(PROMPT, SamplingParams(max_tokens=1, logprobs=5, logit_bias=bias, **GREEDY))[0] for bias in (None, {77: 100}))
+    outputs = run(engine)
+    one, other = outputs[plain][0].logprobs, outputs[biased][0].logprobs
+    assert one.top == other.top and other.token == 77 and other.logprob < one.logprob and other.rank > 1 and one.rank == 1
+
+
+# ---------------------------------------------------------------- sharing and cancelling
+
+
+def test_prefix_cache_keys(weights):
+    """Shared: equal tokens, adapters, scales and salt; anything else computes anew."""
+    adapter = make_adapter(weights.config)
+    engine = make_engine(weights)
+    digest = engine.add_adapter(adapter)
+    prompt = random_tokens(np.random.default_rng(1), 100)
+
+    def cached(uses=(), salt=b"", tokens=prompt):
+        [sequence] = engine.submit(tokens, SamplingParams(max_tokens=1, **GREEDY), uses, salt)
+        run(engine)
+        return sequence.cached
+
+    use = (AdapterUse(digest, 1.0),)
+    assert cached() == 0 and cached() == 96
+    assert cached(use) == 0 and cached(use) == 96
+    assert cached((AdapterUse(digest, 0.5),)) == 0
+    assert cached(salt=b"x") == 0 and cached(salt=b"x") == 96
+    assert cached(tokens=[prompt[0] + 1, *prompt[1:]]) == 0
+    assert cached(tokens=prompt[:64]) == 32, "the last token is always computed"
+
+
+def test_without_prefix_cache(weights):
+    engine = make_engine(weights, enable_prefix_caching=False)
+    for _ in range(2):
+        [sequence] = engine.submit([5] * 100, SamplingParams(max_tokens=1, **GREEDY))
+        run(engine)
+        assert sequence.cached == 0
+    assert engine.pool.available == engine.pool.pages
+
+
+def test_cancelling_at_any_moment_frees_everything(weights):
+    adapter = make_adapter(weights.config)
+    rng = np.random.default_rng(3)
+    engine = make_engine(weights, max_num_batched_tokens=20)
+    digest = engine.add_adapter(adapter)
+    alone = generated(text_of(weights, SamplingParams(max_tokens=30, **GREEDY)))
+    [needle] = engine.submit(PROMPT, SamplingParams(max_tokens=30, **GREEDY))
+    others = []
+    for step in range(200):
+        if step % 3 == 0 and step < 60:
+            others += engine.submit(random_tokens(rng, 50), SamplingParams(max_tokens=20, n=2, ignore_eos=True), (AdapterUse(digest, 1.0),))
+        if others and step % 2:
+            engine.cancel(others.pop(int(rng.integers(len(others)))))
+        engine.step()
+        engine.scheduler.check_integrity()
+    run(engine)
+    assert generated(needle) == alone and engine.pool.held == 0
+    assert engine.adapters.remove(digest), "nobody uses the adapter any more"
+    engine.cancel(needle)
+    assert needle.finish_reason == "length", "cancelling what is done changes nothing"
+
+
+def test_more_adapters_than_slots(weights):
+    engine = make_engine(weights, max_loras=2, max_num_seqs=6)
+    digests = [engine.add_adapter(make_adapter(weights.config, rank=2, seed=seed)) for seed in range(5)]
+    params = SamplingParams(max_tokens=6, **GREEDY)
+    together = [engine.submit(PROMPT, params, (AdapterUse(d, 1.0),))[0] for d in digests]
+    run(engine)
+    for digest, sequence in zip(digests, together, strict=True):
+        alone = make_engine(weights)
+        for seed in range(5):
+            alone.add_adapter(make_adapter(weights.config, rank=2, seed=seed))
+        [expected] = alone.submit(PROMPT, params, (AdapterUse(digest, 1.0),))
+        run(alone)
+        assert sequence.tokens == expected.tokens
+
+
+def test_high_ranks_are_refused_by_name(weights):
+    engine = make_engine(weights, max_lora_rank=8)
+    with pytest.raises(UsageError, match="max_lora_rank"):
+        engine.add_adapter(make_adapter(weights.config, rank=9))

@@ -1,0 +1,238 @@
+"""GGUF: every rule of the format, every tensor type, and whole models against their safetensors twins."""
+
+import struct
+import time
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minilora.checkpoint import open_checkpoint
+from minilora.checkpoint.ggml import BLOCK_TYPES
+from minilora.checkpoint.gguf import Gguf
+from minilora.errors import FormatError, MiniloraError, UnsupportedError
+from minilora.reference import Reference
+from minilora_kernels.pack import FORMAT_NAMES, Quantized, dequantize
+from minilora_kernels.quantize import quantize
+
+from .gguf_maker import QUANTISED, entry, header, string, tensor, write_llama
+from .support import load_weights, make_engine, prompt_logits, random_tokens
+from .test_network import largest_error, reference_logprobs
+
+U64 = (1 << 64) - 1
+ALIGN = entry("general.alignment", 4, struct.pack("<I", 32))
+
+
+def padded(data: bytes, extra: int = 0) -> bytes:
+    return data + bytes(-len(data) % 32 + extra)
+
+
+MALFORMED = {
+    "empty": b"",
+    "only magic": b"GGUF",
+    "wrong magic": header(0, 0, magic=b"GGML"),
+    "version 0": header(0, 0, version=0),
+    "version 1": header(0, 0, version=1),
+    "future version": header(0, 0, version=99),
+    "big-endian version": header(0, 0, version=3 << 24),
+    "49 bytes that promise an array": header(0, 1) + entry("a", 9, struct.pack("<IQ", 8, 1 << 60)),
+    "2^31 tensors": header(1 << 31, 0),
+    "2^63 tensors": header(1 << 63, 0),
+    "2^64-1 entries": header(0, U64),
+    "key longer than the file": header(0, 1) + struct.pack("<Q", 1 << 40) + b"abc",
+    "key of 2^64-1": header(0, 1) + struct.pack("<Q", U64) + b"abc" * 9,
+    "empty key": header(0, 1) + entry("", 4, bytes(4)),
+    "key twice": header(0, 2) + ALIGN + ALIGN,
+    "key not UTF-8": header(0, 1) + struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<I", 4) + bytes(8),
+    "unknown type": header(0, 1) + entry("a", 77, bytes(16)),
+    "bool of 2": header(0, 1) + entry("a", 7, b"\x02") + bytes(16),
+    "array of arrays": header(0, 1) + entry("a", 9, struct.pack("<IQ", 9, 1) + bytes(64)),
+    "array cut short": header(0, 1) + entry("a", 9, struct.pack("<IQ", 4, 9) + bytes(8)),
+    "alignment 0": header(0, 1) + entry("general.alignment", 4, struct.pack("<I", 0)),
+    "alignment 48": header(0, 1) + entry("general.alignment", 4, struct.pack("<I", 48)),
+    "alignment 2^31": header(0, 1) + entry("general.alignment", 4, struct.pack("<I", 1 << 31)),
+    "alignment of the wrong type": header(0, 1) + entry("general.alignment", 8, string("32")),
+    "no dimensions": padded(header(1, 0) + tensor("t", ()), 64),
+    "five dimensions": padded(header(1, 0) + tensor("t", (1, 1, 1, 1, 1)), 64),
+    "zero dimension": padded(header(1, 0) + tensor("t", (0, 4)), 64),
+    "shape overflows": padded(header(1, 0) + tensor("t", (1 << 40, 1 << 40)), 64),
+    "shape of 2^64-1": padded(header(1, 0) + tensor("t", (U64,)), 64),
+    "row no multiple of the block": padded(header(1, 0) + tensor("t", (33, 2), kind=8), 640),
+    "unknown tensor type": padded(header(1, 0) + tensor("t", (32,), kind=99), 640),
+    "offset not aligned": padded(header(1, 0) + tensor("t", (4,), offset=4), 640),
+    "offset beyond the file": padded(header(1, 0) + tensor("t", (4,), offset=1 << 40), 640),
+    "offset of 2^64-32": padded(header(1, 0) + tensor("t", (4,), offset=U64 - 31), 640),
+    "data cut short": padded(header(1, 0) + tensor("t", (64,)), 128),
+    "tensor twice": padded(header(2, 0) + tensor("t", (4,)) + tensor("t", (4,), offset=32), 128),
+    "tensors overlap": padded(header(2, 0) + tensor("t", (16,)) + tensor("u", (4,), offset=32), 128),
+    "name longer than allowed": padded(header(1, 0) + tensor("t" * 300, (4,)), 64),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_files_are_refused(tmp_path, name):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(MALFORMED[name])
+    with pytest.raises((FormatError, UnsupportedError)) as caught:
+        Gguf(path)
+    assert "bad.gguf" in caught.value.cause and "\n" not in caught.value.cause
+
+
+def test_a_valid_small_file_is_read(tmp_path):
+    """The maker above makes valid files too: what is refused is refused for its fault."""
+    path = tmp_path / "good.gguf"
+    entries = ALIGN + entry("a", 9, struct.pack("<IQ", 8, 2) + string("x") + string("y")) + entry("b", 7, b"\x01")
+    path.write_bytes(padded(header(1, 3) + entries + tensor("t", (4, 2))) + np.arange(8, dtype=np.float32).tobytes())
+    file = Gguf(path)
+    assert file.metadata == {"general.alignment": 32, "a": ["x", "y"], "b": True}
+    assert file.tensors["t"].shape == (2, 4)
+    assert np.array_equal(BLOCK_TYPES[0].floats(file.rows(file.tensors["t"])), np.arange(8, dtype=np.float32).reshape(2, 4))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_damaged_models_never_crash(tmp_path_factory, data):
+    """Any bytes of a valid file changed or cut: refused, or read as what they now say; quickly either way."""
+    base = tmp_path_factory.getbasetemp() / "base.gguf"
+    if not base.exists():
+        write_llama(base, "Q4_0")
+    raw = bytearray(base.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 9)) if data.draw(st.booleans()) else data.draw(st.integers(0, min(3000, len(raw) - 9)))
+        value = data.draw(st.sampled_from([0, 1, 255, (1 << 31), (1 << 63), U64]))
+        raw[at : at + 8] = struct.pack("<Q", value)
+    raw = raw[: data.draw(st.integers(1, len(raw)))] if data.draw(st.booleans()) else raw
+    path = base.with_name("fuzzed.gguf")
+    path.write_bytes(raw)
+    started = time.monotonic()
+    try:
+        checkpoint = open_checkpoint(path)
+        load_weights(path)
+        checkpoint.tokenizer()
+    except MiniloraError:
+        pass
+    assert time.monotonic() - started < 20
+
+
+def random_blocks(kind, rng):
+    """Raw blocks whose float16 fields are finite and small."""
+    raw = rng.integers(0, 256, (6, 4 * kind.size), dtype=np.uint8)
+    blocks = raw.reshape(-1, kind.size)
+    halves = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
+              "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "F16": range(0, kind.size, 2)}.get(kind.name, [])
+    for at in halves:
+        blocks[:, at : at + 2] = (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16).view(np.uint8).reshape(-1, 2)
+    if kind.name in ("F32", "BF16"):
+        values = rng.standard_normal(raw.size // kind.size).astype(np.float32)
+        raw = (values if kind.name == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8).reshape(6, -1)
+    return raw
+
+
+@pytest.mark.parametrize("code", BLOCK_TYPES)
+def test_types_are_decoded_exactly(code):
+    kind = BLOCK_TYPES[code]
+    raw = random_blocks(kind, np.random.default_rng(code))
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(code))
+    assert np.array_equal(kind.floats(raw), expected.reshape(6, -1))
+
+
+@pytest.mark.parametrize("code", [code for code, kind in BLOCK_TYPES.items() if "_K" in kind.name])
+def test_k_quants_lose_little(code):
+    kind = BLOCK_TYPES[code]
+    raw = random_blocks(kind, np.random.default_rng(code))
+    exact, decoded = kind.floats(raw), kind.weights(raw)
+    kept = dequantize(decoded if isinstance(decoded, Quantized) else quantize(decoded, 8, 32, minimum=True))
+    assert np.linalg.norm(kept - exact) < 5e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_models_equal_the_reference(tmp_path, kind):
+    path = tmp_path / "model.gguf"
+    originals = write_llama(path, kind)
+    weights = load_weights(path)
+    expected_format = {"Q4_0": "int4", "Q4_1": "int4+min", "Q5_0": "int8", "Q5_1": "int8+min", "Q8_0": "int8", "F16": "float16",
+                       "BF16": "bfloat16", "F32": "float32"}[kind]
+    assert [FORMAT_NAMES[fmt] for fmt in weights.formats] == [expected_format]
+    floats = weights.floats()
+    for name, original in originals.items():
+        qtype = gguf.GGMLQuantizationType[kind]
+        stored = original if original.ndim == 1 else gguf.quants.dequantize(gguf.quants.quantize(original, qtype), qtype)
+        assert np.array_equal(floats[name], stored), name
+    tokens = random_tokens(np.random.default_rng(1), 40)
+    engine = make_engine(weights)
+    bound = 0.3 if kind.startswith("Q") else 0.02
+    assert largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < bound
+
+
+def test_float32_on_request_is_exact(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_llama(path, "Q4_1")
+    weights = load_weights(path, "float32")
+    tokens = random_tokens(np.random.default_rng(1), 40)
+    engine = make_engine(weights)
+    assert largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < 2e-4
+
+
+def test_types_may_differ_within_a_layer(tmp_path):
+    """q, k and v, or gate and up, of different types are brought together without a new rounding."""
+    mixed = {"blk.0.attn_v.weight": "Q8_0", "blk.1.attn_q.weight": "Q5_1", "blk.0.ffn_up.weight": "Q5_0", "blk.1.ffn_gate.weight": "F16"}
+    path, plain = tmp_path / "model.gguf", tmp_path / "plain.gguf"
+    originals = write_llama(path, "Q4_0", mixed=mixed, head_dim=32)
+    write_llama(plain, "Q4_0", head_dim=32)
+    floats = load_weights(path).floats()
+    for name, original in originals.items():
+        ours = {"model.layers.0.self_attn.v_proj.weight": "Q8_0", "model.layers.1.self_attn.q_proj.weight": "Q5_1",
+                "model.layers.0.mlp.up_proj.weight": "Q5_0", "model.layers.1.mlp.gate_proj.weight": "F16"}.get(name, "Q4_0")
+        qtype = gguf.GGMLQuantizationType[ours]
+        if original.ndim > 1:
+            stored = gguf.quants.dequantize(gguf.quants.quantize(original, qtype), qtype)
+            assert np.allclose(floats[name], stored, rtol=1e-3, atol=1e-6), name
+    weights = load_weights(path)
+    tokens = random_tokens(np.random.default_rng(1), 40)
+    engine = make_engine(weights)
+    assert largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < 0.3
+
+
+def test_llama3_rope_factors(tmp_path):
+    """Divisors of the frequencies stored as a tensor act as the llama3 rule that they came from."""
+    path = tmp_path / "model.gguf"
+    write_llama(path)
+    checkpoint = open_checkpoint(path)
+    divisors = np.linspace(1, 8, 8, dtype=np.float32)
+    config = checkpoint.config.source | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": divisors.tolist(),
+                                                             "long_factor": divisors.tolist(), "attention_factor": 1.0}}
+    rope = type(checkpoint.config).from_dict(config).rope
+    cos, _ = rope.tables(50)
+    frequencies = 10000.0 ** -(np.arange(0, 16, 2) / 16) / divisors
+    assert np.allclose(cos, np.cos(np.arange(50)[:, None] * frequencies), atol=1e-5)
+    assert Reference(checkpoint.config, {}, 4).cos.shape == (4, 8)
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"general.architecture": "gptj"}, "gptj"), ({"llama.expert_count": 4}, "expert_count"), ({"llama.logit_scale": 2.0}, "logit_scale"),
+])
+def test_unknown_mathematics_raises(tmp_path, monkeypatch, change, word):
+    path = tmp_path / "model.gguf"
+    write_llama(path)
+    original = Gguf.__init__
+
+    def changed(self, path):
+        original(self, path)
+        self.metadata |= change
+
+    monkeypatch.setattr(Gguf, "__init__", changed)
+    with pytest.raises(UnsupportedError, match=word):
+        open_checkpoint(path)
+
+
+def test_not_finite_weights_are_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_llama(path, "F32")
+    raw = bytearray(path.read_bytes())
+    tensor_start = Gguf(path).tensors["blk.0.ffn_up.weight"].start
+    raw[tensor_start : tensor_start + 4] = struct.pack("<f", float("nan"))
+    path.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"up_proj.* not finite"):
+        load_weights(path)
