@@ -32,29 +32,24 @@ def make_kv(config: ModelConfig, kv_format: int, pages: int, page: int) -> KV:
         np.zeros(tokens * config.head_dim, _DTYPES[kv_format]),
         np.zeros(scales, np.float32),
         np.zeros(scales, np.float32),
-        pages,
+        config.layers,
         config.kv_heads,
         config.head_dim,
         page,
     )
 
 
-def page_view(kv: KV, array: np.ndarray) -> np.ndarray:
-    """One of a pool's four arrays as [layers, pages, numbers of a page]; a view."""
-    per_token = kv.size if array is kv.keys or array is kv.values else 1
-    return array.reshape(-1, kv.pages, kv.heads * kv.page * per_token)
-
-
-def pool_arrays(kv: KV) -> list[np.ndarray]:
-    """The arrays that hold something: without scales where the format has none."""
-    return [array for array in (kv.keys, kv.values, kv.key_scales, kv.value_scales) if len(array) > 1]
+def by_page(kv: KV) -> list[np.ndarray]:
+    """Views [pages, numbers of a page] of the pool's arrays, without scales where the format has none."""
+    tokens = kv.layers * kv.heads * kv.page
+    views = [kv.keys.reshape(-1, tokens * kv.size), kv.values.reshape(-1, tokens * kv.size)]
+    return views + [scales.reshape(-1, tokens) for scales in (kv.key_scales, kv.value_scales) if len(scales) > 1]
 
 
 def copy_page(kv: KV, source: int, target: int) -> None:
     """Copy one page of every layer."""
-    for array in pool_arrays(kv):
-        view = page_view(kv, array)
-        view[:, target] = view[:, source]
+    for view in by_page(kv):
+        view[target] = view[source]
 
 
 class PagePool:

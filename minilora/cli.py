@@ -47,10 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return 130
-    except BrokenPipeError:
-        # The reader has gone; keep Python from complaining when it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except MiniloraError as error:
         if os.environ.get("MINILORA_DEBUG"):
             raise
@@ -275,10 +271,12 @@ def generate(
     """
     if prompt is None or prompt == "-":
         prompt = _piped() if prompt is None else sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty")
     reporter = _Reporter()
     if backend == "numpy":
         _generate_plain(
-            reporter, prompt or QUESTION, system, model, dtype, group_size, loras, adapters, raw, as_json, sampling
+            reporter, QUESTION if prompt is None else prompt, system, model, dtype, group_size, loras, adapters, raw, as_json, sampling
         )
         return
     llm = _open(reporter, model, dtype, group_size, threads, max_num_seqs=16)
@@ -286,7 +284,7 @@ def generate(
         _show_side_by_side(llm, reporter, system, as_json, sampling)
         return
     chosen = _load_adapters(llm, loras, adapters, reporter)
-    ids = _prompt_ids(llm, prompt or QUESTION, system, raw)
+    ids = _prompt_ids(llm, QUESTION if prompt is None else prompt, system, raw)
     params = _params(llm, **sampling)
     reporter.done()
     if as_json or not stream:

@@ -76,17 +76,9 @@ class Tokenizer:
     """Encodes and decodes. Thread-safe."""
 
     def __init__(self, files: TokenizerFiles):
-        try:
-            self._engine = Engine.from_str(files.definition)
-        except Exception as error:  # the library raises bare Exception
-            raise FormatError(f"{DEFINITION} is no tokenizer: {error}") from None
-        self._engine.no_padding()
-        self._engine.no_truncation()
-        self._plain = Engine.from_str(files.definition)
-        self._plain.no_padding()
-        self._plain.no_truncation()
-        self._plain.encode_special_tokens = True
+        self._engine = _engine(files.definition)
         self.files = files
+        self._plain: Engine | None = None
         self.special_tokens: dict[str, int] = {
             token.content: number for number, token in self._engine.get_added_tokens_decoder().items() if token.special
         }
@@ -102,6 +94,10 @@ class Tokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which the names of special tokens are just text."""
+        if self._plain is None:
+            plain = _engine(self.files.definition)
+            plain.encode_special_tokens = True
+            self._plain = plain
         return self._plain.encode(_valid(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -115,6 +111,16 @@ class Tokenizer:
     def id_of(self, token: str) -> int | None:
         """The id of a token by its exact name."""
         return self._engine.token_to_id(token)
+
+
+def _engine(definition: str) -> Engine:
+    try:
+        engine = Engine.from_str(definition)
+    except Exception as error:  # the library raises bare Exception
+        raise FormatError(f"{DEFINITION} is no tokenizer: {error}") from None
+    engine.no_padding()
+    engine.no_truncation()
+    return engine
 
 
 def _valid(text: str) -> str:

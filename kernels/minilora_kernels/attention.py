@@ -53,15 +53,15 @@ LARGEST_INT8 = np.float32(127)
 class KV(NamedTuple):
     """The page pool.
 
-    keys, values: flat [layers, pages, heads, page / 32] of [size, 32] and [32, size]; float32, uint16 holding
-    float16, or int8. key_scales, value_scales: float32, flat [layers, pages, heads, page]; int8 only.
+    keys, values: flat [pages, layers, heads, page / 32] of [size, 32] and [32, size]; float32, uint16 holding
+    float16, or int8. key_scales, value_scales: float32, flat [pages, layers, heads, page]; int8 only.
     """
 
     keys: np.ndarray
     values: np.ndarray
     key_scales: np.ndarray
     value_scales: np.ndarray
-    pages: int
+    layers: int
     heads: int
     size: int
     page: int
@@ -103,7 +103,7 @@ _padded_rows = kernel(_padded)
 @kernel
 def _first_token(kv, layer, page, head):
     """Number of tokens of one kv head stored before this page's."""
-    return ((layer * kv.pages + page) * kv.heads + head) * kv.page
+    return ((page * kv.layers + layer) * kv.heads + head) * kv.page
 
 
 # ---------------------------------------------------------------- write

@@ -265,7 +265,7 @@ def make_pool(
         np.zeros(count * size, dtype),
         np.zeros(scales, np.float32),
         np.zeros(scales, np.float32),
-        pages,
+        2,
         heads,
         size,
         page,

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import llvmlite
@@ -52,8 +53,17 @@ class _Whole(JITCodeLibrary):
     """A program's code: its own and that of every kernel below it, optimised and compiled once."""
 
     def finalize(self):
+        self._own = {function.name for function in self.get_defined_functions()}
         self._linking_libraries = list(_closure(self._linking_libraries))
         super().finalize()
+
+    def _optimize_final_module(self):
+        # Kernels become private: Numba numbers its symbols anew in each process, so those of two programs that come
+        # from the disk may be equal, and the wrong code would be called.
+        for function in self.get_defined_functions():
+            if function.name not in self._own:
+                function.linkage = "internal"
+        super()._optimize_final_module()
 
 
 def _closure(libraries):
@@ -109,10 +119,19 @@ def program(function: Callable, constants: tuple = ()) -> Callable:
 
     constants: what the function's closure depends on, as plain values: part of the cache's key.
     """
-    function = getattr(function, "py_func", function)
+    function = _renamed(getattr(function, "py_func", function), constants)
     dispatcher = CPUDispatcher(function, {}, {"nopython": True, "no_cfunc_wrapper": True, **FLAGS}, _WholeCompiler)
     dispatcher._cache = _DiskCache(function, constants)
     return dispatcher
+
+
+def _renamed(function: Callable, constants: tuple) -> Callable:
+    """A copy whose name, and so the name of its symbol, is that of no other program."""
+    digest = hashlib.sha256(repr((function.__module__, function.__qualname__, constants)).encode()).hexdigest()
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy.__qualname__ = f"{function.__name__}_{digest[:12]}"
+    copy.__module__ = function.__module__
+    return copy
 
 
 def on_compile(listener: Callable[[str], None]) -> None:

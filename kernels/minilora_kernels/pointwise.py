@@ -88,9 +88,8 @@ def quantize_row(x, at, n, group, rows, row, column):
         largest = splat_f32(ZERO)
         for i in range(0, group, 16):
             largest = vmax(largest, vabs(load_f32(x, at + i)))
-        peak = hmax(largest)
-        scale = peak / LARGEST_INT8
-        inverse = splat_f32(LARGEST_INT8 / peak if peak > ZERO else ZERO)
+        scale = hmax(largest) / LARGEST_INT8
+        inverse = splat_f32(ONE / scale if scale > ZERO else ZERO)
         total = splat_i32(np.int32(0))
         for i in range(0, group, 16):
             q = round_i32(load_f32(x, at + i) * inverse)

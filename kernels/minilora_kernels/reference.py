@@ -63,13 +63,13 @@ def rms_norm(x, at, n, weights, weight_at, eps, out, out_at):
 def quantize_row(x, at, n, group, rows, row, column):
     """q = round(x / scale), scale = max |x| / 127 in each group."""
     v = _span(x, at, n).reshape(-1, group)
-    peak = np.abs(v).max(axis=1, keepdims=True)
-    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    scale = np.abs(v).max(axis=1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
     q = np.rint(v * inverse).astype(np.int32)
     to, scale_to = row * rows.stride + column, row * (rows.stride // 32) + column // group
     groups = slice(scale_to, scale_to + n // group)
     rows.q[to : to + n] = q.reshape(-1)
-    rows.scales[groups] = peak[:, 0] / np.float32(127)
+    rows.scales[groups] = scale[:, 0]
     rows.sums[groups] = -q.sum(axis=1)
     rows.offsets[groups] = rows.scales[groups] * q.sum(axis=1).astype(np.float32)
 
@@ -103,9 +103,9 @@ def embed(weights, matrices, matrix, token, out, out_at):
 
 def _tokens(kv: KV, layer, head, pages, pages_at, count):
     """Keys and values [count, size] of a sequence's first tokens, as float32."""
-    shape = (-1, kv.pages, kv.heads, kv.page // SUBPAGE)
-    keys = kv.keys.reshape(*shape, kv.size, SUBPAGE)[layer]
-    values = kv.values.reshape(*shape, SUBPAGE, kv.size)[layer]
+    shape = (-1, kv.layers, kv.heads, kv.page // SUBPAGE)
+    keys = kv.keys.reshape(*shape, kv.size, SUBPAGE)[:, layer]
+    values = kv.values.reshape(*shape, SUBPAGE, kv.size)[:, layer]
     table = pages[pages_at : pages_at + -(-count // kv.page)]
     k = np.moveaxis(keys[table, head], -2, -1).reshape(-1, kv.size)[:count]
     v = values[table, head].reshape(-1, kv.size)[:count]
@@ -113,7 +113,7 @@ def _tokens(kv: KV, layer, head, pages, pages_at, count):
         return k.view(np.float16).astype(np.float32), v.view(np.float16).astype(np.float32)
     if kv.keys.dtype == np.int8:
         scales = (
-            s.reshape(-1, kv.pages, kv.heads, kv.page)[layer, table, head].reshape(-1)[:count, None]
+            s.reshape(-1, kv.layers, kv.heads, kv.page)[table, layer, head].reshape(-1)[:count, None]
             for s in (kv.key_scales, kv.value_scales)
         )
         return tuple(x * s for x, s in zip((k, v), scales, strict=True))
@@ -134,22 +134,22 @@ def _write(kv: KV, array, scales, x, at):
 
 def write_key(kv, layer, page, slot, head, x, at):
     """Store a token's key of one kv head."""
-    keys = kv.keys.reshape(-1, kv.pages, kv.heads, kv.page // SUBPAGE, kv.size, SUBPAGE)
+    keys = kv.keys.reshape(-1, kv.layers, kv.heads, kv.page // SUBPAGE, kv.size, SUBPAGE)
     scales = (
-        kv.key_scales.reshape(-1, kv.pages, kv.heads, kv.page)[layer, page, head] if _has_scales(kv) else kv.key_scales
+        kv.key_scales.reshape(-1, kv.layers, kv.heads, kv.page)[page, layer, head] if _has_scales(kv) else kv.key_scales
     )
-    keys[layer, page, head, slot // SUBPAGE, :, slot % SUBPAGE] = _write(kv, kv.keys, scales[slot : slot + 1], x, at)
+    keys[page, layer, head, slot // SUBPAGE, :, slot % SUBPAGE] = _write(kv, kv.keys, scales[slot : slot + 1], x, at)
 
 
 def write_value(kv, layer, page, slot, head, x, at):
     """Store a token's value of one kv head."""
-    values = kv.values.reshape(-1, kv.pages, kv.heads, kv.page, kv.size)
+    values = kv.values.reshape(-1, kv.layers, kv.heads, kv.page, kv.size)
     scales = (
-        kv.value_scales.reshape(-1, kv.pages, kv.heads, kv.page)[layer, page, head]
+        kv.value_scales.reshape(-1, kv.layers, kv.heads, kv.page)[page, layer, head]
         if _has_scales(kv)
         else kv.value_scales
     )
-    values[layer, page, head, slot] = _write(kv, kv.values, scales[slot : slot + 1], x, at)
+    values[page, layer, head, slot] = _write(kv, kv.values, scales[slot : slot + 1], x, at)
 
 
 def _has_scales(kv: KV) -> bool:

@@ -289,12 +289,12 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise DownloadError(
             f"{name} is gated: {_first_line(error)}", "Ask for access on the hub and set HF_TOKEN."
         ) from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
-        raise NotFoundError(f"the hub has no {name}: {_first_line(error)}") from None
     except errors.LocalEntryNotFoundError as error:
         raise DownloadError(
             f"{name} is not on this machine: {_first_line(error)}", "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
         ) from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
+        raise NotFoundError(f"the hub has no {name}: {_first_line(error)}") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
         raise DownloadError(
             f"{name} could not be fetched: {_first_line(error)}", "Check the network and HF_ENDPOINT."

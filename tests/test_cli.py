@@ -1,0 +1,184 @@
+"""The command line: exit codes, what goes to stdout and stderr, and one golden text through every door."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from minilora.config import ModelConfig
+
+from .support import BASE_CONFIG, make_checkpoint, save_adapter
+
+
+def minilora(*arguments, text=None, **environment):
+    """Run the command line in a process of its own."""
+    options = {"input": text} if text is not None else {"stdin": subprocess.DEVNULL}
+    return subprocess.run([sys.executable, "-m", "minilora", *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **environment}, **options)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return save_adapter(tmp_path_factory.mktemp("adapter"), ModelConfig.from_dict(BASE_CONFIG), rank=8, modules=("q_proj", "down_proj"))
+
+
+def answer(model, *arguments, **more):
+    run = minilora("generate", "Hello there", "-m", model, "--max-tokens", 12, "--json", *arguments, **more)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)["outputs"][0]
+
+
+def test_help_is_light():
+    """--help of every command loads neither NumPy nor Numba."""
+    code = "import sys; from minilora.cli import main; main(sys.argv[1:]); print([m for m in ('numpy', 'numba', 'tokenizers', 'rich') if m in sys.modules])"
+    for command in ([], ["generate"], ["chat"], ["pull"], ["list"], ["show"], ["quantize"], ["warmup"], ["env"]):
+        run = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
+        assert run.returncode == 0 and run.stdout.rstrip().endswith("[]") and "Usage" in run.stdout
+
+
+def test_all_doors_give_one_text(model):
+    """Streaming, not streaming, JSON, a pipe, a dash, NumPy and Python: the same greedy answer."""
+    from minilora import LLM, SamplingParams
+
+    expected = answer(model)["text"]
+    assert len(expected) > 3
+    arguments = ("-m", model, "--max-tokens", 12)
+    assert minilora("generate", "Hello there", *arguments).stdout == expected + "\n"
+    assert minilora("generate", "Hello there", "--no-stream", *arguments).stdout == expected + "\n"
+    assert minilora("generate", *arguments, text="Hello there").stdout == expected + "\n"
+    assert minilora("generate", "-", *arguments, text="Hello there").stdout == expected + "\n"
+    assert minilora("generate", "Hello there", "--backend", "numpy", *arguments).stdout == expected + "\n"
+    llm = LLM(str(model), threads=1, max_model_len=256)
+    [output] = llm.chat([{"role": "user", "content": "Hello there"}], SamplingParams(temperature=0, max_tokens=12))
+    llm.close()
+    assert output.outputs[0].text == expected
+
+
+def test_adapters_and_scales(model, adapter):
+    plain, adapted = answer(model), answer(model, "--lora", f"a={adapter}")
+    assert adapted["text"] != plain["text"] and adapted["adapter"] == ["a"]
+    assert answer(model, "--lora", f"a={adapter}:0")["text"] == plain["text"]
+    assert answer(model, "--adapter", adapter)["text"] == adapted["text"]
+    assert answer(model, "--lora", f"a={adapter}:0.5", "--lora", f"b={adapter}:0.5")["adapter"] == ["a", "b"]
+    assert answer(model, "--lora", f"a={adapter}", "--lora", f"b={adapter}:3", "--adapter", "a")["text"] == adapted["text"]
+    assert answer(model, "--lora", f"a={adapter}", "--backend", "numpy")["text"] == adapted["text"]
+
+
+def test_sampling_flags(model):
+    assert answer(model, "--temperature", 1, "--seed", 3) == answer(model, "--temp", 1, "--seed", 3, "--threads", 2)
+    assert answer(model, "--temperature", 1, "--seed", 3)["text"] != answer(model, "--temperature", 1, "--seed", 4)["text"]
+    text = answer(model)["text"]
+    assert answer(model, "--stop", text[3:5])["text"] == text[: text.index(text[3:5])]
+    for flags in (["--top-k", 5], ["--top-p", 0.5], ["--min-p", 0.2], ["--repetition-penalty", 1.3], ["--system", "Be brief."], ["--dtype", "int8"], ["--raw"]):
+        answer(model, "--temperature", 0.9, "--seed", 1, *flags)
+
+
+WRONG_USE = [
+    (["generat"], "generate"), (["generate", "x", "--temprature", "1"], "--temperature"), (["generate", "x", "--temperature", "nan"], "temperature"),
+    (["generate", "x", "--temperature", "-1"], "temperature"), (["generate", "x", "--top-p", "0"], "top_p"), (["generate", "x", "--max-tokens", "0"], "max_tokens"),
+    (["generate", "x", "--dtype", "int3"], "int3"), (["generate", "x", "--threads", "0"], "threads"), (["generate", "x", "--lora", "nonsense"], "NAME=PATH"),
+    (["show"], "NAME"), (["pull"], "NAMES"),
+]
+
+
+@pytest.mark.parametrize("arguments, word", WRONG_USE, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_wrong_use_is_exit_code_2(model, arguments, word):
+    if arguments[0] == "generate":
+        arguments = [*arguments, "-m", model]
+    run = minilora(*arguments)
+    assert run.returncode == 2 and word in run.stderr and "Traceback" not in run.stderr and run.stdout == ""
+
+
+def test_failures_are_exit_code_1(model, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(45))
+    cases = [
+        (["generate", "x", "-m", "smollm2-135m"], "smollm2-135m-instruct"), (["generate", "x", "-m", broken], "broken.gguf"),
+        (["generate", "x", "-m", model, "--adapter", "pirat"], "pirate"), (["generate", "x", "-m", model, "--lora", f"a={tmp_path}"], "adapter_config.json"),
+        (["generate", "x", "-m", tmp_path], "config.json"), (["show", "nothing-here"], "nothing-here"),
+    ]
+    for arguments, word in cases:
+        run = minilora(*arguments)
+        assert run.returncode == 1 and word in run.stderr and "Traceback" not in run.stderr and run.stdout == "", run.stderr
+        assert run.stderr.splitlines()[-1] or run.stderr.splitlines()[-2]
+
+
+def test_prompts_that_cannot_be(model):
+    for prompt, word in (("", "prompt"), ("x" * 5000, "tokens")):
+        run = minilora("generate", "-", "-m", model, "--raw", text=prompt)
+        assert run.returncode == 2 and word in run.stderr and run.stdout == ""
+
+
+def test_errors_show_tracebacks_on_request():
+    assert "Traceback" in minilora("show", "nothing-here", MINILORA_DEBUG="1").stderr
+
+
+def test_show_list_env(model, adapter):
+    facts = json.loads(minilora("show", model, "--json").stdout)
+    assert facts["layers"] == 2 and facts["hidden size"] == 64 and "float32" in facts["formats"]
+    assert json.loads(minilora("show", adapter, "--json").stdout)["r"] == 8
+    assert {"smollm2-135m-instruct", "pirate"} <= {row["name"] for row in json.loads(minilora("list", "--json").stdout)}
+    assert "numba" in json.loads(minilora("env", "--json").stdout)
+    for command in (["show", model], ["list"], ["env"]):
+        assert minilora(*command).stdout.count("\n") >= 2
+
+
+def test_chat(model, adapter):
+    text = f"Hello\n/adapter {adapter}\nHello\n/nonsense\n/adapter nothing\n/reset\n/adapter\nHello\n/help\n/quit\n"
+    run = minilora("chat", "-m", model, "--max-tokens", 8, text=text)
+    assert run.returncode == 0, run.stderr
+    first, second, third = run.stdout.split("\n")[:3]
+    assert first == third != second
+    assert "no command /nonsense" in run.stderr and "nothing" in run.stderr and "/reset" in run.stderr
+
+
+def start(model, *arguments):
+    """A process that writes a long answer."""
+    command = [sys.executable, "-m", "minilora", "generate", "x", "-m", str(model), "--max-tokens", "900", "--temperature", "5", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+
+
+def test_interrupt_is_exit_code_130(model):
+    with start(model, "--threads", "2") as process:
+        process.stdout.read(5)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130 and b"Traceback" not in errors
+
+
+def test_a_closed_pipe_is_quiet(model):
+    with start(model) as process:
+        process.stdout.read(5)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 1 and b"Traceback" not in errors and b"Broken" not in errors
+
+
+def test_warmup_and_an_unwritable_cache(model, tmp_path):
+    assert minilora("warmup", "-m", model).stdout.startswith("ready in")
+    (tmp_path / "file").write_text("")
+    run = minilora("generate", "Hello there", "-m", model, "--max-tokens", 12, MINILORA_CACHE=str(tmp_path / "file" / "below"))
+    assert run.returncode == 0 and "MINILORA_CACHE" in run.stderr and "Traceback" not in run.stderr
+    assert run.stdout == answer(model)["text"] + "\n"
+
+
+
+
+@pytest.mark.real
+def test_the_main_job():
+    """Without arguments: one question, side by side, from one batch."""
+    run = minilora("generate")
+    assert run.returncode == 0, run.stderr
+    words = " ".join(run.stdout.split())
+    assert all(word in words for word in ("base", "pirate", "json", "telegram", "Bananas", '{"answer":', "Arr", "STOP"))
+    rows = json.loads(minilora("generate", "--json").stdout)["outputs"]
+    assert rows[0]["text"] == "1. Bananas\n2. Oranges\n3. Grapes" and len(rows) == 4
+    assert json.loads(rows[1]["text"])["answer"]

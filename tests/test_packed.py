@@ -1,0 +1,180 @@
+"""The packed cache: written once, mapped afterwards, made anew when damaged or stale, done without when it can't be."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from minilora.checkpoint import open_checkpoint
+from minilora.errors import FormatError, NotFoundError, UsageError
+from minilora.packed import ARENA, MANIFEST, checksum, load_model, read_packed, write_packed
+from minilora.weights import Plan, Target
+
+from .support import make_checkpoint
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "packed"
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    return make_checkpoint(folder)
+
+
+def folder_of(cache):
+    [folder] = [path for path in cache.iterdir() if not path.name.startswith(".")]
+    return folder
+
+
+def load(model, *said, dtype="int8"):
+    messages = []
+    loaded = load_model(model, "m", Target(dtype), messages.append)
+    return loaded, messages
+
+
+def test_packed_once_and_mapped_afterwards(cache, model):
+    first, said = load(model)
+    assert any("packing" in message for message in said)
+    again, said = load(model)
+    assert said == [] and again.folder == first.folder == folder_of(cache)
+    assert np.array_equal(first.weights.arena, again.weights.arena)
+    assert np.array_equal(again.weights.matrices, first.weights.matrices)
+    assert again.weights.arena.base is not None and again.weights.arena.flags.writeable
+
+
+def test_formats_have_folders_of_their_own(cache, model):
+    for dtype in ("int8", "int4", "float32"):
+        load(model, dtype=dtype)
+    assert len(list(cache.iterdir())) == 3
+
+
+def damage_arena(folder):
+    raw = bytearray((folder / ARENA).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (folder / ARENA).write_bytes(raw)
+
+
+def cut_arena(folder):
+    (folder / ARENA).write_bytes((folder / ARENA).read_bytes()[:-64])
+
+
+def damage_manifest(folder):
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"embed": 0', '"embed": 1'))
+
+
+def cut_manifest(folder):
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:50])
+
+
+def remove_arena(folder):
+    (folder / ARENA).unlink()
+
+
+def break_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [damage_arena, cut_arena, damage_manifest, cut_manifest, remove_arena, break_tokenizer])
+def test_a_damaged_cache_is_rebuilt(cache, model, damage):
+    good = load(model)[0].weights.arena.copy()
+    damage(folder_of(cache))
+    repaired, said = load(model)
+    assert any("packing" in message for message in said)
+    assert np.array_equal(repaired.weights.arena, good)
+    assert load(model)[1] == []
+
+
+def test_a_changed_checkpoint_is_packed_anew(cache, model):
+    load(model)
+    make_checkpoint(model, seed=9)
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert any("packing" in message for message in load(model)[1])
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
+def test_without_room_the_model_runs_from_memory(cache, model, error, monkeypatch):
+    expected = load(model)[0].weights.arena.copy()
+    for path in folder_of(cache).iterdir():
+        path.unlink()
+
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("minilora.packed.write_packed", refuse)
+    loaded, said = load(model)
+    assert loaded.folder is None and np.array_equal(loaded.weights.arena, expected)
+    assert any(os.strerror(error) in message and "MINILORA_CACHE" in message for message in said)
+
+
+def test_a_full_disk_leaves_nothing_behind(cache, model, monkeypatch):
+    """The arena is written from front to back, so a full disk is an error, not a crash in mapped memory."""
+    checkpoint = open_checkpoint(model)
+    plan = Plan(checkpoint, Target("int8"))
+
+    def chunks(self):
+        yield np.zeros(64, np.uint8)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("minilora.packed.Packer.chunks", chunks)
+    with pytest.raises(OSError, match="No space"):
+        write_packed(cache / "x", plan, checkpoint.tokenizer())
+    assert list(cache.iterdir()) == []
+
+
+def test_concurrent_starts(cache, model):
+    """Threads that pack at once all get the same model, and one folder stays."""
+    arenas = []
+
+    def start():
+        arenas.append(load(model)[0].weights.arena.copy())
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(arenas) == 6 and all(np.array_equal(arena, arenas[0]) for arena in arenas)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_quantize_writes_a_model_that_loads(cache, model, tmp_path):
+    target = tmp_path / "packed"
+    run = subprocess.run([sys.executable, "-m", "minilora", "quantize", str(model), str(target), "--dtype", "int4"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == str(target), run.stderr
+    loaded = load_model(target, "m")
+    expected, _ = load(model, dtype="int4")
+    assert np.array_equal(loaded.weights.arena, expected.weights.arena) and loaded.eos == {2}
+    assert json.loads((target / MANIFEST).read_text())["dtype"] == "int4"
+
+
+def test_checksum_sees_every_byte():
+    data = np.random.default_rng(0).integers(0, 256, 3 * (1 << 20) + 5, np.uint8)
+    good = checksum(data)
+    for at in (0, 7, 1 << 20, len(data) - 1, len(data) - 6):
+        data[at] ^= 16
+        assert checksum(data) != good
+        data[at] ^= 16
+    assert checksum(data) == good
+
+
+def test_missing_and_wrong(tmp_path):
+    with pytest.raises(NotFoundError):
+        read_packed(tmp_path, "m")
+    with pytest.raises(UsageError, match="dtype"):
+        Target("int3")
+    with pytest.raises(UsageError, match="group"):
+        Target("int4", 48)
+    (tmp_path / MANIFEST).write_text("[]")
+    with pytest.raises(FormatError):
+        read_packed(tmp_path, "m")
