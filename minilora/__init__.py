@@ -25,7 +25,7 @@ _WHERE = {
     "Logprob": "outputs",
 }
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "LoRARequest", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = ["CompletionOutput", "EngineConfig", "LLM", "LoRARequest", "Logprob", "RequestOutput", "SamplingParams"]  # noqa: RUF022
 
 
 def __getattr__(name: str) -> Any:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora_kernels.lora import pack_expand, pack_gather, pack_shrink
-from minilora_kernels.pack import PANEL
+from minilora_kernels.pack import BLOCK, PANEL
 
 from .checkpoint.folder import read_json
 from .checkpoint.safetensors import TensorFile
 from .config import ModelConfig
 from .errors import AdapterError, FormatError, NotFoundError, UnsupportedError
+from .weights import Weights
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HIGHEST_RANK = 256
@@ -271,10 +272,11 @@ def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 # ---------------------------------------------------------------- reading a folder
 
 
-def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
+def load_adapter(folder: Path, config: ModelConfig, weights: Weights | None = None) -> Adapter:
     """Read a PEFT folder for a base model of this config.
 
-    Raises NotFoundError, FormatError, UnsupportedError or AdapterError, naming the tensor or key.
+    weights: the base model's. With adapters of the embedding or head PEFT saves the base's own matrices too; they
+    are compared with `weights`, and other ones are refused. Raises NotFoundError, FormatError, UnsupportedError or AdapterError, naming the tensor or key.
     """
     if not folder.is_dir():
         raise NotFoundError(f"{folder} is no folder", "An adapter is a folder with adapter_config.json in it.")
@@ -287,6 +289,8 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
             )
         raise NotFoundError(f"{folder / TENSORS} is missing")
     tensors = _read_tensors(folder / TENSORS)
+    for name in [name for name in tensors if name.endswith(".base_layer.weight")]:
+        _check_base(name, tensors.pop(name), config, weights)
     adapter = adapter_from_arrays(tensors, settings.data, config, source=str(folder))
     _check_targets(settings.data, adapter, config)
     return adapter
@@ -295,6 +299,21 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     file = TensorFile(path)
     return {name: file.read(name) for name in file.tensors}
+
+
+def _check_base(name: str, copy: np.ndarray, config: ModelConfig, weights: Weights | None) -> None:
+    """A copy of the base's embedding or head: it must be the base's, up to the rounding of its format."""
+    shape = (config.vocab_size, config.hidden_size)
+    if copy.shape != shape or not name.endswith((f"{EMBED}.base_layer.weight", f"{HEAD}.base_layer.weight")):
+        raise AdapterError(f"{name!r} has shape {copy.shape}, the base model's is {shape}", "The adapter was made for another base model.")
+    if weights is None:
+        return
+    matrix = weights.embed if EMBED in name else weights.head
+    for first in range(0, config.vocab_size, max(BLOCK, config.vocab_size // 8 // BLOCK * BLOCK)):
+        ours, theirs = weights.rows(matrix, first // BLOCK), copy[first : first + BLOCK]
+        ours = ours[: len(theirs)]
+        if np.linalg.norm(ours - theirs) > 0.2 * np.linalg.norm(ours):
+            raise AdapterError(f"{name!r} is not the base model's own matrix", "Merge the adapter into its base with PEFT.")
 
 
 def adapter_from_arrays(

@@ -26,6 +26,7 @@ from .weights import Weights
 
 MEMORY_SHARE = 0.5
 MOST_USES = 8
+PROMPT_LOGITS = 64
 
 
 class Output(NamedTuple):
@@ -98,7 +99,7 @@ class Engine:
     def _setup_step(self) -> None:
         model, config, threads = self.model, self.config, self.team.size
         padded = int(self.weights.matrices[self.weights.head, ROWS])
-        self._most_logits = max(config.max_num_seqs, 64)
+        self._most_logits = config.max_num_seqs + PROMPT_LOGITS
         part = split_size(model.heads, model.head_dim)
         parts = part * -(-self.length // 256) * max(1, 4 * threads // model.kv_heads)
         rows = config.max_num_batched_tokens
@@ -137,7 +138,7 @@ class Engine:
             config.block_size,
             config.max_num_seqs,
             rows,
-            self._most_logits,
+            PROMPT_LOGITS,
             self._acquire,
             self._release,
             config.enable_prefix_caching,

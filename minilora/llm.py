@@ -79,7 +79,7 @@ class LLM:
         if isinstance(source, Adapter):
             adapter = source
         else:
-            adapter = load_adapter(resolve_adapter(source, report), self.model.weights.config)
+            adapter = load_adapter(resolve_adapter(source, report), self.model.weights.config, self.model.weights)
             self._paths[name] = source
         self.adapters[name] = self.engine.add_adapter(adapter)
 

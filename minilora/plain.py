@@ -30,7 +30,9 @@ class PlainLLM:
 
     def add_lora(self, name: str, source: str, report: Report = silent) -> None:
         """Load an adapter under a name."""
-        self.adapters[name] = load_adapter(resolve_adapter(source, report), self.model.weights.config)
+        self.adapters[name] = load_adapter(
+            resolve_adapter(source, report), self.model.weights.config, self.model.weights
+        )
 
     def generate(self, prompt: Mapping[str, Any], params: SamplingParams, loras: list[LoRARequest]) -> RequestOutput:
         """One text for one prompt of token ids. Log-probabilities are not computed."""

@@ -18,8 +18,8 @@ class Work(NamedTuple):
 class Scheduler:
     """First come, first served, with chunked prefill: running texts first, new ones with what is left.
 
-    page: tokens of a page; most_sequences: that run at once; budget: rows of a step; most_logits: rows of a step
-    whose logits may be wanted; acquire, release: called when a sequence starts and stops holding its adapters;
+    page: tokens of a page; most_sequences: that run at once; budget: rows of a step; prompt_logits: rows of a step
+    whose logits may be wanted beside the last one of each sequence; acquire, release: called when a sequence starts and stops holding its adapters;
     acquire says whether they are there. Raises nothing: what can't run now waits.
     """
 
@@ -29,13 +29,13 @@ class Scheduler:
         page: int,
         most_sequences: int,
         budget: int,
-        most_logits: int,
+        prompt_logits: int,
         acquire: Callable[[Sequence], bool],
         release: Callable[[Sequence], None],
         caching: bool = True,
     ):
         self.pool, self.page, self.caching = pool, page, caching
-        self.most_sequences, self.budget, self.most_logits = most_sequences, budget, most_logits
+        self.most_sequences, self.budget, self.prompt_logits = most_sequences, budget, prompt_logits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -48,6 +48,7 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """The next step's work; the pages for it are taken. Empty only where nothing can run."""
         budget, plan = self.budget, []
+        self._logits_left = self.prompt_logits
         for sequence in self._in_order():
             if budget == 0:
                 break
@@ -57,11 +58,11 @@ class Scheduler:
         while budget and self.waiting and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            count = self._grant(sequence, budget)
-            if not count:
+            if count := self._grant(sequence, budget):
+                plan.append(Work(sequence, count))
+                budget -= count
+            elif sequence.state is not State.RUNNING:
                 break
-            plan.append(Work(sequence, count))
-            budget -= count
         return [work for work in plan if work.sequence.state is State.RUNNING]
 
     def _in_order(self) -> list[Sequence]:
@@ -69,10 +70,11 @@ class Scheduler:
         return sorted(self.running, key=lambda s: (s.pending > 1, s.number))
 
     def _grant(self, sequence: Sequence, budget: int) -> int:
-        """How many tokens of a running sequence the step takes, with pages for them; 0 if it had to go."""
+        """How many tokens of a running sequence the step takes, with pages for them; 0 if it must pause or go."""
         count = min(sequence.pending, budget)
         if sequence.wants_prompt_logprobs:
-            count = min(count, self.most_logits)
+            count = min(count, self._logits_left)
+            self._logits_left -= count
         needed = -(-(sequence.computed + count) // self.page) - len(sequence.pages)
         while self.pool.available < needed:
             victim = self._victim(sequence)

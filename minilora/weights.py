@@ -460,6 +460,13 @@ class Weights:
         rows = self.matrices[self.matrices[:, FORMAT] == fmt]
         return int((rows[:, pack.ROWS] // BLOCK * rows[:, pack.BLOCK_BYTES]).sum())
 
+    def rows(self, matrix: int, block: int) -> np.ndarray:
+        """Block `block` of a matrix as float32 [32, columns]."""
+        row = self.matrices[matrix].copy()
+        row[pack.OFFSET] += block * row[pack.BLOCK_BYTES]
+        row[pack.ROWS] = BLOCK
+        return pack.unpack(self.arena, row)
+
     def network(self, length: int) -> Network:
         """The arrays for texts of up to `length` tokens."""
         cos, sin = self.config.rope.tables(length)

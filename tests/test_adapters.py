@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minilora.adapters import load_adapter
@@ -13,7 +14,7 @@ from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
 from minilora.pool import AdapterPool
 
-from .support import BASE_CONFIG, make_adapter, peft_tensors, save_adapter
+from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
 
 CONFIG = ModelConfig.from_dict(BASE_CONFIG)
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -94,6 +95,21 @@ def test_bad_tensors_are_refused(tmp_path, change, error, word):
     tensors = change(peft_tensors(CONFIG, 4, ("q_proj", "v_proj"), 1))
     with pytest.raises(error, match=word):
         load_adapter(save_adapter(tmp_path, CONFIG, tensors=tensors), CONFIG)
+
+
+def test_copies_of_the_base_are_compared(tmp_path, tiny):
+    """PEFT saves the base's own embedding and head beside adapters of them."""
+    weights = load_weights(tiny("llama"), "int4")
+    head = "base_model.model.lm_head"
+    tensors = peft_tensors(CONFIG, 4, ("lm_head",), 1) | {f"{head}.base_layer.weight": load_file(tiny("llama") / "model.safetensors")["lm_head.weight"]}
+    folder = save_adapter(tmp_path, CONFIG, modules=("lm_head",), tensors=tensors)
+    assert list(load_adapter(folder, CONFIG, weights).pairs) == ["lm_head"]
+    tensors[f"{head}.base_layer.weight"] = np.roll(tensors[f"{head}.base_layer.weight"], 1, axis=0)
+    with pytest.raises(AdapterError, match="not the base model's own"):
+        load_adapter(save_adapter(tmp_path, CONFIG, modules=("lm_head",), tensors=tensors), CONFIG, weights)
+    tensors[f"{head}.base_layer.weight"] = np.zeros((9, 64), np.float32)
+    with pytest.raises(AdapterError, match="another base model"):
+        load_adapter(save_adapter(tmp_path, CONFIG, modules=("lm_head",), tensors=tensors), CONFIG, weights)
 
 
 def test_missing_files_are_named(tmp_path):

@@ -168,6 +168,19 @@ def test_logprobs_are_of_the_models_own_logits(weights):
     assert one.top == other.top and other.token == 77 and other.logprob < one.logprob and other.rank > 1 and one.rank == 1
 
 
+def test_many_prompt_logprobs_at_once(weights):
+    """More rows with wanted logits than one step has room for: they wait for the next, and are the same."""
+    rng = np.random.default_rng(5)
+    prompts = [random_tokens(rng, 100) for _ in range(6)]
+    params = SamplingParams(max_tokens=2, prompt_logprobs=2, logprobs=1, **GREEDY)
+    engine = make_engine(weights, max_num_batched_tokens=512)
+    together = [engine.submit(prompt, params)[0] for prompt in prompts]
+    run(engine)
+    for prompt, sequence in zip(prompts, together, strict=True):
+        assert len(sequence.prompt_logprobs) == 99
+        assert sequence.prompt_logprobs == text_of(weights, params, prompt).prompt_logprobs
+
+
 # ---------------------------------------------------------------- sharing and cancelling
 
 

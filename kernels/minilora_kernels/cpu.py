@@ -50,6 +50,13 @@ def has_fma() -> bool:
 
 
 @cache
+def has_half() -> bool:
+    """Whether float16 converts by instruction here (else LLVM would call a library that need not be there)."""
+    triple, _, features = target()
+    return "f16c" in features or triple.startswith(("aarch64", "arm64"))
+
+
+@cache
 def has_i8mm() -> bool:
     """Whether ARM's mixed-sign dot product (usdot) is there."""
     return "i8mm" in target()[2]

@@ -225,12 +225,43 @@ def _widen_scalar_bf16(builder, x):
     return builder.bitcast(builder.shl(builder.zext(x, _WORD), ir.Constant(_WORD, 16)), ir.FloatType())
 
 
+def _number(kind, value):
+    """A constant: in every lane of a vector, or a scalar."""
+    return constant(kind, value) if isinstance(kind, ir.VectorType) else ir.Constant(kind, value)
+
+
+def _widen_f16(builder, h, floats, words):
+    """float32 of float16 held as 16-bit integers; floats, words: the LLVM types of result and of integers like it."""
+    if cpu.has_half():
+        halves = ir.VectorType(ir.HalfType(), 16) if isinstance(floats, ir.VectorType) else ir.HalfType()
+        return builder.fpext(builder.bitcast(h, halves), floats)
+    wide = builder.zext(h, words)
+    sign = builder.shl(builder.and_(wide, _number(words, 0x8000)), _number(words, 16))
+    size = builder.shl(builder.and_(wide, _number(words, 0x7FFF)), _number(words, 13))
+    # The exponent counts from 15, not 127: times 2^112, exact for small numbers too.
+    value = builder.bitcast(builder.fmul(builder.bitcast(size, floats), _number(floats, 2.0**112)), words)
+    special = builder.icmp_unsigned(">=", size, _number(words, 0x0F800000))
+    value = builder.select(special, builder.or_(size, _number(words, 0x7F800000)), value)
+    return builder.bitcast(builder.or_(value, sign), floats)
+
+
 def _narrow_f16(builder, v):
-    """Round to nearest; beyond the range of float16 its largest value, never infinity."""
+    """Round to nearest, ties to even; beyond the range of float16 its largest value, never infinity."""
     limit = 65504.0
     v = call(builder, "llvm.minnum.v16f32", _F32, v, constant(_F32, limit))
     v = call(builder, "llvm.maxnum.v16f32", _F32, v, constant(_F32, -limit))
-    return builder.fptrunc(v, _HALF)
+    if cpu.has_half():
+        return builder.bitcast(builder.fptrunc(v, _HALF), _SHORT)
+    raw = builder.bitcast(v, _I32)
+    sign = builder.and_(builder.lshr(raw, constant(_I32, 16)), constant(_I32, 0x8000))
+    size = builder.and_(raw, constant(_I32, 0x7FFFFFFF))
+    # Normal numbers: move the exponent, then round by adding. Small ones: adding 1/2 rounds them in place.
+    odd = builder.and_(builder.lshr(size, constant(_I32, 13)), constant(_I32, 1))
+    moved = builder.add(builder.add(size, odd), constant(_I32, 0xFFF - (112 << 23)))
+    half = builder.bitcast(builder.fadd(builder.bitcast(size, _F32), constant(_F32, 0.5)), _I32)
+    tiny = builder.icmp_unsigned("<", size, constant(_I32, 113 << 23))
+    value = builder.select(tiny, builder.sub(half, constant(_I32, 0x3F000000)), builder.lshr(moved, constant(_I32, 13)))
+    return builder.trunc(builder.or_(value, sign), _SHORT)
 
 
 def _narrow_i8(builder, v):
@@ -259,13 +290,13 @@ def _scatterer(vector, narrow=None):
 
 load_u8 = _loader(u8x64, _U8)
 load_f32 = _loader(f32x16, _F32)
-load_f16 = _loader(f32x16, _HALF, lambda b, v: b.fpext(v, _F32))
+load_f16 = _loader(f32x16, _SHORT, lambda b, v: _widen_f16(b, v, _F32, _I32))
 load_bf16 = _loader(f32x16, _SHORT, _widen_bf16)
 load_i8 = _loader(f32x16, _BYTE, lambda b, v: b.sitofp(v, _F32))
 """16 values from int8, as float32."""
 load_i32 = _loader(i32x16, _I32)
 load_scalar_f32 = _loader(types.float32, ir.FloatType())
-load_scalar_f16 = _loader(types.float32, ir.HalfType(), lambda b, v: b.fpext(v, ir.FloatType()))
+load_scalar_f16 = _loader(types.float32, ir.IntType(16), lambda b, v: _widen_f16(b, v, ir.FloatType(), _WORD))
 load_scalar_bf16 = _loader(types.float32, ir.IntType(16), _widen_scalar_bf16)
 load_word = _loader(types.int32, _WORD)
 

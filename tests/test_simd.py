@@ -1,0 +1,143 @@
+"""SIMD values by themselves: conversions, reductions, exp, the byte dot product. Run on every CPU family by test_families."""
+
+import numpy as np
+import pytest
+
+from minilora_kernels import reference
+from minilora_kernels.dot import dot4, dot4_small
+from minilora_kernels.jit import kernel, program
+from minilora_kernels.simd import (
+    count_above,
+    exp,
+    fma,
+    hmax,
+    hsum,
+    keep_lanes,
+    load_bf16,
+    load_f16,
+    load_f32,
+    load_i32,
+    load_scalar_f16,
+    load_u8,
+    round_i32,
+    store_f16,
+    store_f32,
+    store_i8,
+    times8,
+    times128,
+    to_f32,
+)
+
+ALL_HALVES = np.arange(1 << 16, dtype=np.uint16)
+
+
+@kernel
+def _widen(x, out):
+    for i in range(0, len(x), 16):
+        store_f32(out, i, load_f16(x, i))
+
+
+@kernel
+def _widen_scalars(x, out):
+    for i in range(len(x)):
+        out[i] = load_scalar_f16(x, i)
+
+
+@kernel
+def _widen_bf16(x, out):
+    for i in range(0, len(x), 16):
+        store_f32(out, i, load_bf16(x, i))
+
+
+@kernel
+def _narrow(x, out):
+    for i in range(0, len(x), 16):
+        store_f16(out, i, load_f32(x, i))
+
+
+@kernel
+def _exp(x, out):
+    for i in range(0, len(x), 16):
+        store_f32(out, i, exp(load_f32(x, i)))
+
+
+@kernel
+def _dots(small, acc, u, s, out):
+    for i in range(0, len(acc), 16):
+        if small:
+            v = dot4_small(load_i32(acc, i), load_u8(u, 4 * i), load_u8(s, 4 * i))
+        else:
+            v = dot4(load_i32(acc, i), load_u8(u, 4 * i), load_u8(s, 4 * i))
+        store_f32(out, i, to_f32(v))
+
+
+@kernel
+def _odds_and_ends(x, out, small):
+    v = load_f32(x, 0)
+    out[0], out[1], out[2] = hsum(v), hmax(v), count_above(v, load_f32(x, 16))
+    store_f32(out, 16, keep_lanes(v, 3, 9, np.float32(-7)))
+    store_f32(out, 32, fma(v, v, load_f32(x, 16)))
+    store_i8(small, 0, round_i32(v))
+    store_f32(out, 48, to_f32(times8(round_i32(v)) + times128(round_i32(v))))
+
+
+def test_every_float16_widens_exactly():
+    expected = ALL_HALVES.view(np.float16).astype(np.float32)
+    for convert in (_widen, _widen_scalars):
+        out = np.zeros(1 << 16, np.float32)
+        program(convert)(ALL_HALVES, out)
+        assert np.array_equal(out, expected, equal_nan=True)
+
+
+def test_every_bfloat16_widens_exactly():
+    out = np.zeros(1 << 16, np.float32)
+    program(_widen_bf16)(ALL_HALVES, out)
+    assert np.array_equal(out.view(np.uint32) >> 16, ALL_HALVES) or np.array_equal(np.isnan(out), np.isnan((ALL_HALVES.astype(np.uint32) << 16).view(np.float32)))
+
+
+def test_narrowing_rounds_like_numpy_and_never_overflows():
+    rng = np.random.default_rng(0)
+    exact = ALL_HALVES.view(np.float16).astype(np.float32)
+    exact = exact[np.isfinite(exact)]
+    between = (exact[:-1] + exact[1:]) / 2
+    x = np.concatenate([exact, between, np.nextafter(between, np.float32(9)), rng.standard_normal(4096, np.float32) * 10, rng.standard_normal(4096, np.float32) * 1e-7])
+    x = x[: len(x) // 16 * 16].astype(np.float32)
+    out = np.zeros(len(x), np.uint16)
+    program(_narrow)(x, out)
+    assert np.array_equal(out.view(np.float16), np.clip(x, -65504, 65504).astype(np.float16))
+    big = np.array([1e6, -1e6, np.inf, -np.inf] * 4, np.float32)
+    out = np.zeros(16, np.uint16)
+    program(_narrow)(big, out)
+    assert out.view(np.float16)[:4].tolist() == [65504, -65504, 65504, -65504]
+
+
+def test_exp():
+    x = np.concatenate([np.linspace(-86.9, 88, 4096), [0, -0.0, -100, -np.inf, 87.99, 1, -1, 0.5] * 2]).astype(np.float32)
+    out = np.zeros(len(x), np.float32)
+    program(_exp)(x, out)
+    expected = np.where(x < -87, 0, np.exp(x.astype(np.float64)))
+    assert np.abs(out - expected).max() <= 3e-7 * expected.max() and (np.abs(out - expected) <= 3e-7 * expected).all()
+
+
+@pytest.mark.parametrize("small", [0, 1])
+def test_dot4_is_exact(small):
+    rng = np.random.default_rng(small)
+    top = 128 if small else 256
+    u = np.concatenate([rng.integers(0, top, 4096), np.full(64, top - 1), np.full(64, top - 1)]).astype(np.uint8)
+    s = np.concatenate([rng.integers(-128, 128, 4096), np.full(64, -128), np.full(64, 127)]).astype(np.int8)
+    acc = rng.integers(-100000, 100000, len(u) // 4).astype(np.int32)
+    out = np.zeros(len(acc), np.float32)
+    program(_dots)(small, acc, u, s.view(np.uint8), out)
+    assert np.array_equal(out, reference.dot4(acc, u, s).astype(np.float32))
+
+
+def test_odds_and_ends():
+    rng = np.random.default_rng(1)
+    x = np.round(rng.standard_normal(32) * 20 + 0.25).astype(np.float32) + np.float32(0.5)
+    out, small = np.zeros(64, np.float32), np.zeros(16, np.int8)
+    program(_odds_and_ends)(x, out, small)
+    v = x[:16]
+    assert out[0] == v.sum() and out[1] == v.max() and out[2] == (v > x[16:]).sum()
+    assert np.array_equal(out[16:32], np.where((np.arange(16) >= 3) & (np.arange(16) < 9), v, -7))
+    assert np.allclose(out[32:48], v * v + x[16:], rtol=1e-6)
+    assert np.array_equal(small, np.rint(v).astype(np.int8)) and np.array_equal(out[48:], np.rint(v) * 136)
