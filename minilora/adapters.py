@@ -305,7 +305,10 @@ def _check_base(name: str, copy: np.ndarray, config: ModelConfig, weights: Weigh
     """A copy of the base's embedding or head: it must be the base's, up to the rounding of its format."""
     shape = (config.vocab_size, config.hidden_size)
     if copy.shape != shape or not name.endswith((f"{EMBED}.base_layer.weight", f"{HEAD}.base_layer.weight")):
-        raise AdapterError(f"{name!r} has shape {copy.shape}, the base model's is {shape}", "The adapter was made for another base model.")
+        raise AdapterError(
+            f"{name!r} has shape {copy.shape}, the base model's is {shape}",
+            "The adapter was made for another base model.",
+        )
     if weights is None:
         return
     matrix = weights.embed if EMBED in name else weights.head
@@ -313,7 +316,9 @@ def _check_base(name: str, copy: np.ndarray, config: ModelConfig, weights: Weigh
         ours, theirs = weights.rows(matrix, first // BLOCK), copy[first : first + BLOCK]
         ours = ours[: len(theirs)]
         if np.linalg.norm(ours - theirs) > 0.2 * np.linalg.norm(ours):
-            raise AdapterError(f"{name!r} is not the base model's own matrix", "Merge the adapter into its base with PEFT.")
+            raise AdapterError(
+                f"{name!r} is not the base model's own matrix", "Merge the adapter into its base with PEFT."
+            )
 
 
 def adapter_from_arrays(

@@ -115,7 +115,7 @@ model_options = _options(
     click.option(
         "--group-size",
         type=click.Choice(["32", "64", "128"]),
-        default="64",
+        default="32",
         show_default=True,
         help="Weights per scale, for int8 and int4.",
     ),
@@ -276,7 +276,17 @@ def generate(
     reporter = _Reporter()
     if backend == "numpy":
         _generate_plain(
-            reporter, QUESTION if prompt is None else prompt, system, model, dtype, group_size, loras, adapters, raw, as_json, sampling
+            reporter,
+            QUESTION if prompt is None else prompt,
+            system,
+            model,
+            dtype,
+            group_size,
+            loras,
+            adapters,
+            raw,
+            as_json,
+            sampling,
         )
         return
     llm = _open(reporter, model, dtype, group_size, threads, max_num_seqs=16)
@@ -552,7 +562,7 @@ def show(name: str, dtype: str, as_json: bool) -> None:
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), default="int4", show_default=True)
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True)
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="32", show_default=True)
 def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     """Write SOURCE as a packed model into the folder TARGET."""
     from .checkpoint import open_checkpoint

@@ -47,7 +47,7 @@ CHUNK_ROWS = 4096
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
 FLOAT_DTYPES = {"float32": pack.FLOAT32, "float16": pack.FLOAT16, "bfloat16": pack.BFLOAT16}
-DEFAULT_GROUP = 64
+DEFAULT_GROUP = 32
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 EMBED, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

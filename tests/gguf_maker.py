@@ -28,7 +28,12 @@ def entry(key: str, kind: int, value: bytes) -> bytes:
 
 def tensor(name: str, shape, kind: int = 0, offset: int = 0, dimensions: int | None = None) -> bytes:
     count = len(shape) if dimensions is None else dimensions
-    return string(name) + struct.pack("<I", count) + b"".join(struct.pack("<Q", n) for n in shape) + struct.pack("<IQ", kind, offset)
+    return (
+        string(name)
+        + struct.pack("<I", count)
+        + b"".join(struct.pack("<Q", n) for n in shape)
+        + struct.pack("<IQ", kind, offset)
+    )
 
 
 def pair_rows(x: np.ndarray, heads: int) -> np.ndarray:
@@ -36,7 +41,9 @@ def pair_rows(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, 2, len(x) // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def write_llama(path: Path, kind: str = "F32", seed: int = 0, mixed: dict[str, str] | None = None, **changes) -> dict[str, np.ndarray]:
+def write_llama(
+    path: Path, kind: str = "F32", seed: int = 0, mixed: dict[str, str] | None = None, **changes
+) -> dict[str, np.ndarray]:
     """A tiny llama as GGUF; returns its weights under Hugging Face names, before quantisation."""
     config = ModelConfig.from_dict({**BASE_CONFIG, "num_key_value_heads": 2, **changes})
     weights = random_weights(config, seed)
@@ -53,10 +60,25 @@ def write_llama(path: Path, kind: str = "F32", seed: int = 0, mixed: dict[str, s
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope.theta)
     add_vocabulary(writer)
-    names = {v: k for k, v in {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
-             "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}.items()}
-    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+    names = {
+        v: k
+        for k, v in {
+            "attn_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "attn_q": "self_attn.q_proj",
+            "attn_k": "self_attn.k_proj",
+            "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_gate": "mlp.gate_proj",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        }.items()
+    }
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     for name, weight in weights.items():
         if name in top:
             ours = top[name]

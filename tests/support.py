@@ -133,15 +133,34 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 def make_adapter(config: ModelConfig, rank: int = 4, modules=LINEAR, seed: int = 1, **settings):
     """A random Adapter."""
-    return adapter_from_arrays(peft_tensors(config, rank, modules, seed), {"r": rank, "lora_alpha": 2 * rank, **settings}, config)
+    return adapter_from_arrays(
+        peft_tensors(config, rank, modules, seed), {"r": rank, "lora_alpha": 2 * rank, **settings}, config
+    )
 
 
-def save_adapter(folder: Path, config: ModelConfig, rank: int = 4, modules=("q_proj", "v_proj"), seed: int = 1, tensors=None, **settings) -> Path:
+def save_adapter(
+    folder: Path,
+    config: ModelConfig,
+    rank: int = 4,
+    modules=("q_proj", "v_proj"),
+    seed: int = 1,
+    tensors=None,
+    **settings,
+) -> Path:
     """A PEFT folder; settings: keys of adapter_config.json, tensors: instead of random ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(modules), "bias": "none", **settings}
+    content = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(modules),
+        "bias": "none",
+        **settings,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(content))
-    save_file(peft_tensors(config, rank, modules, seed) if tensors is None else tensors, folder / "adapter_model.safetensors")
+    save_file(
+        peft_tensors(config, rank, modules, seed) if tensors is None else tensors, folder / "adapter_model.safetensors"
+    )
     return folder
 
 

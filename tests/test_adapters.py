@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from safetensors.numpy import load_file
 
 from minilora.adapters import load_adapter
 from minilora.config import ModelConfig
@@ -30,11 +30,25 @@ def test_scaling_is_alpha_over_rank(tmp_path):
 
 
 def test_rank_and_alpha_patterns(tmp_path):
-    tensors = peft_tensors(CONFIG, 4, ("v_proj",), 1) | {k: v for k, v in peft_tensors(CONFIG, 7, ("q_proj",), 2).items()}
-    folder = save_adapter(tmp_path, CONFIG, rank=4, tensors=tensors, rank_pattern={"q_proj": 7}, alpha_pattern={r"layers.1.self_attn.v_proj": 40}, use_rslora=True)
+    tensors = peft_tensors(CONFIG, 4, ("v_proj",), 1) | {
+        k: v for k, v in peft_tensors(CONFIG, 7, ("q_proj",), 2).items()
+    }
+    folder = save_adapter(
+        tmp_path,
+        CONFIG,
+        rank=4,
+        tensors=tensors,
+        rank_pattern={"q_proj": 7},
+        alpha_pattern={r"layers.1.self_attn.v_proj": 40},
+        use_rslora=True,
+    )
     pairs = load_adapter(folder, CONFIG).pairs
     assert len(pairs["model.layers.0.self_attn.q_proj"].a) == 7
-    v = [pairs[f"model.layers.{i}.self_attn.v_proj"].b / tensors[f"base_model.model.model.layers.{i}.self_attn.v_proj.lora_B.weight"] for i in (0, 1)]
+    v = [
+        pairs[f"model.layers.{i}.self_attn.v_proj"].b
+        / tensors[f"base_model.model.model.layers.{i}.self_attn.v_proj.lora_B.weight"]
+        for i in (0, 1)
+    ]
     assert np.allclose(v[0], 8 / 2) and np.allclose(v[1], 40 / 2)
 
 
@@ -45,20 +59,35 @@ def test_layers_to_transform(tmp_path):
 
 
 def test_the_digest_is_of_the_content(tmp_path):
-    one, same, other = (load_adapter(save_adapter(tmp_path / name, CONFIG, seed=seed), CONFIG) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    one, same, other = (
+        load_adapter(save_adapter(tmp_path / name, CONFIG, seed=seed), CONFIG)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
     scaled = load_adapter(save_adapter(tmp_path / "d", CONFIG, seed=1, lora_alpha=9), CONFIG)
     assert one.digest == same.digest and len({one.digest, other.digest, scaled.digest}) == 3
 
 
 BAD_SETTINGS = [
-    ({"peft_type": "IA3"}, UnsupportedError, "IA3"), ({"use_dora": True}, UnsupportedError, "DoRA"), ({"bias": "all"}, UnsupportedError, "bias"),
-    ({"modules_to_save": ["lm_head"]}, UnsupportedError, "modules_to_save"), ({"fan_in_fan_out": True}, UnsupportedError, "fan_in_fan_out"),
-    ({"init_lora_weights": "pissa_niter_4"}, UnsupportedError, "pissa"), ({"trainable_token_indices": [1]}, UnsupportedError, "trainable_token_indices"),
-    ({"alora_invocation_tokens": [1]}, UnsupportedError, "alora"), ({"layer_replication": [[0, 2]]}, UnsupportedError, "layer_replication"),
-    ({"r": 0}, AdapterError, "r must be"), ({"r": 10**9}, AdapterError, "r must be"), ({"r": 8}, AdapterError, "q_proj.*rank 8"), ({"r": "4"}, AdapterError, "r must be"),
-    ({"lora_alpha": float("inf")}, AdapterError, "lora_alpha"), ({"lora_alpha": None}, AdapterError, "lora_alpha"),
-    ({"rank_pattern": {"(a+)+": 3}}, AdapterError, "pattern"), ({"rank_pattern": {"q_proj(": 3}}, AdapterError, "pattern"), ({"alpha_pattern": [1]}, AdapterError, "alpha_pattern"),
-    ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, AdapterError, "o_proj.*missing"), ({"target_modules": ["q_proj", "v_proj", "w1"]}, AdapterError, "w1"),
+    ({"peft_type": "IA3"}, UnsupportedError, "IA3"),
+    ({"use_dora": True}, UnsupportedError, "DoRA"),
+    ({"bias": "all"}, UnsupportedError, "bias"),
+    ({"modules_to_save": ["lm_head"]}, UnsupportedError, "modules_to_save"),
+    ({"fan_in_fan_out": True}, UnsupportedError, "fan_in_fan_out"),
+    ({"init_lora_weights": "pissa_niter_4"}, UnsupportedError, "pissa"),
+    ({"trainable_token_indices": [1]}, UnsupportedError, "trainable_token_indices"),
+    ({"alora_invocation_tokens": [1]}, UnsupportedError, "alora"),
+    ({"layer_replication": [[0, 2]]}, UnsupportedError, "layer_replication"),
+    ({"r": 0}, AdapterError, "r must be"),
+    ({"r": 10**9}, AdapterError, "r must be"),
+    ({"r": 8}, AdapterError, "q_proj.*rank 8"),
+    ({"r": "4"}, AdapterError, "r must be"),
+    ({"lora_alpha": float("inf")}, AdapterError, "lora_alpha"),
+    ({"lora_alpha": None}, AdapterError, "lora_alpha"),
+    ({"rank_pattern": {"(a+)+": 3}}, AdapterError, "pattern"),
+    ({"rank_pattern": {"q_proj(": 3}}, AdapterError, "pattern"),
+    ({"alpha_pattern": [1]}, AdapterError, "alpha_pattern"),
+    ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, AdapterError, "o_proj.*missing"),
+    ({"target_modules": ["q_proj", "v_proj", "w1"]}, AdapterError, "w1"),
 ]
 
 
@@ -83,9 +112,21 @@ BAD_TENSORS = [
     (with_(f"{Q0}.lora_A.weight", np.full((4, 64), np.nan, np.float32)), AdapterError, "not finite"),
     (with_(f"{Q0}.lora_magnitude_vector", np.zeros(64, np.float32)), UnsupportedError, "DoRA"),
     (with_("base_model.model.lm_head.weight", np.zeros((263, 64), np.float32)), UnsupportedError, "lm_head.weight"),
-    (with_("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", np.zeros((4, 64), np.float32)), AdapterError, "layers.7"),
-    (with_("base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight", np.zeros((4, 64), np.float32)), AdapterError, "qkv_proj"),
-    (with_("base_model.model.model.embed_tokens.lora_A.weight", np.zeros((4, 263), np.float32)), AdapterError, "embed_tokens"),
+    (
+        with_("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", np.zeros((4, 64), np.float32)),
+        AdapterError,
+        "layers.7",
+    ),
+    (
+        with_("base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight", np.zeros((4, 64), np.float32)),
+        AdapterError,
+        "qkv_proj",
+    ),
+    (
+        with_("base_model.model.model.embed_tokens.lora_A.weight", np.zeros((4, 263), np.float32)),
+        AdapterError,
+        "embed_tokens",
+    ),
     (lambda t: {}, AdapterError, "no tensors"),
 ]
 
@@ -101,7 +142,9 @@ def test_copies_of_the_base_are_compared(tmp_path, tiny):
     """PEFT saves the base's own embedding and head beside adapters of them."""
     weights = load_weights(tiny("llama"), "int4")
     head = "base_model.model.lm_head"
-    tensors = peft_tensors(CONFIG, 4, ("lm_head",), 1) | {f"{head}.base_layer.weight": load_file(tiny("llama") / "model.safetensors")["lm_head.weight"]}
+    tensors = peft_tensors(CONFIG, 4, ("lm_head",), 1) | {
+        f"{head}.base_layer.weight": load_file(tiny("llama") / "model.safetensors")["lm_head.weight"]
+    }
     folder = save_adapter(tmp_path, CONFIG, modules=("lm_head",), tensors=tensors)
     assert list(load_adapter(folder, CONFIG, weights).pairs) == ["lm_head"]
     tensors[f"{head}.base_layer.weight"] = np.roll(tensors[f"{head}.base_layer.weight"], 1, axis=0)
@@ -143,7 +186,16 @@ def test_damaged_folders_never_crash(tmp_path_factory, data):
 
 
 def test_unknown_json_types_never_crash(tmp_path):
-    for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "layers_to_transform", "bias", "peft_type", "init_lora_weights"):
+    for key in (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "rank_pattern",
+        "layers_to_transform",
+        "bias",
+        "peft_type",
+        "init_lora_weights",
+    ):
         for value in (None, True, -1, 1.5, "x", [], [None], {}, {"a": []}):
             folder = save_adapter(tmp_path, CONFIG)
             content = json.loads((folder / "adapter_config.json").read_text()) | {key: value}
@@ -162,7 +214,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.adapters = [make_adapter(CONFIG, rank=rank, seed=rank, modules=("q_proj", "up_proj")[: 1 + rank % 2]) for rank in (1, 4, 8, 20, 33)]
+        self.adapters = [
+            make_adapter(CONFIG, rank=rank, seed=rank, modules=("q_proj", "up_proj")[: 1 + rank % 2])
+            for rank in (1, 4, 8, 20, 33)
+        ]
         packed = [AdapterPool(CONFIG, 1, None).pack(adapter) for adapter in self.adapters]
         self.packed = {adapter.digest: p for adapter, p in zip(self.adapters, packed, strict=True)}
         self.pool = AdapterPool(CONFIG, 3, 2 * max(len(p.data) for p in packed))
@@ -204,9 +259,13 @@ class PoolMachine(RuleBasedStateMachine):
                 assert digest in self.pool, "an adapter in use was evicted"
             if digest in self.pool:
                 n, arrays = self.pool.number(digest), self.pool.arrays
-                first = arrays.inputs[n][packed.inputs[..., 1] > 0][0, 0] - packed.inputs[packed.inputs[..., 1] > 0][0, 0]
+                first = (
+                    arrays.inputs[n][packed.inputs[..., 1] > 0][0, 0] - packed.inputs[packed.inputs[..., 1] > 0][0, 0]
+                )
                 assert np.array_equal(arrays.arena[first : first + len(packed.data)], packed.data)
-                assert np.array_equal(arrays.outputs[n][..., 0], np.where(packed.outputs[..., 1] > 0, packed.outputs[..., 0] + first, 0))
+                assert np.array_equal(
+                    arrays.outputs[n][..., 0], np.where(packed.outputs[..., 1] > 0, packed.outputs[..., 0] + first, 0)
+                )
 
 
 TestPool = PoolMachine.TestCase

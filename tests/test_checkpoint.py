@@ -92,8 +92,16 @@ def infinite(tensors):
     tensors["model.layers.0.self_attn.v_proj.weight"][3, 5] = np.inf
 
 
-@pytest.mark.parametrize("change, word", [(removed, "lacks.*up_proj"), (unknown, "experts"), (reshaped, "model.norm.weight.*65"),
-                                          (integers, "I32"), (infinite, "v_proj.*not finite")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (removed, "lacks.*up_proj"),
+        (unknown, "experts"),
+        (reshaped, "model.norm.weight.*65"),
+        (integers, "I32"),
+        (infinite, "v_proj.*not finite"),
+    ],
+)
 def test_wrong_tensors_are_named(tmp_path, change, word):
     make_checkpoint(tmp_path)
     change_tensors(tmp_path, change)
@@ -115,7 +123,9 @@ def test_missing_files_are_named(tmp_path):
         open_checkpoint(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "missing.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "missing.safetensors"]
+)
 def test_an_index_cannot_name_other_places(tmp_path, name):
     make_checkpoint(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
@@ -220,17 +230,43 @@ def test_bad_configs_are_refused(change, error, word):
 
 
 def test_harmless_keys_pass():
-    extra = {"torch_dtype": "float32", "transformers_version": "9", "use_cache": True, "auto_map": {"x": "y"}, "unknown_flag": False, "other": None}
+    extra = {
+        "torch_dtype": "float32",
+        "transformers_version": "9",
+        "use_cache": True,
+        "auto_map": {"x": "y"},
+        "unknown_flag": False,
+        "other": None,
+    }
     assert ModelConfig.from_dict({**BASE_CONFIG, **extra}) == ModelConfig.from_dict(BASE_CONFIG)
 
 
-@pytest.mark.parametrize("change, windows", [
-    ({"architectures": ["MistralForCausalLM"]}, (4096, 4096)),
-    ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (0, 0)),
-    ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9}, (0, 0)),
-    ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}, (0, 9)),
-    ({"architectures": ["Qwen3ForCausalLM"], "sliding_window": 9, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}, (9, 0)),
-    ({}, (0, 0)),
-])
+@pytest.mark.parametrize(
+    "change, windows",
+    [
+        ({"architectures": ["MistralForCausalLM"]}, (4096, 4096)),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (0, 0)),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9}, (0, 0)),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "sliding_window": 9,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            (0, 9),
+        ),
+        (
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "sliding_window": 9,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (9, 0),
+        ),
+        ({}, (0, 0)),
+    ],
+)
 def test_windows(change, windows):
     assert ModelConfig.from_dict({**BASE_CONFIG, **change}).windows == windows

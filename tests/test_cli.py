@@ -16,8 +16,14 @@ from .support import BASE_CONFIG, make_checkpoint, save_adapter
 def minilora(*arguments, text=None, **environment):
     """Run the command line in a process of its own."""
     options = {"input": text} if text is not None else {"stdin": subprocess.DEVNULL}
-    return subprocess.run([sys.executable, "-m", "minilora", *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **environment}, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "minilora", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    return save_adapter(tmp_path_factory.mktemp("adapter"), ModelConfig.from_dict(BASE_CONFIG), rank=8, modules=("q_proj", "down_proj"))
+    return save_adapter(
+        tmp_path_factory.mktemp("adapter"), ModelConfig.from_dict(BASE_CONFIG), rank=8, modules=("q_proj", "down_proj")
+    )
 
 
 def answer(model, *arguments, **more):
@@ -68,28 +76,49 @@ def test_adapters_and_scales(model, adapter):
     assert answer(model, "--lora", f"a={adapter}:0")["text"] == plain["text"]
     assert answer(model, "--adapter", adapter)["text"] == adapted["text"]
     assert answer(model, "--lora", f"a={adapter}:0.5", "--lora", f"b={adapter}:0.5")["adapter"] == ["a", "b"]
-    assert answer(model, "--lora", f"a={adapter}", "--lora", f"b={adapter}:3", "--adapter", "a")["text"] == adapted["text"]
+    assert (
+        answer(model, "--lora", f"a={adapter}", "--lora", f"b={adapter}:3", "--adapter", "a")["text"] == adapted["text"]
+    )
     assert answer(model, "--lora", f"a={adapter}", "--backend", "numpy")["text"] == adapted["text"]
 
 
 def test_sampling_flags(model):
     assert answer(model, "--temperature", 1, "--seed", 3) == answer(model, "--temp", 1, "--seed", 3, "--threads", 2)
-    assert answer(model, "--temperature", 1, "--seed", 3)["text"] != answer(model, "--temperature", 1, "--seed", 4)["text"]
+    assert (
+        answer(model, "--temperature", 1, "--seed", 3)["text"] != answer(model, "--temperature", 1, "--seed", 4)["text"]
+    )
     text = answer(model)["text"]
     assert answer(model, "--stop", text[3:5])["text"] == text[: text.index(text[3:5])]
-    for flags in (["--top-k", 5], ["--top-p", 0.5], ["--min-p", 0.2], ["--repetition-penalty", 1.3], ["--system", "Be brief."], ["--dtype", "int8"], ["--raw"]):
+    for flags in (
+        ["--top-k", 5],
+        ["--top-p", 0.5],
+        ["--min-p", 0.2],
+        ["--repetition-penalty", 1.3],
+        ["--system", "Be brief."],
+        ["--dtype", "int8"],
+        ["--raw"],
+    ):
         answer(model, "--temperature", 0.9, "--seed", 1, *flags)
 
 
 WRONG_USE = [
-    (["generat"], "generate"), (["generate", "x", "--temprature", "1"], "--temperature"), (["generate", "x", "--temperature", "nan"], "temperature"),
-    (["generate", "x", "--temperature", "-1"], "temperature"), (["generate", "x", "--top-p", "0"], "top_p"), (["generate", "x", "--max-tokens", "0"], "max_tokens"),
-    (["generate", "x", "--dtype", "int3"], "int3"), (["generate", "x", "--threads", "0"], "threads"), (["generate", "x", "--lora", "nonsense"], "NAME=PATH"),
-    (["show"], "NAME"), (["pull"], "NAMES"),
+    (["generat"], "generate"),
+    (["generate", "x", "--temprature", "1"], "--temperature"),
+    (["generate", "x", "--temperature", "nan"], "temperature"),
+    (["generate", "x", "--temperature", "-1"], "temperature"),
+    (["generate", "x", "--top-p", "0"], "top_p"),
+    (["generate", "x", "--max-tokens", "0"], "max_tokens"),
+    (["generate", "x", "--dtype", "int3"], "int3"),
+    (["generate", "x", "--threads", "0"], "threads"),
+    (["generate", "x", "--lora", "nonsense"], "NAME=PATH"),
+    (["show"], "NAME"),
+    (["pull"], "NAMES"),
 ]
 
 
-@pytest.mark.parametrize("arguments, word", WRONG_USE, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+@pytest.mark.parametrize(
+    "arguments, word", WRONG_USE, ids=lambda value: " ".join(value) if isinstance(value, list) else value
+)
 def test_wrong_use_is_exit_code_2(model, arguments, word):
     if arguments[0] == "generate":
         arguments = [*arguments, "-m", model]
@@ -101,13 +130,18 @@ def test_failures_are_exit_code_1(model, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(45))
     cases = [
-        (["generate", "x", "-m", "smollm2-135m"], "smollm2-135m-instruct"), (["generate", "x", "-m", broken], "broken.gguf"),
-        (["generate", "x", "-m", model, "--adapter", "pirat"], "pirate"), (["generate", "x", "-m", model, "--lora", f"a={tmp_path}"], "adapter_config.json"),
-        (["generate", "x", "-m", tmp_path], "config.json"), (["show", "nothing-here"], "nothing-here"),
+        (["generate", "x", "-m", "smollm2-135m"], "smollm2-135m-instruct"),
+        (["generate", "x", "-m", broken], "broken.gguf"),
+        (["generate", "x", "-m", model, "--adapter", "pirat"], "pirate"),
+        (["generate", "x", "-m", model, "--lora", f"a={tmp_path}"], "adapter_config.json"),
+        (["generate", "x", "-m", tmp_path], "config.json"),
+        (["show", "nothing-here"], "nothing-here"),
     ]
     for arguments, word in cases:
         run = minilora(*arguments)
-        assert run.returncode == 1 and word in run.stderr and "Traceback" not in run.stderr and run.stdout == "", run.stderr
+        assert run.returncode == 1 and word in run.stderr and "Traceback" not in run.stderr and run.stdout == "", (
+            run.stderr
+        )
         assert run.stderr.splitlines()[-1] or run.stderr.splitlines()[-2]
 
 
@@ -142,7 +176,20 @@ def test_chat(model, adapter):
 
 def start(model, *arguments):
     """A process that writes a long answer."""
-    command = [sys.executable, "-m", "minilora", "generate", "x", "-m", str(model), "--max-tokens", "900", "--temperature", "5", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "minilora",
+        "generate",
+        "x",
+        "-m",
+        str(model),
+        "--max-tokens",
+        "900",
+        "--temperature",
+        "5",
+        *arguments,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
 
 
@@ -165,11 +212,11 @@ def test_a_closed_pipe_is_quiet(model):
 def test_warmup_and_an_unwritable_cache(model, tmp_path):
     assert minilora("warmup", "-m", model).stdout.startswith("ready in")
     (tmp_path / "file").write_text("")
-    run = minilora("generate", "Hello there", "-m", model, "--max-tokens", 12, MINILORA_CACHE=str(tmp_path / "file" / "below"))
+    run = minilora(
+        "generate", "Hello there", "-m", model, "--max-tokens", 12, MINILORA_CACHE=str(tmp_path / "file" / "below")
+    )
     assert run.returncode == 0 and "MINILORA_CACHE" in run.stderr and "Traceback" not in run.stderr
     assert run.stdout == answer(model)["text"] + "\n"
-
-
 
 
 @pytest.mark.real

@@ -35,12 +35,49 @@ def generated(sequence):
 # ---------------------------------------------------------------- parameters
 
 BAD = [
-    {"n": 0}, {"n": True}, {"n": 1.0}, {"n": 10**9}, {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": "1"},
-    {"temperature": True}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": math.nan}, {"top_k": -2}, {"top_k": 1.5}, {"top_k": 1 << 63}, {"min_p": -0.1}, {"min_p": 1.5},
-    {"repetition_penalty": 0}, {"repetition_penalty": math.inf}, {"presence_penalty": 3}, {"frequency_penalty": -3}, {"seed": 1 << 64}, {"seed": 1.5},
-    {"max_tokens": 0}, {"max_tokens": 10**30}, {"min_tokens": -1}, {"min_tokens": 20, "max_tokens": 10}, {"logprobs": -1}, {"logprobs": 1000}, {"prompt_logprobs": True},
-    {"stop": [""]}, {"stop": ["x"] * 100}, {"stop": ["x" * 10**6]}, {"stop": [1]}, {"stop_token_ids": [-1]}, {"stop_token_ids": [True]}, {"ignore_eos": 1},
-    {"logit_bias": {1: math.nan}}, {"logit_bias": {1: 101}}, {"logit_bias": {-1: 1}}, {"logit_bias": {"a": 1}}, {"logit_bias": [1]}, {"logit_bias": dict.fromkeys(range(5000), 0)},
+    {"n": 0},
+    {"n": True},
+    {"n": 1.0},
+    {"n": 10**9},
+    {"temperature": -0.1},
+    {"temperature": math.nan},
+    {"temperature": math.inf},
+    {"temperature": "1"},
+    {"temperature": True},
+    {"top_p": 0},
+    {"top_p": 1.1},
+    {"top_p": math.nan},
+    {"top_k": -2},
+    {"top_k": 1.5},
+    {"top_k": 1 << 63},
+    {"min_p": -0.1},
+    {"min_p": 1.5},
+    {"repetition_penalty": 0},
+    {"repetition_penalty": math.inf},
+    {"presence_penalty": 3},
+    {"frequency_penalty": -3},
+    {"seed": 1 << 64},
+    {"seed": 1.5},
+    {"max_tokens": 0},
+    {"max_tokens": 10**30},
+    {"min_tokens": -1},
+    {"min_tokens": 20, "max_tokens": 10},
+    {"logprobs": -1},
+    {"logprobs": 1000},
+    {"prompt_logprobs": True},
+    {"stop": [""]},
+    {"stop": ["x"] * 100},
+    {"stop": ["x" * 10**6]},
+    {"stop": [1]},
+    {"stop_token_ids": [-1]},
+    {"stop_token_ids": [True]},
+    {"ignore_eos": 1},
+    {"logit_bias": {1: math.nan}},
+    {"logit_bias": {1: 101}},
+    {"logit_bias": {-1: 1}},
+    {"logit_bias": {"a": 1}},
+    {"logit_bias": [1]},
+    {"logit_bias": dict.fromkeys(range(5000), 0)},
 ]
 
 
@@ -50,15 +87,35 @@ def test_bad_parameters_are_refused(values):
         SamplingParams(**values)
 
 
-@pytest.mark.parametrize("values", [{"max_num_seqs": 0}, {"block_size": 16}, {"block_size": 48}, {"kv_cache_dtype": "int3"}, {"threads": 0}, {"max_lora_rank": 300}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_num_seqs": 0},
+        {"block_size": 16},
+        {"block_size": 48},
+        {"kv_cache_dtype": "int3"},
+        {"threads": 0},
+        {"max_lora_rank": 300},
+    ],
+)
 def test_bad_engine_settings_are_refused(values):
     with pytest.raises(UsageError):
         EngineConfig(**values)
 
 
-@pytest.mark.parametrize("tokens, params", [
-    ([], {}), ([VOCABULARY], {}), ([-1], {}), ([5] * 640, {}), ([5] * 10**6, {}), (PROMPT, {"stop_token_ids": [VOCABULARY]}), (PROMPT, {"logit_bias": {VOCABULARY: 1}}), (PROMPT, {"n": 9}),
-])
+@pytest.mark.parametrize(
+    "tokens, params",
+    [
+        ([], {}),
+        ([VOCABULARY], {}),
+        ([-1], {}),
+        ([5] * 640, {}),
+        ([5] * 10**6, {}),
+        (PROMPT, {"stop_token_ids": [VOCABULARY]}),
+        (PROMPT, {"logit_bias": {VOCABULARY: 1}}),
+        (PROMPT, {"n": 9}),
+    ],
+)
 def test_impossible_requests_are_refused_at_once(weights, tokens, params):
     with pytest.raises(UsageError):
         make_engine(weights).submit(tokens, SamplingParams(**params))
@@ -102,12 +159,16 @@ def test_seeds(weights):
         return generated(text_of(weights, SamplingParams(max_tokens=20, seed=seed, ignore_eos=True), **config))
 
     assert draw(1) == draw(1) == draw(1, threads=2) and draw(1) != draw(2)
-    assert generated(text_of(weights, SamplingParams(max_tokens=20, ignore_eos=True))) != generated(text_of(weights, SamplingParams(max_tokens=20, ignore_eos=True)))
+    assert generated(text_of(weights, SamplingParams(max_tokens=20, ignore_eos=True))) != generated(
+        text_of(weights, SamplingParams(max_tokens=20, ignore_eos=True))
+    )
 
 
 def test_n_texts_differ_and_equal_their_own_seeds(weights):
     engine = make_engine(weights)
-    several = engine.submit(PROMPT, SamplingParams(n=4, seed=5, max_tokens=10, ignore_eos=True, logprobs=1, prompt_logprobs=0))
+    several = engine.submit(
+        PROMPT, SamplingParams(n=4, seed=5, max_tokens=10, ignore_eos=True, logprobs=1, prompt_logprobs=0)
+    )
     outputs = run(engine)
     texts = [generated(sequence) for sequence in several]
     assert len({tuple(text) for text in texts}) == 4
@@ -154,7 +215,18 @@ def test_biases_and_penalties(weights):
     assert generated(text_of(weights, SamplingParams(max_tokens=1, logit_bias={banned: -100}, **GREEDY)))[0] != banned
     forced = generated(text_of(weights, SamplingParams(max_tokens=5, logit_bias={77: 100}, **GREEDY)))
     assert forced == [77] * 5
-    assert len(set(generated(text_of(weights, SamplingParams(max_tokens=30, frequency_penalty=2.0, presence_penalty=2.0, **GREEDY))))) > 15
+    assert (
+        len(
+            set(
+                generated(
+                    text_of(
+                        weights, SamplingParams(max_tokens=30, frequency_penalty=2.0, presence_penalty=2.0, **GREEDY)
+                    )
+                )
+            )
+        )
+        > 15
+    )
     no_repeat = text_of(weights, SamplingParams(max_tokens=10, repetition_penalty=10.0, **GREEDY))
     assert generated(no_repeat) != generated(text_of(weights, SamplingParams(max_tokens=10, **GREEDY)))
 
@@ -162,10 +234,15 @@ def test_biases_and_penalties(weights):
 def test_logprobs_are_of_the_models_own_logits(weights):
     """Penalties change the choice, never the reported log-probabilities."""
     engine = make_engine(weights)
-    plain, biased = (engine.submit(PROMPT, SamplingParams(max_tokens=1, logprobs=5, logit_bias=bias, **GREEDY))[0] for bias in (None, {77: 100}))
+    plain, biased = (
+        engine.submit(PROMPT, SamplingParams(max_tokens=1, logprobs=5, logit_bias=bias, **GREEDY))[0]
+        for bias in (None, {77: 100})
+    )
     outputs = run(engine)
     one, other = outputs[plain][0].logprobs, outputs[biased][0].logprobs
-    assert one.top == other.top and other.token == 77 and other.logprob < one.logprob and other.rank > 1 and one.rank == 1
+    assert (
+        one.top == other.top and other.token == 77 and other.logprob < one.logprob and other.rank > 1 and one.rank == 1
+    )
 
 
 def test_many_prompt_logprobs_at_once(weights):
@@ -224,7 +301,9 @@ def test_cancelling_at_any_moment_frees_everything(weights):
     others = []
     for step in range(200):
         if step % 3 == 0 and step < 60:
-            others += engine.submit(random_tokens(rng, 50), SamplingParams(max_tokens=20, n=2, ignore_eos=True), (AdapterUse(digest, 1.0),))
+            others += engine.submit(
+                random_tokens(rng, 50), SamplingParams(max_tokens=20, n=2, ignore_eos=True), (AdapterUse(digest, 1.0),)
+            )
         if others and step % 2:
             engine.cancel(others.pop(int(rng.integers(len(others)))))
         engine.step()

@@ -88,7 +88,9 @@ def test_a_valid_small_file_is_read(tmp_path):
     file = Gguf(path)
     assert file.metadata == {"general.alignment": 32, "a": ["x", "y"], "b": True}
     assert file.tensors["t"].shape == (2, 4)
-    assert np.array_equal(BLOCK_TYPES[0].floats(file.rows(file.tensors["t"])), np.arange(8, dtype=np.float32).reshape(2, 4))
+    assert np.array_equal(
+        BLOCK_TYPES[0].floats(file.rows(file.tensors["t"])), np.arange(8, dtype=np.float32).reshape(2, 4)
+    )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -100,7 +102,11 @@ def test_damaged_models_never_crash(tmp_path_factory, data):
         write_llama(base, "Q4_0")
     raw = bytearray(base.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(raw) - 9)) if data.draw(st.booleans()) else data.draw(st.integers(0, min(3000, len(raw) - 9)))
+        at = (
+            data.draw(st.integers(0, len(raw) - 9))
+            if data.draw(st.booleans())
+            else data.draw(st.integers(0, min(3000, len(raw) - 9)))
+        )
         value = data.draw(st.sampled_from([0, 1, 255, (1 << 31), (1 << 63), U64]))
         raw[at : at + 8] = struct.pack("<Q", value)
     raw = raw[: data.draw(st.integers(1, len(raw)))] if data.draw(st.booleans()) else raw
@@ -120,13 +126,30 @@ def random_blocks(kind, rng):
     """Raw blocks whose float16 fields are finite and small."""
     raw = rng.integers(0, 256, (6, 4 * kind.size), dtype=np.uint8)
     blocks = raw.reshape(-1, kind.size)
-    halves = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-              "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "F16": range(0, kind.size, 2)}.get(kind.name, [])
+    halves = {
+        "Q4_0": [0],
+        "Q4_1": [0, 2],
+        "Q5_0": [0],
+        "Q5_1": [0, 2],
+        "Q8_0": [0],
+        "Q2_K": [80, 82],
+        "Q3_K": [108],
+        "Q4_K": [0, 2],
+        "Q5_K": [0, 2],
+        "Q6_K": [208],
+        "F16": range(0, kind.size, 2),
+    }.get(kind.name, [])
     for at in halves:
-        blocks[:, at : at + 2] = (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16).view(np.uint8).reshape(-1, 2)
+        blocks[:, at : at + 2] = (
+            (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16).view(np.uint8).reshape(-1, 2)
+        )
     if kind.name in ("F32", "BF16"):
         values = rng.standard_normal(raw.size // kind.size).astype(np.float32)
-        raw = (values if kind.name == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8).reshape(6, -1)
+        raw = (
+            (values if kind.name == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16))
+            .view(np.uint8)
+            .reshape(6, -1)
+        )
     return raw
 
 
@@ -152,18 +175,30 @@ def test_models_equal_the_reference(tmp_path, kind):
     path = tmp_path / "model.gguf"
     originals = write_llama(path, kind)
     weights = load_weights(path)
-    expected_format = {"Q4_0": "int4", "Q4_1": "int4+min", "Q5_0": "int8", "Q5_1": "int8+min", "Q8_0": "int8", "F16": "float16",
-                       "BF16": "bfloat16", "F32": "float32"}[kind]
+    expected_format = {
+        "Q4_0": "int4",
+        "Q4_1": "int4+min",
+        "Q5_0": "int8",
+        "Q5_1": "int8+min",
+        "Q8_0": "int8",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F32": "float32",
+    }[kind]
     assert [FORMAT_NAMES[fmt] for fmt in weights.formats] == [expected_format]
     floats = weights.floats()
     for name, original in originals.items():
         qtype = gguf.GGMLQuantizationType[kind]
-        stored = original if original.ndim == 1 else gguf.quants.dequantize(gguf.quants.quantize(original, qtype), qtype)
+        stored = (
+            original if original.ndim == 1 else gguf.quants.dequantize(gguf.quants.quantize(original, qtype), qtype)
+        )
         assert np.array_equal(floats[name], stored), name
     tokens = random_tokens(np.random.default_rng(1), 40)
     engine = make_engine(weights)
     bound = 0.3 if kind.startswith("Q") else 0.02
-    assert largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < bound
+    assert (
+        largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < bound
+    )
 
 
 def test_float32_on_request_is_exact(tmp_path):
@@ -172,19 +207,30 @@ def test_float32_on_request_is_exact(tmp_path):
     weights = load_weights(path, "float32")
     tokens = random_tokens(np.random.default_rng(1), 40)
     engine = make_engine(weights)
-    assert largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < 2e-4
+    assert (
+        largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < 2e-4
+    )
 
 
 def test_types_may_differ_within_a_layer(tmp_path):
     """q, k and v, or gate and up, of different types are brought together without a new rounding."""
-    mixed = {"blk.0.attn_v.weight": "Q8_0", "blk.1.attn_q.weight": "Q5_1", "blk.0.ffn_up.weight": "Q5_0", "blk.1.ffn_gate.weight": "F16"}
+    mixed = {
+        "blk.0.attn_v.weight": "Q8_0",
+        "blk.1.attn_q.weight": "Q5_1",
+        "blk.0.ffn_up.weight": "Q5_0",
+        "blk.1.ffn_gate.weight": "F16",
+    }
     path, plain = tmp_path / "model.gguf", tmp_path / "plain.gguf"
     originals = write_llama(path, "Q4_0", mixed=mixed, head_dim=32)
     write_llama(plain, "Q4_0", head_dim=32)
     floats = load_weights(path).floats()
     for name, original in originals.items():
-        ours = {"model.layers.0.self_attn.v_proj.weight": "Q8_0", "model.layers.1.self_attn.q_proj.weight": "Q5_1",
-                "model.layers.0.mlp.up_proj.weight": "Q5_0", "model.layers.1.mlp.gate_proj.weight": "F16"}.get(name, "Q4_0")
+        ours = {
+            "model.layers.0.self_attn.v_proj.weight": "Q8_0",
+            "model.layers.1.self_attn.q_proj.weight": "Q5_1",
+            "model.layers.0.mlp.up_proj.weight": "Q5_0",
+            "model.layers.1.mlp.gate_proj.weight": "F16",
+        }.get(name, "Q4_0")
         qtype = gguf.GGMLQuantizationType[ours]
         if original.ndim > 1:
             stored = gguf.quants.dequantize(gguf.quants.quantize(original, qtype), qtype)
@@ -192,7 +238,9 @@ def test_types_may_differ_within_a_layer(tmp_path):
     weights = load_weights(path)
     tokens = random_tokens(np.random.default_rng(1), 40)
     engine = make_engine(weights)
-    assert largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < 0.3
+    assert (
+        largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < 0.3
+    )
 
 
 def test_llama3_rope_factors(tmp_path):
@@ -201,8 +249,15 @@ def test_llama3_rope_factors(tmp_path):
     write_llama(path)
     checkpoint = open_checkpoint(path)
     divisors = np.linspace(1, 8, 8, dtype=np.float32)
-    config = checkpoint.config.source | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": divisors.tolist(),
-                                                             "long_factor": divisors.tolist(), "attention_factor": 1.0}}
+    config = checkpoint.config.source | {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": divisors.tolist(),
+            "long_factor": divisors.tolist(),
+            "attention_factor": 1.0,
+        }
+    }
     rope = type(checkpoint.config).from_dict(config).rope
     cos, _ = rope.tables(50)
     frequencies = 10000.0 ** -(np.arange(0, 16, 2) / 16) / divisors
@@ -210,9 +265,14 @@ def test_llama3_rope_factors(tmp_path):
     assert Reference(checkpoint.config, {}, 4).cos.shape == (4, 8)
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"general.architecture": "gptj"}, "gptj"), ({"llama.expert_count": 4}, "expert_count"), ({"llama.logit_scale": 2.0}, "logit_scale"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"general.architecture": "gptj"}, "gptj"),
+        ({"llama.expert_count": 4}, "expert_count"),
+        ({"llama.logit_scale": 2.0}, "logit_scale"),
+    ],
+)
 def test_unknown_mathematics_raises(tmp_path, monkeypatch, change, word):
     path = tmp_path / "model.gguf"
     write_llama(path)

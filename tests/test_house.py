@@ -75,7 +75,11 @@ def test_nothing_runs_code_from_files():
     """No pickle but Numba's own machine code, which lies in a private folder; no eval, no exec."""
     for path in [*(ROOT / "minilora").rglob("*.py"), *KERNELS.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+            names = (
+                {alias.name.split(".")[0] for alias in node.names}
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                else set()
+            )
             names |= {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
             assert not names & FORBIDDEN or path.name == "jit.py", path
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -105,8 +109,10 @@ def test_every_kernel_has_a_twin_of_the_same_signature():
     pairs = [(kernels[name], twins[name]) for name in kernels]
     pairs += list(zip(lora.make_lora(0), reference.make_lora("float32"), strict=True))
     for mine, theirs in pairs:
-        assert list(inspect.signature(mine.py_func).parameters) == list(inspect.signature(theirs).parameters), theirs.__name__
-        assert mine.py_func.__doc__ and theirs.__doc__ or theirs.__qualname__.startswith("make_lora"), theirs.__name__
+        assert list(inspect.signature(mine.py_func).parameters) == list(inspect.signature(theirs).parameters), (
+            theirs.__name__
+        )
+        assert (mine.py_func.__doc__ and theirs.__doc__) or theirs.__qualname__.startswith("make_lora"), theirs.__name__
     tested = {case.name.split()[0] for case in cases.CASES}
     assert set(kernels) <= tested, set(kernels) - tested
 

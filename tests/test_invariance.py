@@ -31,7 +31,9 @@ def test_linear_rows_do_not_depend_on_their_number(case):
         assert np.array_equal(alone[: length * stride], together[start * stride : (start + length) * stride])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith("attend ")], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name.startswith("attend ")], ids=lambda case: case.name
+)
 @pytest.mark.parametrize("window", [0, 290])
 def test_attention_rows_do_not_depend_on_their_tile(case, window):
     size = {"position": 505, "tokens": 12, "heads": 1, "group": 3, "size": 64, "window": window}
@@ -73,7 +75,12 @@ def same_in(world, neighbours=0, seed=0, **config):
         if i == neighbours // 2:
             [sequence] = engine.submit(PROMPT, PARAMS, needle)
         uses = tuple(AdapterUse(digests[j], float(rng.random())) for j in rng.permutation(4)[: rng.integers(0, 3)])
-        params = SamplingParams(max_tokens=int(rng.integers(1, 20)), temperature=float(rng.choice([0, 1])), ignore_eos=True, n=int(rng.integers(1, 3)))
+        params = SamplingParams(
+            max_tokens=int(rng.integers(1, 20)),
+            temperature=float(rng.choice([0, 1])),
+            ignore_eos=True,
+            n=int(rng.integers(1, 3)),
+        )
         engine.submit(random_tokens(rng, int(rng.integers(1, 90))), params, uses)
     if not neighbours:
         [sequence] = engine.submit(PROMPT, PARAMS, needle)
@@ -126,17 +133,30 @@ def test_any_mix_gives_what_each_gives_alone(world, data):
     requests = []
     for _ in range(data.draw(st.integers(2, 6))):
         count = data.draw(st.sampled_from([1, 2, 31, 32, 33, 70]))
-        uses = tuple((j, data.draw(st.sampled_from([1.0, 0.25]))) for j in data.draw(st.lists(st.integers(0, 3), max_size=2, unique=True)))
-        params = SamplingParams(max_tokens=data.draw(st.integers(1, 5)), seed=1, temperature=data.draw(st.sampled_from([0.0, 1.0])), ignore_eos=True)
+        uses = tuple(
+            (j, data.draw(st.sampled_from([1.0, 0.25])))
+            for j in data.draw(st.lists(st.integers(0, 3), max_size=2, unique=True))
+        )
+        params = SamplingParams(
+            max_tokens=data.draw(st.integers(1, 5)),
+            seed=1,
+            temperature=data.draw(st.sampled_from([0.0, 1.0])),
+            ignore_eos=True,
+        )
         requests.append((random_tokens(rng, count), params, uses))
-    config = {"max_num_batched_tokens": data.draw(st.sampled_from([3, 16, 200])), "threads": data.draw(st.sampled_from([1, 2]))}
+    config = {
+        "max_num_batched_tokens": data.draw(st.sampled_from([3, 16, 200])),
+        "threads": data.draw(st.sampled_from([1, 2])),
+    }
 
     def tokens_of(groups):
         found = []
         for group in groups:
             engine = make_engine(weights, **config)
             digests = [engine.add_adapter(adapter) for adapter in adapters]
-            sequences = [engine.submit(t, p, tuple(AdapterUse(digests[j], s) for j, s in uses))[0] for t, p, uses in group]
+            sequences = [
+                engine.submit(t, p, tuple(AdapterUse(digests[j], s) for j, s in uses))[0] for t, p, uses in group
+            ]
             run(engine)
             engine.close()
             found += [sequence.tokens for sequence in sequences]
@@ -151,7 +171,9 @@ def test_the_test_can_fail(world):
     engine = make_engine(weights)
     for adapter in adapters:
         engine.add_adapter(adapter)
-    [sequence] = engine.submit(PROMPT, SamplingParams(max_tokens=12, seed=4, temperature=0.8, logprobs=3, ignore_eos=True), needle)
+    [sequence] = engine.submit(
+        PROMPT, SamplingParams(max_tokens=12, seed=4, temperature=0.8, logprobs=3, ignore_eos=True), needle
+    )
     assert trace(engine, sequence, run(engine)) != alone
 
 
@@ -165,5 +187,3 @@ def test_greedy_decode_equals_prefill(world):
     [again] = engine.submit(first.tokens, SamplingParams(max_tokens=1, prompt_logprobs=1, **GREEDY))
     run(engine)
     assert again.prompt_logprobs[len(PROMPT) - 1 :] == generated
-
-

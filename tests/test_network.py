@@ -50,10 +50,17 @@ def test_texts_longer_than_a_split(tiny):
     assert largest_error(found, reference_logprobs(weights, tokens, engine.length), tokens) < 2e-4
 
 
-@pytest.mark.parametrize("dtype, kv, bound", [
-    ("float16", "float32", 1e-3), ("bfloat16", "float32", 1e-3), ("float32", "float16", 0.02), ("float32", "int8", 0.2),
-    ("int8", "auto", 0.3), ("int4", "auto", 0.3),
-])
+@pytest.mark.parametrize(
+    "dtype, kv, bound",
+    [
+        ("float16", "float32", 1e-3),
+        ("bfloat16", "float32", 1e-3),
+        ("float32", "float16", 0.02),
+        ("float32", "int8", 0.2),
+        ("int8", "auto", 0.3),
+        ("int4", "auto", 0.3),
+    ],
+)
 def test_formats_equal_the_reference_on_their_own_weights(tiny, dtype, kv, bound):
     weights = load_weights(tiny("llama"), dtype)
     engine = make_engine(weights, kv_cache_dtype=kv)
@@ -98,7 +105,10 @@ def test_adapters_equal_merged_weights(tiny, name, kind):
 
 def test_several_adapters_in_one_request(tiny):
     weights = load_weights(tiny("llama"))
-    one, other = make_adapter(weights.config, rank=3, seed=5), make_adapter(weights.config, rank=8, seed=6, modules=("o_proj", "up_proj", "lm_head"))
+    one, other = (
+        make_adapter(weights.config, rank=3, seed=5),
+        make_adapter(weights.config, rank=8, seed=6, modules=("o_proj", "up_proj", "lm_head")),
+    )
     engine = make_engine(weights)
     uses = (AdapterUse(engine.add_adapter(one), 0.5), AdapterUse(engine.add_adapter(other), -1.25))
     tokens = random_tokens(np.random.default_rng(5), 60)

@@ -85,7 +85,9 @@ def break_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{}")
 
 
-@pytest.mark.parametrize("damage", [damage_arena, cut_arena, damage_manifest, cut_manifest, remove_arena, break_tokenizer])
+@pytest.mark.parametrize(
+    "damage", [damage_arena, cut_arena, damage_manifest, cut_manifest, remove_arena, break_tokenizer]
+)
 def test_a_damaged_cache_is_rebuilt(cache, model, damage):
     good = load(model)[0].weights.arena.copy()
     damage(folder_of(cache))
@@ -150,7 +152,11 @@ def test_concurrent_starts(cache, model):
 
 def test_quantize_writes_a_model_that_loads(cache, model, tmp_path):
     target = tmp_path / "packed"
-    run = subprocess.run([sys.executable, "-m", "minilora", "quantize", str(model), str(target), "--dtype", "int4"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "minilora", "quantize", str(model), str(target), "--dtype", "int4"],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0 and run.stdout.strip() == str(target), run.stderr
     loaded = load_model(target, "m")
     expected, _ = load(model, dtype="int4")

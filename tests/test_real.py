@@ -47,14 +47,24 @@ def test_float32_equals_transformers_and_peft(exact, name):
 
 def test_a_mixed_batch_equals_each_alone(exact):
     """All prompts with all adapters in one batch: the golden texts."""
-    pairs = [(ids, name, expected["text"]) for name in ADAPTERS for ids, expected in zip(GOLDEN["prompts"], GOLDEN["results"][name], strict=True)]
-    outputs = exact.generate([{"prompt_token_ids": ids} for ids, _, _ in pairs], SamplingParams(temperature=0, max_tokens=24), [request(name) for _, name, _ in pairs])
+    pairs = [
+        (ids, name, expected["text"])
+        for name in ADAPTERS
+        for ids, expected in zip(GOLDEN["prompts"], GOLDEN["results"][name], strict=True)
+    ]
+    outputs = exact.generate(
+        [{"prompt_token_ids": ids} for ids, _, _ in pairs],
+        SamplingParams(temperature=0, max_tokens=24),
+        [request(name) for _, name, _ in pairs],
+    )
     assert [output.outputs[0].token_ids for output in outputs] == [text for _, _, text in pairs]
 
 
 def test_the_fruits():
     llm = LLM(MODEL, max_model_len=512)
-    [output] = llm.chat([{"role": "user", "content": "Name three fruits."}], SamplingParams(temperature=0, max_tokens=40))
+    [output] = llm.chat(
+        [{"role": "user", "content": "Name three fruits."}], SamplingParams(temperature=0, max_tokens=40)
+    )
     llm.close()
     assert output.outputs[0].text == "1. Bananas\n2. Oranges\n3. Grapes" and output.outputs[0].finish_reason == "stop"
 
@@ -73,7 +83,9 @@ def all_logprobs(model, tokens):
         before = engine.scheduler.running[0].computed if engine.scheduler.running else 0
         engine.step()
         count = min(64, len(tokens) - before)
-        rows.append(engine._buffers.logits[: count * width].reshape(count, width)[:, : model.weights.config.vocab_size].copy())
+        rows.append(
+            engine._buffers.logits[: count * width].reshape(count, width)[:, : model.weights.config.vocab_size].copy()
+        )
     engine.close()
     return log_softmax(np.concatenate(rows)[: len(tokens)])
 
@@ -99,7 +111,9 @@ def test_logprobs_in_vllms_shape(real_model):
         assert output.prompt_logprobs[place][token].rank >= 1
     for text in output.outputs:
         assert len(text.logprobs) == len(text.token_ids) == 3
-        assert text.cumulative_logprob == pytest.approx(sum(at[t].logprob for at, t in zip(text.logprobs, text.token_ids, strict=True)))
+        assert text.cumulative_logprob == pytest.approx(
+            sum(at[t].logprob for at, t in zip(text.logprobs, text.token_ids, strict=True))
+        )
         assert all(at[t].rank == 1 and at[t].decoded_token for at, t in zip(text.logprobs, text.token_ids, strict=True))
 
 

@@ -92,7 +92,9 @@ def test_every_float16_widens_exactly():
 def test_every_bfloat16_widens_exactly():
     out = np.zeros(1 << 16, np.float32)
     program(_widen_bf16)(ALL_HALVES, out)
-    assert np.array_equal(out.view(np.uint32) >> 16, ALL_HALVES) or np.array_equal(np.isnan(out), np.isnan((ALL_HALVES.astype(np.uint32) << 16).view(np.float32)))
+    assert np.array_equal(out.view(np.uint32) >> 16, ALL_HALVES) or np.array_equal(
+        np.isnan(out), np.isnan((ALL_HALVES.astype(np.uint32) << 16).view(np.float32))
+    )
 
 
 def test_narrowing_rounds_like_numpy_and_never_overflows():
@@ -100,7 +102,15 @@ def test_narrowing_rounds_like_numpy_and_never_overflows():
     exact = ALL_HALVES.view(np.float16).astype(np.float32)
     exact = exact[np.isfinite(exact)]
     between = (exact[:-1] + exact[1:]) / 2
-    x = np.concatenate([exact, between, np.nextafter(between, np.float32(9)), rng.standard_normal(4096, np.float32) * 10, rng.standard_normal(4096, np.float32) * 1e-7])
+    x = np.concatenate(
+        [
+            exact,
+            between,
+            np.nextafter(between, np.float32(9)),
+            rng.standard_normal(4096, np.float32) * 10,
+            rng.standard_normal(4096, np.float32) * 1e-7,
+        ]
+    )
     x = x[: len(x) // 16 * 16].astype(np.float32)
     out = np.zeros(len(x), np.uint16)
     program(_narrow)(x, out)
@@ -112,7 +122,9 @@ def test_narrowing_rounds_like_numpy_and_never_overflows():
 
 
 def test_exp():
-    x = np.concatenate([np.linspace(-86.9, 88, 4096), [0, -0.0, -100, -np.inf, 87.99, 1, -1, 0.5] * 2]).astype(np.float32)
+    x = np.concatenate([np.linspace(-86.9, 88, 4096), [0, -0.0, -100, -np.inf, 87.99, 1, -1, 0.5] * 2]).astype(
+        np.float32
+    )
     out = np.zeros(len(x), np.float32)
     program(_exp)(x, out)
     expected = np.where(x < -87, 0, np.exp(x.astype(np.float64)))

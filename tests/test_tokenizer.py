@@ -5,7 +5,8 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer as Engine, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Engine
 
 from minilora.chat import encode_chat, render
 from minilora.errors import FormatError, UnsupportedError, UsageError
@@ -15,10 +16,26 @@ from minilora.tokenizer_gguf import GPT4O, LLAMA3, QWEN2, TEKKEN, tokenizer_from
 from .support import SPECIAL, TEMPLATE, make_tokenizer
 
 HARD = [
-    "1234567890 apples, 3.14 and 007", "x = foo(bar[42]) # comment\n\tif a<b: return None\n", "it's I'LL they'Ve DON'T",
-    "😀😶‍🌫️ 🇩🇪 👨‍👩‍👧", "我想在apple工作1314151天～ 日本語テキスト 한국어", "مرحبا بالعالم ١٢٣", "   leading and trailing   ", "\n\n\n\r\n\t \n",
-    "Cửa Việt naïve café e\u0301", "<|im_start|>user\nhi<|im_end|>", "a" * 300, "ÄÖÜß ﬁ ½ Ⅷ", "", " ", "\u200b\ufeff", "Mixed新しいТекст42end",
-    "CamelCaseWords HTTPServer iPhone", "!!!???...---===", "tab\there  two  spaces", "null\x00byte and \x7f",
+    "1234567890 apples, 3.14 and 007",
+    "x = foo(bar[42]) # comment\n\tif a<b: return None\n",
+    "it's I'LL they'Ve DON'T",
+    "😀😶‍🌫️ 🇩🇪 👨‍👩‍👧",
+    "我想在apple工作1314151天～ 日本語テキスト 한국어",
+    "مرحبا بالعالم ١٢٣",
+    "   leading and trailing   ",
+    "\n\n\n\r\n\t \n",
+    "Cửa Việt naïve café e\u0301",
+    "<|im_start|>user\nhi<|im_end|>",
+    "a" * 300,
+    "ÄÖÜß ﬁ ½ Ⅷ",
+    "",
+    " ",
+    "\u200b\ufeff",
+    "Mixed新しいТекст42end",
+    "CamelCaseWords HTTPServer iPhone",
+    "!!!???...---===",
+    "tab\there  two  spaces",
+    "null\x00byte and \x7f",
 ]
 
 
@@ -28,7 +45,12 @@ def trained(pre, normalizer=None, ignore_merges=False):
     engine.pre_tokenizer, engine.decoder = pre, decoders.ByteLevel()
     if normalizer:
         engine.normalizer = normalizer
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     engine.train_from_iterator(HARD * 20, trainer)
     engine.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return engine
@@ -40,10 +62,15 @@ def metadata_of(engine, pre, **more):
     tokens = sorted(vocabulary, key=vocabulary.get)
     merges = json.loads(engine.to_str())["model"]["merges"]
     return {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3 if token in SPECIAL else 1 for token in tokens],
         "tokenizer.ggml.merges": [" ".join(merge) if isinstance(merge, list) else merge for merge in merges],
-        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_bos_token": False, **more,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        **more,
     }
 
 
@@ -75,7 +102,9 @@ def test_rebuilt_from_gguf_equals_the_original(pre):
 
 
 def test_digits_are_split_for_smollm_only():
-    merged = {pre: Tokenizer(tokenizer_from_gguf(metadata_of(ORIGINALS["gpt-2"](), pre))) for pre in ("gpt-2", "smollm")}
+    merged = {
+        pre: Tokenizer(tokenizer_from_gguf(metadata_of(ORIGINALS["gpt-2"](), pre))) for pre in ("gpt-2", "smollm")
+    }
     assert len(merged["smollm"].encode("1234567890")) == 10 > len(merged["gpt-2"].encode("1234567890"))
 
 
@@ -86,14 +115,20 @@ def test_sentencepiece_from_scores():
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     original.decoder = decoders.Sequence(steps)
     fixed = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    original.train_from_iterator(HARD * 20, trainers.BpeTrainer(vocab_size=800, special_tokens=fixed, limit_alphabet=60, show_progress=False))
+    original.train_from_iterator(
+        HARD * 20, trainers.BpeTrainer(vocab_size=800, special_tokens=fixed, limit_alphabet=60, show_progress=False)
+    )
     vocabulary = original.get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.get)
     kinds = [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
     metadata = {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))], "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
     }
     ours = Tokenizer(tokenizer_from_gguf(metadata))
     assert ours.encode("hello")[0] == 1, "bos is added"
@@ -104,12 +139,19 @@ def test_sentencepiece_from_scores():
             assert ours.decode(ids) == text
 
 
-@pytest.mark.parametrize("change, error", [
-    ({"tokenizer.ggml.model": "bert"}, UnsupportedError), ({"tokenizer.ggml.pre": "unheard-of"}, UnsupportedError),
-    ({"tokenizer.ggml.tokens": None}, FormatError), ({"tokenizer.ggml.merges": ["nopair"]}, FormatError),
-    ({"tokenizer.ggml.merges": ["zz qq"]}, FormatError), ({"tokenizer.ggml.bos_token_id": 10**6, "tokenizer.ggml.add_bos_token": True}, FormatError),
-    ({"tokenizer.ggml.token_type": [1]}, FormatError), ({"tokenizer.ggml.add_bos_token": 3}, FormatError),
-])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"tokenizer.ggml.model": "bert"}, UnsupportedError),
+        ({"tokenizer.ggml.pre": "unheard-of"}, UnsupportedError),
+        ({"tokenizer.ggml.tokens": None}, FormatError),
+        ({"tokenizer.ggml.merges": ["nopair"]}, FormatError),
+        ({"tokenizer.ggml.merges": ["zz qq"]}, FormatError),
+        ({"tokenizer.ggml.bos_token_id": 10**6, "tokenizer.ggml.add_bos_token": True}, FormatError),
+        ({"tokenizer.ggml.token_type": [1]}, FormatError),
+        ({"tokenizer.ggml.add_bos_token": 3}, FormatError),
+    ],
+)
 def test_broken_metadata_is_refused(change, error):
     with pytest.raises(error):
         tokenizer_from_gguf(metadata_of(ORIGINALS["gpt-2"](), "gpt-2") | change)
@@ -168,10 +210,21 @@ def test_special_tokens_in_a_message_stay_text():
 
 
 ESCAPES = [
-    "{{ ''.__class__.__mro__ }}", "{{ messages.__class__ }}", "{{ lipsum.__globals__ }}", "{{ cycler.__init__.__globals__ }}",
-    "{{ ('%s' | attr('format')).__func__ }}", "{{ namespace.__init__ }}", "{{ joiner.__init__.__globals__ }}", "{{ self.__init__ }}",
-    "{{ raise_exception.__globals__ }}", "{{ strftime_now.__code__ }}", "{% set x = messages.append(1) %}", "{{ ''.format.__self__.__class__ }}",
-    "{% include 'x' %}", "{{ range(10**9) | list }}", "{{ dict.__subclasses__() }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.__class__ }}",
+    "{{ lipsum.__globals__ }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ ('%s' | attr('format')).__func__ }}",
+    "{{ namespace.__init__ }}",
+    "{{ joiner.__init__.__globals__ }}",
+    "{{ self.__init__ }}",
+    "{{ raise_exception.__globals__ }}",
+    "{{ strftime_now.__code__ }}",
+    "{% set x = messages.append(1) %}",
+    "{{ ''.format.__self__.__class__ }}",
+    "{% include 'x' %}",
+    "{{ range(10**9) | list }}",
+    "{{ dict.__subclasses__() }}",
 ]
 
 
@@ -184,17 +237,22 @@ def test_templates_cannot_escape(template):
     assert text == "", "the sandbox gives nothing away"
 
 
-@pytest.mark.parametrize("template", [
-    "{% for a in range(99999) %}{% for b in range(99999) %}{{ a.b }}{% endfor %}{% endfor %}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}",
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{{ a.b }}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}",
+    ],
+)
 def test_templates_are_limited(template, monkeypatch):
     monkeypatch.setattr("minilora.chat.SECONDS", 0.2)
     with pytest.raises(UsageError, match=r"chat template"):
         render(template, [{"role": "user", "content": "x"}], {})
 
 
-@pytest.mark.parametrize("messages", [[], "hi", [{}], [{"role": "user"}], [{"role": 1, "content": "x"}], [{"role": "user", "content": [1]}]])
+@pytest.mark.parametrize(
+    "messages", [[], "hi", [{}], [{"role": "user"}], [{"role": 1, "content": "x"}], [{"role": "user", "content": [1]}]]
+)
 def test_bad_messages_are_refused(messages):
     with pytest.raises(UsageError):
         encode_chat(Tokenizer(files()), messages)

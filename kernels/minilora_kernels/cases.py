@@ -71,7 +71,7 @@ class Case:
         theirs = deepcopy(mine)
         results = [(self.compiled(*mine), self.twin(*theirs))]
         results += list(zip(_arrays(mine), _arrays(theirs), strict=True))
-        return max(_difference(x, y) for x, y in results if x is not None)
+        return max((_difference(x, y) for x, y in results if x is not None), default=0.0)
 
 
 @cache

@@ -128,7 +128,9 @@ def program(function: Callable, constants: tuple = ()) -> Callable:
 def _renamed(function: Callable, constants: tuple) -> Callable:
     """A copy whose name, and so the name of its symbol, is that of no other program."""
     digest = hashlib.sha256(repr((function.__module__, function.__qualname__, constants)).encode()).hexdigest()
-    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
     copy.__qualname__ = f"{function.__name__}_{digest[:12]}"
     copy.__module__ = function.__module__
     return copy

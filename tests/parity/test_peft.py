@@ -21,7 +21,13 @@ KINDS = {
     "all linear, rank 33": dict(r=33, lora_alpha=20, target_modules="all-linear"),
     "rank 256": dict(r=256, lora_alpha=64, target_modules=["o_proj"]),
     "rslora": dict(r=5, lora_alpha=7, target_modules=["down_proj", "up_proj"], use_rslora=True),
-    "patterns": dict(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], rank_pattern={"q_proj": 9}, alpha_pattern={"layers.1.self_attn.o_proj": 30}),
+    "patterns": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "o_proj"],
+        rank_pattern={"q_proj": 9},
+        alpha_pattern={"layers.1.self_attn.o_proj": 30},
+    ),
     "one layer": dict(r=4, lora_alpha=8, target_modules=["k_proj", "gate_proj"], layers_to_transform=[1]),
     "a pattern of targets": dict(r=4, lora_alpha=8, target_modules=r".*layers\.0\.self_attn\.(q|k)_proj"),
     "embedding and head": dict(r=6, lora_alpha=12, target_modules=["embed_tokens", "lm_head", "v_proj"]),
@@ -61,8 +67,17 @@ def test_adapters(base, tmp_path, kind):
         assert np.abs(their_logprobs(model, PROMPT) - expected).max() > 0.05, "the adapter has no effect"
 
 
-@pytest.mark.parametrize("name, targets", [("phi3", ["qkv_proj", "gate_up_proj", "down_proj"]), ("qwen2", ["q_proj", "k_proj", "v_proj"]),
-                                           ("qwen3", "all-linear"), ("llama-tied", ["q_proj", "lm_head"]), ("smollm3", "all-linear"), ("mistral", "all-linear")])
+@pytest.mark.parametrize(
+    "name, targets",
+    [
+        ("phi3", ["qkv_proj", "gate_up_proj", "down_proj"]),
+        ("qwen2", ["q_proj", "k_proj", "v_proj"]),
+        ("qwen3", "all-linear"),
+        ("llama-tied", ["q_proj", "lm_head"]),
+        ("smollm3", "all-linear"),
+        ("mistral", "all-linear"),
+    ],
+)
 def test_other_architectures(tmp_path, name, targets):
     their_model(tmp_path / "base", **ARCHITECTURES[name])
     model = make_peft(tmp_path / "base", tmp_path / "adapter", r=7, lora_alpha=9, target_modules=targets)
@@ -83,7 +98,9 @@ def test_a_mixed_batch_equals_peft_one_by_one(base, tmp_path):
         model = make_peft(base, tmp_path / str(i), seed=i, **settings)
         model.generation_config.eos_token_id = None
         with torch.no_grad():
-            out = model.generate(input_ids=torch.tensor([prompts[i]]), max_new_tokens=15, do_sample=False, pad_token_id=0)
+            out = model.generate(
+                input_ids=torch.tensor([prompts[i]]), max_new_tokens=15, do_sample=False, pad_token_id=0
+            )
         expected.append(out[0].tolist())
         digest = engine.add_adapter(load_adapter(tmp_path / str(i), weights.config, weights))
         sequences += engine.submit(prompts[i], SamplingParams(max_tokens=15, **GREEDY), (AdapterUse(digest, 1.0),))
@@ -104,7 +121,10 @@ def test_several_weighted_adapters(base, tmp_path):
                 if name in module.scaling:
                     module.scaling[name] *= factor
     engine = make_engine(weights)
-    uses = tuple(AdapterUse(engine.add_adapter(load_adapter(tmp_path / name, weights.config, weights)), scale) for name, scale in (("one", 0.5), ("two", 1.5)))
+    uses = tuple(
+        AdapterUse(engine.add_adapter(load_adapter(tmp_path / name, weights.config, weights)), scale)
+        for name, scale in (("one", 0.5), ("two", 1.5))
+    )
     assert largest_difference(prompt_logits(engine, PROMPT, uses, top=100), their_logprobs(one.eval(), PROMPT)) < 1e-3
 
 
@@ -112,7 +132,14 @@ def test_unsupported_kinds_are_refused(base, tmp_path):
     from minilora.errors import MiniloraError
 
     config = load_weights(base).config
-    for i, settings in enumerate([dict(use_dora=True), dict(bias="lora_only"), dict(modules_to_save=["lm_head"]), dict(trainable_token_indices=[1, 2])]):
+    for i, settings in enumerate(
+        [
+            dict(use_dora=True),
+            dict(bias="lora_only"),
+            dict(modules_to_save=["lm_head"]),
+            dict(trainable_token_indices=[1, 2]),
+        ]
+    ):
         make_peft(base, tmp_path / str(i), r=4, target_modules=["q_proj"], **settings)
         with pytest.raises(MiniloraError):
             load_adapter(tmp_path / str(i), config)
@@ -121,8 +148,15 @@ def test_unsupported_kinds_are_refused(base, tmp_path):
 def test_peft_reads_what_we_read(base, tmp_path):
     """The same folder through PEFT's own loader gives the same numbers as ours."""
     make_peft(base, tmp_path, **KINDS["patterns"])
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager"), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager"), tmp_path
+    ).eval()
     weights = load_weights(base)
     engine = make_engine(weights)
     digest = engine.add_adapter(load_adapter(tmp_path, weights.config, weights))
-    assert largest_difference(prompt_logits(engine, PROMPT, (AdapterUse(digest, 1.0),), top=100), their_logprobs(loaded, PROMPT)) < 1e-3
+    assert (
+        largest_difference(
+            prompt_logits(engine, PROMPT, (AdapterUse(digest, 1.0),), top=100), their_logprobs(loaded, PROMPT)
+        )
+        < 1e-3
+    )

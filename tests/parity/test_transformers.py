@@ -5,10 +5,24 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..support import ARCHITECTURES, BASE_CONFIG, load_weights, make_engine, make_tokenizer, prompt_logits, random_tokens
+from ..support import (
+    ARCHITECTURES,
+    BASE_CONFIG,
+    load_weights,
+    make_engine,
+    make_tokenizer,
+    prompt_logits,
+    random_tokens,
+)
 
-MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
-               "SmolLM3ForCausalLM": "smollm3", "Phi3ForCausalLM": "phi3"}
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "Phi3ForCausalLM": "phi3",
+}
 PROMPT = random_tokens(np.random.default_rng(21), 180)
 
 
@@ -37,7 +51,11 @@ def their_logprobs(model, tokens):
 
 
 def largest_difference(found, expected):
-    errors = [abs(logprob - expected[place, token]) for place, entry in enumerate(found) for token, logprob in [(entry.token, entry.logprob), *entry.top]]
+    errors = [
+        abs(logprob - expected[place, token])
+        for place, entry in enumerate(found)
+        for token, logprob in [(entry.token, entry.logprob), *entry.top]
+    ]
     return max(errors)
 
 
@@ -45,7 +63,9 @@ def largest_difference(found, expected):
 def test_logits(tmp_path, name):
     model = their_model(tmp_path, **ARCHITECTURES[name])
     weights = load_weights(tmp_path)
-    engine = make_engine(weights, max_num_batched_tokens=64, max_model_len=len(PROMPT) + 1 if name == "llama-dynamic" else 640)
+    engine = make_engine(
+        weights, max_num_batched_tokens=64, max_model_len=len(PROMPT) + 1 if name == "llama-dynamic" else 640
+    )
     tokens = PROMPT
     if name == "llama-dynamic":
         # Theirs scales by the text's length, ours by the longest text allowed: equal where the two are.
@@ -61,7 +81,9 @@ def test_greedy_texts(tmp_path, name):
     model = their_model(tmp_path, seed=3, **ARCHITECTURES[name])
     model.generation_config.eos_token_id = None
     with torch.no_grad():
-        expected = model.generate(torch.tensor([PROMPT[:50]]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
+        expected = model.generate(torch.tensor([PROMPT[:50]]), max_new_tokens=40, do_sample=False, pad_token_id=0)[
+            0
+        ].tolist()
     from minilora.params import SamplingParams
 
     from ..support import GREEDY, run

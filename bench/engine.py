@@ -1,0 +1,161 @@
+"""The engine's speed: prompts, and texts growing side by side, with and without adapters.
+
+    python bench/engine.py --model M --prompt 512 --generate 64 --batch 1,8 --adapters 0,8 --rank 16 [--json]
+
+ppN: a prompt of N tokens, prompt tokens per second. tgN: `batch` texts of N new tokens each after 128 prompt tokens,
+new tokens per second, the i-th text with the (i mod adapters)-th adapter, all of them on all linear layers.
+Medians of --repeats runs. Last line: one JSON document.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from importlib.metadata import version
+
+import numpy as np
+import psutil
+
+from minilora.adapters import adapter_from_arrays, module_shapes
+from minilora.checkpoint.lock import resolve_model
+from minilora.engine import Engine
+from minilora.packed import load_model
+from minilora.params import EngineConfig, SamplingParams
+from minilora.sequence import AdapterUse
+from minilora.weights import Target
+from minilora_kernels import cpu
+
+DEPTH = 128
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
+
+
+def random_adapter(config, rank: int, seed: int):
+    """An adapter on all linear layers, its update about a tenth of the weights' size."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, (rows, columns) in module_shapes(config).items():
+        if name.endswith(LINEAR):
+            a, b = rng.standard_normal((rank, columns), np.float32), rng.standard_normal((rows, rank), np.float32)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a * np.float32(0.05 / columns**0.5)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b * np.float32(0.05)
+    return adapter_from_arrays(tensors, {"r": rank, "lora_alpha": rank}, config)
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace):
+        model = load_model(
+            resolve_model(options.model, print), options.model, Target(options.dtype, options.group_size)
+        )
+        self.config, self.options, self.weights = model.weights.config, options, model.weights
+        engine = EngineConfig(
+            max_model_len=min(
+                self.config.max_position_embeddings, options.depth + options.prompt + options.generate + 1
+            ),
+            max_num_seqs=max(options.batch),
+            max_num_batched_tokens=options.budget,
+            threads=options.threads,
+            max_loras=max(*options.adapters, 1),
+            max_lora_rank=options.rank,
+            enable_prefix_caching=False,
+            kv_cache_dtype=options.kv_cache_dtype,
+        )
+        self.engine = Engine(model.weights, engine)
+        adapters = [random_adapter(self.config, options.rank, seed) for seed in range(max(options.adapters))]
+        self.digests = [self.engine.add_adapter(adapter) for adapter in adapters]
+        self.rng = np.random.default_rng(1)
+
+    def uses(self, i: int, adapters: int) -> tuple[AdapterUse, ...]:
+        return (AdapterUse(self.digests[i % adapters], 1.0),) if adapters else ()
+
+    def tokens(self, count: int) -> list[int]:
+        return self.rng.integers(0, self.config.vocab_size, count).tolist()
+
+    def prefill(self, adapters: int) -> float:
+        """Prompt tokens per second of one prompt."""
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        self.engine.submit(self.tokens(self.options.prompt), params, self.uses(0, adapters))
+        started = time.perf_counter()
+        while self.engine.busy:
+            self.engine.step()
+        return self.options.prompt / (time.perf_counter() - started)
+
+    def decode(self, batch: int, adapters: int) -> float:
+        """New tokens per second of `batch` texts, their prompts not counted."""
+        params = SamplingParams(max_tokens=self.options.generate + 1, temperature=0, ignore_eos=True)
+        sequences = []
+        for i in range(batch):
+            sequences += self.engine.submit(self.tokens(self.options.depth), params, self.uses(i, adapters))
+        while any(sequence.generated == 0 for sequence in sequences):
+            self.engine.step()
+        before = sum(sequence.generated for sequence in sequences)
+        started = time.perf_counter()
+        while self.engine.busy:
+            self.engine.step()
+        return (sum(sequence.generated for sequence in sequences) - before) / (time.perf_counter() - started)
+
+    def rows(self):
+        """(test, batch, adapters, what to run), in the order of the report."""
+        for adapters in self.options.adapters:
+            yield f"pp{self.options.prompt}", 1, adapters, lambda adapters=adapters: self.prefill(adapters)
+            for batch in self.options.batch:
+                yield (
+                    f"tg{self.options.generate}",
+                    batch,
+                    adapters,
+                    lambda batch=batch, adapters=adapters: self.decode(batch, adapters),
+                )
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--generate", type=int, default=64)
+    parser.add_argument("--batch", type=numbers, default=[1, 8])
+    parser.add_argument("--adapters", type=numbers, default=[0, 8])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--depth", type=int, default=DEPTH, help="prompt tokens before texts grow")
+    parser.add_argument("--budget", type=int, default=512, help="rows of a step")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print the JSON document only")
+    options = parser.parse_args()
+    bench = Bench(options)
+    rows = []
+    for test, batch, adapters, run in bench.rows():
+        run()
+        samples = [run() for _ in range(options.repeats)]
+        rows.append(
+            {
+                "test": test,
+                "batch": batch,
+                "adapters": adapters,
+                "tokens_per_s": statistics.median(samples),
+                "samples": samples,
+            }
+        )
+        if not options.json:
+            print(
+                f"{test:8} batch {batch:3} adapters {adapters:3} {rows[-1]['tokens_per_s']:10.1f} tokens/s", flush=True
+            )
+    machine = {
+        "cpu": cpu.target()[1],
+        "family": cpu.family(),
+        "threads": bench.engine.team.size,
+        "platform": platform.platform(),
+        "load": psutil.getloadavg()[0],
+        **{name: version(name) for name in ("numpy", "numba", "llvmlite")},
+    }
+    settings = {k: v for k, v in vars(options).items() if k != "json"}
+    print(json.dumps({"settings": settings, "machine": machine, "bytes": len(bench.weights.arena), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Perplexity of a text under several number formats of one model, and their distance to exact arithmetic.
+
+    python tools/perplexity.py TEXTFILE [--model M] [--dtypes auto,int8,int4] [--context 512] [--chunks 8]
+
+The text is cut into chunks of --context tokens, each read by itself. For every format: perplexity over the second
+and later tokens; and against float32 of the same file: mean KL divergence and how often the best token is the same.
+Last line: one JSON document.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from minilora.checkpoint.lock import resolve_model
+from minilora.engine import PROMPT_LOGITS, Engine
+from minilora.packed import load_model
+from minilora.params import EngineConfig, SamplingParams
+from minilora.weights import Target
+
+
+class Reader:
+    """Reads chunks with one format; gives log-probabilities of the whole vocabulary at every place."""
+
+    def __init__(self, name: str, dtype: str, group: int, kv: str, context: int):
+        self.model = load_model(resolve_model(name, print), name, Target(dtype, group))
+        self.vocabulary = self.model.weights.config.vocab_size
+        config = EngineConfig(max_model_len=context + 2, max_num_seqs=1, enable_prefix_caching=False, kv_cache_dtype=kv)
+        self.engine = Engine(self.model.weights, config)
+
+    def logprobs(self, tokens: list[int]):
+        """Pieces [rows, vocabulary], in order, until the chunk is read."""
+        engine, width = self.engine, len(self.engine._buffers.logits) // self.engine._most_logits
+        [sequence] = engine.submit(tokens, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
+        while engine.busy:
+            before = sequence.computed
+            engine.step()
+            count = min(PROMPT_LOGITS, len(tokens) - before)
+            logits = (
+                engine._buffers.logits[: count * width].reshape(count, width)[:, : self.vocabulary].astype(np.float64)
+            )
+            logits -= logits.max(axis=1, keepdims=True)
+            yield logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def measure(reader: Reader, exact: Reader, chunks: list[list[int]]) -> dict[str, float]:
+    """Perplexity, and KL and agreement against the exact reader."""
+    loss, divergence, same, places, following = 0.0, 0.0, 0, 0, 0
+    for tokens in chunks:
+        at = 0
+        mine = reader.logprobs(tokens)
+        # The exact reader agrees with itself; it can't read a chunk twice at once.
+        pairs = ((q, q) for q in mine) if reader is exact else zip(exact.logprobs(tokens), mine, strict=True)
+        for p, q in pairs:
+            divergence += float((np.exp(p) * (p - q)).sum())
+            same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+            targets = np.array(tokens[at + 1 : at + 1 + len(q)])
+            loss -= float(q[np.arange(len(targets)), targets].sum())
+            at, places, following = at + len(q), places + len(q), following + len(targets)
+    return {"perplexity": float(np.exp(loss / following)), "kl": divergence / places, "same_best": same / places}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("textfile", type=Path)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtypes", default="auto,int8,int4")
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--chunks", type=int, default=8)
+    options = parser.parse_args()
+    exact = Reader(options.model, "float32", options.group_size, "float32", options.context)
+    tokens = exact.model.tokenizer.encode(options.textfile.read_text(encoding="utf-8"))
+    chunks = [tokens[i : i + options.context] for i in range(0, len(tokens), options.context)][: options.chunks]
+    chunks = [chunk for chunk in chunks if len(chunk) > 1]
+    rows = []
+    print(
+        f"{'format':10} {'bytes':>12} {'perplexity':>11} {'KL':>10} {'same best':>10}   ({len(chunks)} chunks of {options.context})"
+    )
+    for dtype in ("float32", *options.dtypes.split(",")):
+        reader = (
+            exact
+            if dtype == "float32"
+            else Reader(options.model, dtype, options.group_size, options.kv_cache_dtype, options.context)
+        )
+        found = {"dtype": dtype, "bytes": len(reader.model.weights.arena), **measure(reader, exact, chunks)}
+        rows.append(found)
+        print(
+            f"{dtype:10} {found['bytes']:12} {found['perplexity']:11.3f} {found['kl']:10.2e} {100 * found['same_best']:9.2f}%",
+            flush=True,
+        )
+    print(json.dumps({"model": options.model, "context": options.context, "chunks": len(chunks), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
