@@ -19,7 +19,7 @@ from minilora_kernels.attention import KV, Query, make_attention, merge_parts
 from minilora_kernels.jit import kernel, program
 from minilora_kernels.linear import Rows, make_linear
 from minilora_kernels.lora import make_lora
-from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
+from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS, bits
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
 from minilora_kernels.team import barrier, claim, share
 
@@ -171,38 +171,46 @@ class Place(NamedTuple):
 
 def _make_adapters(lora_format):
     shrink, gather, expand = make_lora(lora_format)
+    panel_bytes = PANEL * bits(lora_format) // 8
 
     @kernel
     def shrink_all(c, segments, scales, layer, which, columns, x, x_row):
-        """s = scale * x A of every segment, for the matrices that read input `which`. Ends with a barrier."""
-        inputs, b, turn = c.adapters.inputs, c.buffers, 0
+        """s = scale * x A of every segment, for the matrices that read input `which`. Ends with a barrier.
+
+        A unit of work is one panel and up to 32 rows; neighbouring units read neighbouring bytes.
+        """
+        inputs, b, arena, units = c.adapters.inputs, c.buffers, c.adapters.arena, 0
+        for i in range(len(segments)):
+            pieces = (segments[i, 1] - segments[i, 0] + BLOCK - 1) // BLOCK
+            units += pieces * (inputs[segments[i, 2], layer, which, 1] // PANEL)
+        low, high = _share(c, units)
+        unit = 0
         for i in range(len(segments)):
             first, end, slot = segments[i, 0], segments[i, 1], segments[i, 2]
-            at = inputs[slot, layer, which, 0]
-            for panel in range(inputs[slot, layer, which, 1] // PANEL):
+            at, panels = inputs[slot, layer, which, 0], inputs[slot, layer, which, 1] // PANEL
+            for panel in range(panels):
                 for row in range(first, end, BLOCK):
-                    if turn % c.size == c.rank:
+                    if low <= unit < high:
                         x_at, s_at = (x_row + row) * x.stride, row * b.s_stride + segments[i, 3]
                         count = min(BLOCK, end - row)
-                        arena = c.adapters.arena
-                        shrink(
-                            arena, at, columns, panel, x.values, x_at, x.stride, count, scales[i], b.s, s_at, b.s_stride
-                        )
-                    turn += 1
+                        shrink(arena, at, columns, panel, x.values, x_at, x.stride, count, scales[i], b.s, s_at, b.s_stride)
+                    unit += 1
         barrier(c.sync, c.size)
 
     @kernel
     def expand_all(c, segments, layer, which, row0, row1, low, high, to):
         """Add s B of matrix `which` to rows row0 .. row1, panels low .. high; to: Place of row row0, panel 0."""
-        outputs, b = c.adapters.outputs, c.buffers
-        for i in range(len(segments)):
+        outputs, b, arena, last = c.adapters.outputs, c.buffers, c.adapters.arena, len(segments) - 1
+        for i in range(len(segments) if low < high else 0):
             first, end, slot = max(row0, segments[i, 0]), min(row1, segments[i, 1]), segments[i, 2]
             at, ranks = outputs[slot, layer, which, 0], outputs[slot, layer, which, 1]
-            if ranks > 0 and first < end and low < high:
+            if ranks > 0 and first < end:
                 s_at = first * b.s_stride + segments[i, 3] + outputs[slot, layer, which, 2]
                 out_at = to.at + (first - row0) * to.stride + low * to.step
-                arena, count = c.adapters.arena, end - first
-                expand(arena, at, ranks, low, high, b.s, s_at, b.s_stride, count, to.array, out_at, to.stride, to.step)
+                then = segments[min(i + 1, last), 2]
+                following = outputs[then, layer, which, 0] + low * outputs[then, layer, which, 1] * panel_bytes
+                count = end - first
+                expand(arena, at, ranks, low, high, following, b.s, s_at, b.s_stride, count, to.array, out_at, to.stride, to.step)
 
     @kernel
     def embed_rows(c):
@@ -219,7 +227,7 @@ def _make_adapters(lora_format):
             for r in range(first, end if ranks > 0 else first):
                 s_at = r * b.s_stride + batch.segments[i, 3]
                 gather(arena, a_at, padded, batch.tokens[r], batch.scales[i], b.s, s_at)
-                expand(arena, b_at, ranks, 0, width // PANEL, b.s, s_at, 0, 1, b.x, r * width, 0, PANEL)
+                expand(arena, b_at, ranks, 0, width // PANEL, b_at, b.s, s_at, 0, 1, b.x, r * width, 0, PANEL)
         barrier(c.sync, c.size)
 
     return shrink_all, expand_all, embed_rows

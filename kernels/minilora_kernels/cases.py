@@ -426,6 +426,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             s["R"],
             1,
             s["N"] // 16,
+            0,
             _normal(rng, s["M"] * s["R"]),
             0,
             s["R"],

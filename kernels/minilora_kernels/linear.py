@@ -39,6 +39,7 @@ from .simd import (
     load_u8,
     load_word,
     low_nibbles,
+    prefetch,
     repeat4,
     splat_f32,
     splat_i32,
@@ -77,13 +78,16 @@ def _quantized_tile(rows: int, fmt: int):
     new_acc, new_dots, new_scale = tile(f32x16, rows, 2), tile(i32x16, rows, 2), tile(f32x16, 2, 2)
 
     @kernel
-    def multiply(weights, at, columns, group, x, x_row, out, out_at, out_stride, add):
+    def multiply(weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
         acc, dots, scale = new_acc(), new_dots(), new_scale()
         for m in range(rows):
             for n in range(2):
                 acc[m, n] = splat_f32(ZERO)
         q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
         for _ in range(columns // group):
+            if ahead > 0:
+                for i in range(0, header + step * (group // 4), 64):
+                    prefetch(weights, at + ahead + i)
             for m in range(rows):
                 if minimum:
                     start = splat_i32(np.int32(0))
@@ -131,7 +135,7 @@ def _float_tile(rows: int, fmt: int):
     new_acc = tile(f32x16, rows, 2)
 
     @kernel
-    def multiply(weights, at, columns, group, x, x_row, out, out_at, out_stride, add):
+    def multiply(weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
         acc = new_acc()
         for m in range(rows):
             for n in range(2):
@@ -157,19 +161,19 @@ def _block(fmt: int):
     eight, four, two, one = (make(rows, fmt) for rows in (8, 4, 2, 1))
 
     @kernel
-    def multiply(weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+    def multiply(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         m = 0
         while rows - m >= 8:
-            eight(weights, at, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            eight(weights, at, ahead if m == 0 else 0, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
             m += 8
         if rows - m >= 4:
-            four(weights, at, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            four(weights, at, ahead if m == 0 else 0, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
             m += 4
         if rows - m >= 2:
-            two(weights, at, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            two(weights, at, ahead if m == 0 else 0, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
             m += 2
         if rows - m >= 1:
-            one(weights, at, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            one(weights, at, ahead if m == 0 else 0, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
 
     return multiply
 
@@ -180,18 +184,18 @@ def _first_of(formats: tuple):
     if len(formats) == 1:
 
         @kernel
-        def only(fmt, weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add):
-            first(weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add)
+        def only(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+            first(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add)
 
         return only
     wanted, others = formats[0], _first_of(formats[1:])
 
     @kernel
-    def choose(fmt, weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+    def choose(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         if fmt == wanted:
-            first(weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add)
+            first(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add)
         else:
-            others(fmt, weights, at, columns, group, x, x_row, rows, out, out_at, out_stride, add)
+            others(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add)
 
     return choose
 
@@ -214,7 +218,7 @@ def make_linear(formats: tuple[int, ...]):
         at = matrices[matrix, OFFSET] + block0 * size
         for block in range(block0, block1):
             to = out_at + (block - block0) * BLOCK
-            multiply(fmt, weights, at, columns, group, x, x_row, rows, out, to, out_stride, add)
+            multiply(fmt, weights, at, size, columns, group, x, x_row, rows, out, to, out_stride, add)
             at += size
 
     return linear

@@ -12,9 +12,11 @@ import numpy as np
 
 from .jit import kernel
 from .pack import FLOAT16, FLOAT32, PANEL
-from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, splat_f32, store_f32, tile
+from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch, splat_f32, store_f32, tile
 
 CHAINS = 4
+AHEAD = 1024
+PANELS_AHEAD = 8
 
 ZERO = np.float32(0)
 
@@ -53,6 +55,8 @@ def _shrink_tile(rows: int, fmt: int):
             for c in range(CHAINS):
                 acc[m, c] = splat_f32(ZERO)
         for k in range(0, columns, CHAINS):
+            for i in range(0, CHAINS * PANEL * size, 64):
+                prefetch(arena, at + k * PANEL * size + AHEAD + i)
             for c in range(CHAINS):
                 a[c] = load(arena, at + (k + c) * PANEL * size)
             for m in range(rows):
@@ -70,12 +74,13 @@ def _expand_tile(rows: int, fmt: int):
     new_acc = tile(f32x16, rows)
 
     @kernel
-    def multiply(arena, at, rank, s, s_at, s_stride, out, out_at, out_stride):
+    def multiply(arena, at, ahead, rank, s, s_at, s_stride, out, out_at, out_stride):
         acc = new_acc()
         for m in range(rows):
             acc[m] = splat_f32(ZERO)
         for r in range(rank):
             b = load(arena, at + r * PANEL * size)
+            prefetch(arena, ahead + r * PANEL * size)
             for m in range(rows):
                 acc[m] = fma(b, splat_f32(load_scalar_f32(s, s_at + m * s_stride + r)), acc[m])
         for m in range(rows):
@@ -122,20 +127,25 @@ def make_lora(fmt: int):
             store_f32(s, s_at + i, load(arena, at + (token * padded + i) * size) * splat_f32(scale))
 
     @kernel
-    def expand(arena, at, rank, panel0, panel1, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step):
+    def expand(arena, at, rank, panel0, panel1, following, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step):
         """out[m, panel p] += sum over r < rank of s[m, r] * B[p, r], m < rows, panel0 <= p < panel1.
 
         arena: uint8, B's panels from byte `at`; s, out: float32, row m at m * stride; panel p is the 16 numbers
-        at out_at + (p - panel0) * panel_step: 16, or 32 where two matrices are interleaved.
+        at out_at + (p - panel0) * panel_step: 16, or 32 where two matrices are interleaved. following: the byte
+        that is likely to be read after these panels, for prefetching.
         """
+        panel = rank * PANEL * size
         for p in range(panel0, panel1):
-            here, to = at + p * rank * PANEL * size, out_at + (p - panel0) * panel_step
+            here, to = at + p * panel, out_at + (p - panel0) * panel_step
+            ahead = here + PANELS_AHEAD * panel
+            if p + PANELS_AHEAD >= panel1:
+                ahead = following + (p + PANELS_AHEAD - panel1) * panel
             m = 0
             while rows - m >= 4:
-                expand4(arena, here, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride)
+                expand4(arena, here, ahead, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride)
                 m += 4
             while m < rows:
-                expand1(arena, here, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride)
+                expand1(arena, here, ahead, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride)
                 m += 1
 
     return shrink, gather, expand

@@ -310,6 +310,20 @@ scatter_f16 = _scatterer(f32x16, _narrow_f16)
 scatter_i8 = _scatterer(i32x16, _narrow_i8)
 
 
+@intrinsic
+def prefetch(typing_context, array, offset):
+    """Ask for the cache line at array[offset]; beyond the array's end nothing happens."""
+
+    def codegen(context, builder, sig, args):
+        place = _pointer(context, builder, sig, args, ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _WORD, _WORD, _WORD])
+        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(ask, [place, *(ir.Constant(_WORD, n) for n in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
 # ---------------------------------------------------------------- making vectors
 
 splat_f32 = primitive(f32x16, [types.float32], lambda b, x: _splat(b, x, _F32))
