@@ -193,7 +193,9 @@ def _make_adapters(lora_format):
                     if low <= unit < high:
                         x_at, s_at = (x_row + row) * x.stride, row * b.s_stride + segments[i, 3]
                         count = min(BLOCK, end - row)
-                        shrink(arena, at, columns, panel, x.values, x_at, x.stride, count, scales[i], b.s, s_at, b.s_stride)
+                        shrink(
+                            arena, at, columns, panel, x.values, x_at, x.stride, count, scales[i], b.s, s_at, b.s_stride
+                        )
                     unit += 1
         barrier(c.sync, c.size)
 
@@ -210,7 +212,22 @@ def _make_adapters(lora_format):
                 then = segments[min(i + 1, last), 2]
                 following = outputs[then, layer, which, 0] + low * outputs[then, layer, which, 1] * panel_bytes
                 count = end - first
-                expand(arena, at, ranks, low, high, following, b.s, s_at, b.s_stride, count, to.array, out_at, to.stride, to.step)
+                expand(
+                    arena,
+                    at,
+                    ranks,
+                    low,
+                    high,
+                    following,
+                    b.s,
+                    s_at,
+                    b.s_stride,
+                    count,
+                    to.array,
+                    out_at,
+                    to.stride,
+                    to.step,
+                )
 
     @kernel
     def embed_rows(c):

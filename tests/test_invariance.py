@@ -108,7 +108,7 @@ def test_after_preemption(world):
     weights = world[0]
     engine = make_engine(weights)
     page = engine.kv.heads * engine.kv.page * engine.kv.size * weights.config.layers * 2 * engine.kv.keys.itemsize
-    engine, sequence = same_in(world, neighbours=12, seed=3, kv_cache_memory=14 * page)
+    engine, _ = same_in(world, neighbours=12, seed=3, kv_cache_memory=14 * page)
     assert engine.scheduler.preemptions > 0
 
 

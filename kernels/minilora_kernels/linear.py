@@ -164,16 +164,64 @@ def _block(fmt: int):
     def multiply(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         m = 0
         while rows - m >= 8:
-            eight(weights, at, ahead if m == 0 else 0, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            eight(
+                weights,
+                at,
+                ahead if m == 0 else 0,
+                columns,
+                group,
+                x,
+                x_row + m,
+                out,
+                out_at + m * out_stride,
+                out_stride,
+                add,
+            )
             m += 8
         if rows - m >= 4:
-            four(weights, at, ahead if m == 0 else 0, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            four(
+                weights,
+                at,
+                ahead if m == 0 else 0,
+                columns,
+                group,
+                x,
+                x_row + m,
+                out,
+                out_at + m * out_stride,
+                out_stride,
+                add,
+            )
             m += 4
         if rows - m >= 2:
-            two(weights, at, ahead if m == 0 else 0, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            two(
+                weights,
+                at,
+                ahead if m == 0 else 0,
+                columns,
+                group,
+                x,
+                x_row + m,
+                out,
+                out_at + m * out_stride,
+                out_stride,
+                add,
+            )
             m += 2
         if rows - m >= 1:
-            one(weights, at, ahead if m == 0 else 0, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+            one(
+                weights,
+                at,
+                ahead if m == 0 else 0,
+                columns,
+                group,
+                x,
+                x_row + m,
+                out,
+                out_at + m * out_stride,
+                out_stride,
+                add,
+            )
 
     return multiply
 

@@ -127,7 +127,9 @@ def make_lora(fmt: int):
             store_f32(s, s_at + i, load(arena, at + (token * padded + i) * size) * splat_f32(scale))
 
     @kernel
-    def expand(arena, at, rank, panel0, panel1, following, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step):
+    def expand(
+        arena, at, rank, panel0, panel1, following, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step
+    ):
         """out[m, panel p] += sum over r < rank of s[m, r] * B[p, r], m < rows, panel0 <= p < panel1.
 
         arena: uint8, B's panels from byte `at`; s, out: float32, row m at m * stride; panel p is the 16 numbers
@@ -142,10 +144,14 @@ def make_lora(fmt: int):
                 ahead = following + (p + PANELS_AHEAD - panel1) * panel
             m = 0
             while rows - m >= 4:
-                expand4(arena, here, ahead, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride)
+                expand4(
+                    arena, here, ahead, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride
+                )
                 m += 4
             while m < rows:
-                expand1(arena, here, ahead, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride)
+                expand1(
+                    arena, here, ahead, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride
+                )
                 m += 1
 
     return shrink, gather, expand

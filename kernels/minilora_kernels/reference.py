@@ -219,7 +219,9 @@ def make_lora(dtype):
         start = at + token * padded * dtype.itemsize
         s[s_at : s_at + padded] = scale * arena[start : start + padded * dtype.itemsize].view(dtype).astype(np.float32)
 
-    def expand(arena, at, rank, panel0, panel1, following, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step):
+    def expand(
+        arena, at, rank, panel0, panel1, following, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step
+    ):
         b = _panels(arena, at, panel1, rank, dtype)
         shrunk = _grid(s, s_at, s_stride, rows, rank)
         for p in range(panel0, panel1):
