@@ -31,9 +31,7 @@ def test_scaling_is_alpha_over_rank(tmp_path):
 
 
 def test_rank_and_alpha_patterns(tmp_path):
-    tensors = peft_tensors(CONFIG, 4, ("v_proj",), 1) | {
-        k: v for k, v in peft_tensors(CONFIG, 7, ("q_proj",), 2).items()
-    }
+    tensors = peft_tensors(CONFIG, 4, ("v_proj",), 1) | peft_tensors(CONFIG, 7, ("q_proj",), 2)
     folder = save_adapter(
         tmp_path,
         CONFIG,
