@@ -72,16 +72,16 @@ def split_size(heads: int, head_dim: int) -> int:
 
 class Packer:
     """Makes StepInputs. group: query heads per kv head; part: split_size; most_parts: numbers in Buffers.parts;
-    workers: attention items that keep all threads busy; ranks: columns of the shrunk rows that one adapter takes."""
+    workers: attention items that keep all threads busy. `ranks` says how many columns of the shrunk rows one adapter takes."""
 
-    def __init__(self, group: int, kv_heads: int, part: int, most_parts: int, workers: int, ranks: int):
-        self._ranks = ranks
+    def __init__(self, group: int, kv_heads: int, part: int, most_parts: int, workers: int):
+        self.ranks = 0
         self._per_tile, self._kv_heads = tokens_per_tile(group), kv_heads
         self._part, self._most_parts, self._workers = part, most_parts, workers
 
     def pack(self, chunks: list[Chunk]) -> StepInput:
         """The arrays of a step; chunks must be ordered so that those with equal adapters are neighbours."""
-        positions = [np.arange(c.start, c.start + c.length) for c in chunks]
+        positions = [position for c in chunks for position in range(c.start, c.start + c.length)]
         counts = [c.length for c in chunks]
         pages_at = np.cumsum([0] + [len(c.pages) for c in chunks])
         rows = np.cumsum([0, *counts]).tolist()
@@ -89,11 +89,11 @@ class Packer:
         wanted = [
             range(row + max(c.first_logits - c.start, 0), row + c.length) for c, row in zip(chunks, rows, strict=False)
         ]
-        segments, scales = _segments(chunks, rows, self._ranks)
-        out_segments, out_scales = _segments(chunks, np.cumsum([0] + [len(w) for w in wanted]).tolist(), self._ranks)
+        segments, scales = _segments(chunks, rows, self.ranks)
+        out_segments, out_scales = _segments(chunks, np.cumsum([0] + [len(w) for w in wanted]).tolist(), self.ranks)
         return StepInput(
             _numbers([token for c in chunks for token in c.tokens[c.start : c.start + c.length]]),
-            np.concatenate(positions).astype(np.int64),
+            _numbers(positions),
             np.repeat(pages_at[:-1], counts).astype(np.int64),
             _numbers([page for c in chunks for page in c.pages]),
             tiles,

@@ -67,6 +67,7 @@ class Engine:
         self._setup_adapters()
         self._setup_step()
         self._sequences = 0
+        self._prepare()
 
     # ------------------------------------------------------------ setup
 
@@ -104,15 +105,15 @@ class Engine:
         parts = part * -(-self.length // 256) * max(1, 4 * threads // model.kv_heads)
         rows = config.max_num_batched_tokens
         scratch = max(scratch_size(max(ROWS_PER_TILE, model.group), model.head_dim), MOST_ROWS * CHUNK_BLOCKS * BLOCK)
-        qkv, ranks = padded_rows(model.qkv_rows), 3 * config.max_lora_rank
+        qkv = padded_rows(model.qkv_rows)
         self._buffers = Buffers(
             x=_floats(rows * model.hidden_size),
             a=_rows(max(rows, self._most_logits) + threads * FEW, max(model.hidden_size, model.heads * model.head_dim)),
             b=_rows(rows, model.intermediate_size),
             qkv=_floats(rows * qkv),
             qkv_stride=qkv,
-            s=_floats(max(rows, self._most_logits) * ranks * MOST_USES),
-            s_stride=ranks * MOST_USES,
+            s=_floats(1),
+            s_stride=0,
             scratch=_floats(threads * scratch),
             scratch_stride=scratch,
             parts=_floats(parts),
@@ -131,7 +132,7 @@ class Engine:
         )
         self._network = self.weights.network(self.length)
         self._step = make_step(self.weights.formats, self.kv_format, self.adapters.format)
-        self._packer = Packer(model.group, model.kv_heads, part, parts, 4 * threads, ranks)
+        self._packer = Packer(model.group, model.kv_heads, part, parts, 4 * threads)
         self._sampler = Sampler(self.team, self._buffers.logits, padded, model.vocab_size)
         self.scheduler = Scheduler(
             self.pool,
@@ -144,6 +145,11 @@ class Engine:
             config.enable_prefix_caching,
         )
 
+    def _prepare(self) -> None:
+        """Compile the step, or fetch its machine code, before the first request."""
+        batch = self._packer.pack([])
+        self.team.prepare(self._step, self._network, self._shape, self.kv, batch, self.adapters.arrays, self._buffers)
+
     # ------------------------------------------------------------ adapters
 
     def add_adapter(self, adapter: Adapter) -> str:
@@ -153,9 +159,17 @@ class Engine:
                 f"an adapter of rank {adapter.rank}, but max_lora_rank is {self.config.max_lora_rank}",
                 "Raise max_lora_rank.",
             )
+        self._make_room(3 * padded_rows(adapter.rank))
         if adapter.digest not in self._packed:
             self._packed[adapter.digest] = self.adapters.pack(adapter)
         return adapter.digest
+
+    def _make_room(self, ranks: int) -> None:
+        """Let the buffer of shrunk rows hold `ranks` columns for each adapter of a row."""
+        if ranks > self._packer.ranks:
+            buffers, stride = self._buffers, ranks * MOST_USES
+            self._buffers = buffers._replace(s=_floats(buffers.shared * stride), s_stride=stride)
+            self._packer.ranks = ranks
 
     def _acquire(self, sequence: Sequence) -> bool:
         held: list[str] = []

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from .checkpoint.folder import read_json
 from .config import ModelConfig, token_ids
 from .errors import FormatError
 from .params import SamplingParams
-from .tokenizer import Tokenizer, TokenizerFiles
+from .tokenizer import DEFINITION, SETTINGS, TEMPLATE, Tokenizer, TokenizerFiles
 from .weights import Packer, Plan, Target, Weights, pack_in_memory
 
 MANIFEST, ARENA = "minilora.json", "weights.bin"
-VERSION = 1
+VERSION = 2
 CHECKED_WORDS = 1 << 17
 
 Report = Callable[[str], None]
@@ -43,9 +44,14 @@ class Model:
 
     name: str
     weights: Weights
-    tokenizer: Tokenizer
+    tokenizer_files: TokenizerFiles
     generation: Mapping[str, Any]
     folder: Path | None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; it takes some 40 MB, from when it is first asked for."""
+        return Tokenizer(self.tokenizer_files)
 
     def default_params(self, **given: Any) -> SamplingParams:
         """SamplingParams with the model's own generation_config.json where `given` is silent."""
@@ -94,7 +100,7 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
             f"cannot keep the packed model in {folder.parent} ({error.strerror}): it is packed anew at each start. "
             "Set MINILORA_CACHE to a folder with room."
         )
-    return Model(name, pack_in_memory(plan), Tokenizer(tokenizer), checkpoint.generation, None)
+    return Model(name, pack_in_memory(plan), tokenizer, checkpoint.generation, None)
 
 
 def _key(checkpoint: Checkpoint, path: Path, target: Target) -> str:
@@ -171,10 +177,15 @@ def _manifest(folder: Path, plan: Plan) -> dict[str, Any]:
         "dtype": plan.target.dtype,
         "group": plan.target.group,
         "bytes": plan.size,
+        "files": {name: _file_digest(folder / name) for name in (DEFINITION, SETTINGS, TEMPLATE)},
         "checksum": checksum(_map(folder / ARENA, plan.size)),
         **tables,
     }
     return {**content, "digest": _digest(content)}
+
+
+def _file_digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -200,6 +211,8 @@ def read_packed(folder: Path, name: str) -> Model:
     digest = content.pop("digest", None)
     if content.get("version") != VERSION or digest != _digest(content):
         raise FormatError(f"{folder / MANIFEST} is damaged or from another version of minilora", "Delete the folder.")
+    if damaged := [file for file, expected in content["files"].items() if _file_digest(folder / file) != expected]:
+        raise FormatError(f"{folder / damaged[0]} is damaged", "Delete the folder.")
     arena = _map(folder / ARENA, content["bytes"])
     if checksum(arena) != content["checksum"]:
         raise FormatError(f"{folder / ARENA} is damaged", "Delete the folder.")
@@ -212,7 +225,7 @@ def read_packed(folder: Path, name: str) -> Model:
         content["head"],
         content["final_norm"],
     )
-    return Model(name, weights, Tokenizer(TokenizerFiles.from_folder(folder)), content["generation"], folder)
+    return Model(name, weights, TokenizerFiles.from_folder(folder), content["generation"], folder)
 
 
 def _map(path: Path, size: int) -> np.ndarray:

@@ -103,7 +103,7 @@ class Kernel(CPUDispatcher):
 
     def add_overload(self, cres):
         # Callers find the code by its entry point, which is any object: there is nothing to enter.
-        cres = cres._replace(entry_point=object())
+        cres = cres._replace(entry_point=object(), type_annotation=None)
         cres.target_context.insert_user_function(cres.entry_point, cres.fndesc, [cres.library])
         self.overloads[tuple(cres.signature.args)] = cres
 

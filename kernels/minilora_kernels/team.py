@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import types
+from numba import typeof, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -172,6 +172,7 @@ class Team:
         self.job: tuple | None = None
         self._sync = np.zeros(SYNC_SIZE, np.int64)
         self._lock = threading.Lock()
+        self._compiled: set[Any] = set()
         self._workers = [_Worker(self, rank) for rank in range(1, size)]
 
     def run(self, program, *args: Any) -> None:
@@ -180,6 +181,7 @@ class Team:
         An exception in any thread, Ctrl-C included, frees the others from their barriers and is raised here.
         """
         with self._lock:
+            self.prepare(program, *args)
             self._sync[:] = 0
             self.job = (program, args)
             started: list[_Worker] = []
@@ -196,6 +198,12 @@ class Team:
                 error = worker.wait() or error
             if error is not None:
                 raise error
+
+    def prepare(self, program, *args: Any) -> None:
+        """Compile a program for arguments like these, unless it is; in this thread, whose memory serves again."""
+        if program not in self._compiled:
+            program.compile(tuple(typeof(arg) for arg in (0, self.size, self._sync, *args)))
+            self._compiled.add(program)
 
     def call(self, rank: int) -> None:
         """Thread `rank`'s part of the running job."""
