@@ -60,8 +60,8 @@ class LLM:
             raise UsageError(f"LLM has no parameter {unknown[0]!r}", did_you_mean(unknown[0], known))
         config, target = EngineConfig(**engine), Target(dtype, group_size)
         self.model = load_model(resolve_model(model, report), model, target, report)
-        self.engine = Engine(self.model.weights, config, self.model.eos)
         self.tokenizer = self.model.tokenizer
+        self.engine = Engine(self.model.weights, config, self.model.eos)
         self.adapters: dict[str, str] = {}
         self._paths: dict[str, str] = {}
         self._requests: dict[int, _Request] = {}

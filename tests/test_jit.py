@@ -1,0 +1,105 @@
+"""Machine code on disk: found again, never mixed up, never trusted blindly. Each start is a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+MODULE = """
+import sys
+from minilora_kernels import jit
+
+@jit.kernel
+def helper(x):
+    return x + {offset}
+
+def make(factor):
+    @jit.kernel
+    def inner(x):
+        return helper(x) * factor
+
+    def scaled(x):
+        return inner(x)
+
+    return jit.program(scaled, (factor,))
+
+compiled = []
+jit.on_compile(compiled.append)
+print([make(int(word))(1) for word in sys.argv[1:]], len(compiled))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function: factors -> what a fresh process computes with them, and how many programs it had to compile."""
+
+    def run(*factors, offset=0, options=(), **environment):
+        source = tmp_path / "scaled.py"
+        source.write_text(MODULE.format(offset=offset))
+        kernels = os.path.join(os.path.dirname(__file__), "..", "kernels")
+        env = {**os.environ, "MINILORA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": kernels, **environment}
+        done = subprocess.run(
+            [sys.executable, *options, source, *map(str, factors)], env=env, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip(), done.stderr
+
+    return run
+
+
+def codes(tmp_path):
+    return sorted((tmp_path / "cache").rglob("*.code"))
+
+
+def test_kept_and_found_again(start):
+    assert start(3)[0] == "[3] 1"
+    assert start(3)[0] == "[3] 0"
+
+
+def test_programs_of_different_processes_do_not_mix(start):
+    """Numba numbers its symbols anew in each process; both files hold an `inner` and a `helper`."""
+    assert start(3)[0] == "[3] 1"
+    assert start(5)[0] == "[5] 1"
+    assert start(5, 3, 7)[0] == "[5, 3, 7] 1"
+    assert start(7, 5, 3)[0] == "[7, 5, 3] 0"
+
+
+def test_an_edited_helper_is_compiled_anew(start):
+    assert start(3)[0] == "[3] 1"
+    assert start(3, offset=10)[0] == "[33] 1"
+
+
+def test_bounds_checks_and_optimised_python_have_their_own_ways(start):
+    assert start(3)[0] == "[3] 1"
+    assert start(3, NUMBA_BOUNDSCHECK="1")[0] == "[3] 1"
+    assert start(3, options=["-O"])[0] == "[3] 0"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "foreign"])
+def test_a_damaged_file_is_compiled_anew(start, tmp_path, damage):
+    start(3)
+    [path] = codes(tmp_path)
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    path.write_bytes({"cut": content[:-9], "flip": content, "empty": b"", "foreign": b"x" * 4096}[damage])
+    assert start(3) == ("[3] 1", "")
+    assert start(3) == ("[3] 0", ""), "and repaired"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_a_folder_that_others_may_write_is_not_trusted(start, tmp_path):
+    start(3)
+    [path] = codes(tmp_path)
+    path.parent.chmod(0o777)
+    answer, warning = start(3)
+    assert answer == "[3] 1"
+    assert "can be written by others" in warning
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX paths")
+def test_an_unwritable_cache_is_said_and_survived(start, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    answer, warning = start(3, MINILORA_CACHE=str(tmp_path / "file"))
+    assert answer == "[3] 1"
+    assert "MINILORA_CACHE" in warning and "Traceback" not in warning

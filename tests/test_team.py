@@ -1,0 +1,136 @@
+"""The team: everybody meets, work is split once, and trouble in one thread holds nobody up."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from minilora_kernels.jit import kernel, program
+from minilora_kernels.team import Team, barrier, claim, share
+
+
+@kernel
+def _rounds(rank, size, sync, marks, late):
+    """marks[round, rank] = 1; late counts threads that were let through a barrier too early."""
+    for i in range(len(marks)):
+        marks[i, rank] = 1
+        barrier(sync, size)
+        for other in range(size):
+            late[rank] += 1 - marks[i, other]
+        barrier(sync, size)
+
+
+@kernel
+def _claims(rank, size, sync, taken):
+    for turn in range(len(taken)):
+        i = claim(sync)
+        while i < taken.shape[1]:
+            taken[turn, i] += 1
+            i = claim(sync)
+        barrier(sync, size)
+
+
+@kernel
+def _shares(rank, size, sync, taken):
+    first, end = share(len(taken), rank, size)
+    for i in range(first, end):
+        taken[i] += 1
+
+
+ROUNDS, CLAIMS, SHARES = program(_rounds), program(_claims), program(_shares)
+
+
+class Odd:
+    """A program that does something of its own on one thread, and ROUNDS on the others."""
+
+    def __init__(self, rank, act):
+        self.rank, self.act = rank, act
+
+    def compile(self, types):
+        ROUNDS.compile(types)
+
+    def __call__(self, rank, *args):
+        return self.act() if rank == self.rank else ROUNDS(rank, *args)
+
+
+def meets(team):
+    marks, late = np.zeros((200, team.size), np.int64), np.zeros(team.size, np.int64)
+    team.run(ROUNDS, marks, late)
+    return marks.all() and not late.any()
+
+
+@pytest.fixture(params=[1, 2, 3, 5])
+def team(request):
+    team = Team(request.param)
+    yield team
+    team.close()
+
+
+@pytest.fixture
+def pair():
+    team = Team(2)
+    yield team
+    team.close()
+
+
+def test_nobody_passes_a_barrier_early(team):
+    assert meets(team)
+
+
+def test_each_piece_is_claimed_once(team):
+    taken = np.zeros((50, 37), np.int64)
+    team.run(CLAIMS, taken)
+    assert (taken == 1).all()
+
+
+@pytest.mark.parametrize("total", [0, 1, 4, 37])
+def test_shares_cover_everything_once(team, total):
+    taken = np.zeros(total, np.int64)
+    team.run(SHARES, taken)
+    assert (taken == 1).all()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_one_thread_frees_the_others(pair, rank):
+    def fail():
+        raise ZeroDivisionError("on purpose")
+
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError, match="on purpose"):
+            pair.run(Odd(rank, fail), np.zeros((200, 2), np.int64), np.zeros(2, np.int64))
+        assert meets(pair), "the team still works"
+
+
+def test_an_interrupt_waits_for_the_threads_inside(pair):
+    inside = threading.Event()
+
+    def slow():
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        inside.set()
+        time.sleep(0.3)
+        inside.clear()
+        pair.abort()
+
+    with pytest.raises(KeyboardInterrupt):
+        pair.run(Odd(1, slow), np.zeros((200, 2), np.int64), np.zeros(2, np.int64))
+    assert not inside.is_set(), "nobody is left in the team's arrays"
+    assert meets(pair)
+
+
+def test_a_team_has_members():
+    with pytest.raises(ValueError, match="at least one"):
+        Team(0)
+
+
+def test_closing_ends_the_threads():
+    before = set(threading.enumerate())
+    team = Team(4)
+    made = set(threading.enumerate()) - before
+    assert len(made) == 3
+    team.close()
+    for thread in made:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in made)
