@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .async_engine import AsyncEngine as AsyncEngine
     from .llm import LLM as LLM
     from .outputs import CompletionOutput as CompletionOutput
     from .outputs import Logprob as Logprob
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use, so that `import minilora` and `--help` cost nothing.
 _WHERE = {
+    "AsyncEngine": "async_engine",
     "LLM": "llm",
     "SamplingParams": "params",
     "EngineConfig": "params",
@@ -25,7 +27,16 @@ _WHERE = {
     "Logprob": "outputs",
 }
 
-__all__ = ["CompletionOutput", "EngineConfig", "LLM", "LoRARequest", "Logprob", "RequestOutput", "SamplingParams"]  # noqa: RUF022
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionOutput",
+    "EngineConfig",
+    "LoRARequest",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:

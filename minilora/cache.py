@@ -6,6 +6,7 @@ memory is needed.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 
@@ -46,6 +47,12 @@ def by_page(kv: KV) -> list[np.ndarray]:
     return views + [scales.reshape(-1, tokens) for scales in (kv.key_scales, kv.value_scales) if len(scales) > 1]
 
 
+def poison_page(kv: KV, page: int) -> None:
+    """Fill a page with what no result may depend on: NaN, or with int8 numbers NaN as their scales."""
+    for view in by_page(kv):
+        view[page] = np.nan if view.dtype == np.float32 else 0x7E00 if view.dtype == np.uint16 else 127
+
+
 def copy_page(kv: KV, source: int, target: int) -> None:
     """Copy one page of every layer."""
     for view in by_page(kv):
@@ -53,11 +60,16 @@ def copy_page(kv: KV, source: int, target: int) -> None:
 
 
 class PagePool:
-    """Hands out page numbers 0 .. pages - 1."""
+    """Hands out page numbers 0 .. pages - 1.
 
-    def __init__(self, pages: int):
+    on_free: called with each page whose content is of no use any more. hits, lookups: pages of texts that started,
+    found and asked for.
+    """
+
+    def __init__(self, pages: int, on_free: Callable[[int], None] | None = None):
         self.pages = pages
         self.hits = self.lookups = 0
+        self._on_free = on_free
         self._free = list(range(pages))[::-1]
         self._holders = [0] * pages
         self._key_of: dict[int, bytes] = {}
@@ -68,6 +80,11 @@ class PagePool:
     def available(self) -> int:
         """Pages that can be handed out now."""
         return len(self._free) + len(self._idle)
+
+    @property
+    def cached(self) -> int:
+        """Pages that nobody holds and that are kept for texts that begin alike."""
+        return len(self._idle)
 
     @property
     def held(self) -> int:
@@ -81,6 +98,7 @@ class PagePool:
         elif self._idle:
             page, _ = self._idle.popitem(last=False)
             del self._page_of[self._key_of.pop(page)]
+            self._freed(page)
         else:
             raise IndexError("no page is available")
         self._holders[page] = 1
@@ -106,6 +124,16 @@ class PagePool:
                 self._idle[page] = None
             else:
                 self._free.append(page)
+                self._freed(page)
+
+    def _freed(self, page: int) -> None:
+        if self._on_free is not None:
+            self._on_free(page)
+
+    def record(self, hits: int, lookups: int) -> None:
+        """Count what a starting text found in the cache."""
+        self.hits += hits
+        self.lookups += lookups
 
     def publish(self, page: int, key: bytes) -> None:
         """Say what a full page holds; if another page holds the same, that one stays known."""
@@ -125,6 +153,7 @@ class PagePool:
         """Drop every key: nothing computed so far is found again."""
         for page in self._idle:
             self._free.append(page)
+            self._freed(page)
         self._idle.clear()
         self._key_of.clear()
         self._page_of.clear()

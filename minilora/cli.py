@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .cli_options import DTYPES, engine_options, lora_options, model_options, sampling_options, split_engine
 from .errors import MiniloraError, UsageError
 
 if TYPE_CHECKING:
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 
     Model = LLM | PlainLLM
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 QUESTION = "Name three fruits."
-DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,77 +84,6 @@ def cli() -> None:
     """Run language models with LoRA adapters on this computer's CPU."""
 
 
-# ---------------------------------------------------------------- shared options
-
-
-def _options(*decorators: Callable) -> Callable:
-    def apply(function: Callable) -> Callable:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-model_options = _options(
-    click.option(
-        "-m",
-        "--model",
-        default=DEFAULT_MODEL,
-        show_default=True,
-        help="A name from `minilora list`, a hub repo (org/name), a folder or a .gguf file.",
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice(DTYPES),
-        default="auto",
-        show_default=True,
-        help="Number format of the weights; auto keeps the file's.",
-    ),
-    click.option(
-        "--group-size",
-        type=click.Choice(["32", "64", "128"]),
-        default="32",
-        show_default=True,
-        help="Weights per scale, for int8 and int4.",
-    ),
-    click.option(
-        "-t", "--threads", type=click.IntRange(1, 1024), help="Threads to use; all usable cores if not given."
-    ),
-)
-
-lora_options = _options(
-    click.option(
-        "--lora",
-        "loras",
-        multiple=True,
-        metavar="NAME=PATH[:SCALE]",
-        help="Load an adapter; repeatable. All are applied unless --adapter picks some.",
-    ),
-    click.option(
-        "--adapter",
-        "adapters",
-        multiple=True,
-        metavar="NAME[:SCALE]",
-        help="Answer with this adapter; repeatable: several at once.",
-    ),
-)
-
-sampling_options = _options(
-    click.option("--max-tokens", "-n", type=int, default=512, show_default=True, help="Longest answer."),
-    click.option(
-        "--temperature", "--temp", type=float, help="0 takes the best token always; default: the model's own, or 0."
-    ),
-    click.option("--top-p", type=float, help="Smallest set of tokens with this probability."),
-    click.option("--top-k", type=int, help="Only the k best tokens."),
-    click.option("--min-p", type=float, help="Only tokens this likely compared to the best."),
-    click.option("--repetition-penalty", type=float, help="Above 1: repeat less."),
-    click.option("--seed", type=int, help="The same seed gives the same text."),
-    click.option("--stop", multiple=True, help="End the answer at this text; repeatable."),
-    click.option("-s", "--system", help="A system message before the prompt."),
-)
-
-
 def _open(reporter: _Reporter, model: str, dtype: str, group_size: str, threads: int | None, **engine: Any) -> "LLM":
     from minilora_kernels.jit import on_compile
 
@@ -193,7 +121,7 @@ def _load_adapters(
         if not equals or not name or not source:
             raise UsageError(f"--lora {text!r} is not of the form NAME=PATH[:SCALE]")
         path, scale = (source, 1.0) if Path(source).exists() else _split_scale(source)
-        llm.add_lora(name, path, reporter)
+        llm.add_lora(name, path, report=reporter)
         scales[name] = scale
     if not adapters:
         return [LoRARequest(name, scale=scale) for name, scale in scales.items()]
@@ -201,7 +129,7 @@ def _load_adapters(
     for text in adapters:
         name, scale = _split_scale(text)
         if name not in llm.adapters:
-            llm.add_lora(name, name, reporter)
+            llm.add_lora(name, name, report=reporter)
         chosen.append(LoRARequest(name, scale=scale * scales.get(name, 1.0)))
     return chosen
 
@@ -239,6 +167,7 @@ def _piped() -> str | None:
 @model_options
 @lora_options
 @sampling_options
+@engine_options
 @click.option("--stream/--no-stream", default=True, help="Print the answer as it grows.")
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
@@ -262,7 +191,7 @@ def generate(
     as_json: bool,
     backend: str,
     system: str | None,
-    **sampling: Any,
+    **rest: Any,
 ) -> None:
     """Answer PROMPT; "-" or a pipe reads it from stdin.
 
@@ -274,6 +203,7 @@ def generate(
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty")
     reporter = _Reporter()
+    engine, sampling = split_engine(rest)
     if backend == "numpy":
         _generate_plain(
             reporter,
@@ -289,7 +219,7 @@ def generate(
             sampling,
         )
         return
-    llm = _open(reporter, model, dtype, group_size, threads, max_num_seqs=16)
+    llm = _open(reporter, model, dtype, group_size, threads, **engine)
     if prompt is None and not loras and not adapters:
         _show_side_by_side(llm, reporter, system, as_json, sampling)
         return
@@ -349,7 +279,7 @@ def _show_side_by_side(
 
     names = [name for name, entry in entries("adapters").items() if entry.base == llm.model.name]
     for name in names:
-        llm.add_lora(name, name, reporter)
+        llm.add_lora(name, name, report=reporter)
     ids = _prompt_ids(llm, QUESTION, system, raw=False)
     requests = [(), *((LoRARequest(name),) for name in names)]
     sampling["max_tokens"] = min(sampling["max_tokens"], 96)
@@ -416,6 +346,7 @@ def _generate_plain(
 @model_options
 @lora_options
 @sampling_options
+@engine_options
 def chat(
     model: str,
     dtype: str,
@@ -424,11 +355,12 @@ def chat(
     loras: Sequence[str],
     adapters: Sequence[str],
     system: str | None,
-    **sampling: Any,
+    **rest: Any,
 ) -> None:
     """Talk with a model. /adapter NAME switches, /reset starts anew, /help lists all."""
     reporter = _Reporter()
-    llm = _open(reporter, model, dtype, group_size, threads, max_num_seqs=1)
+    engine, sampling = split_engine(rest)
+    llm = _open(reporter, model, dtype, group_size, threads, **{"max_num_seqs": 1, **engine})
     chosen = _load_adapters(llm, loras, adapters, reporter)
     reporter.done()
     _Conversation(llm, chosen, system, _params(llm, **sampling), reporter).run()

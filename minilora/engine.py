@@ -1,53 +1,53 @@
-"""The engine: schedule, pack, run, sample, retire. Token ids only."""
+"""The engine: schedule, run, sample, retire. Token ids only.
+
+Everything is called from one thread. A request that fails ends alone; a step that fails ends the requests that were
+in it, and the engine goes on.
+"""
 
 import os
+import threading
+import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import psutil
-
-from minilora_kernels.attention import KV_FLOAT16, KV_FLOAT32, scratch_size
-from minilora_kernels.linear import Rows
-from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, ROWS, padded_rows
-from minilora_kernels.team import Team
-
-from .adapters import Adapter, PackedAdapter
-from .batch import ROWS_PER_TILE, Chunk, Packer, Use, split_size
-from .cache import KV_FORMATS, PagePool, copy_page, make_kv, page_bytes
-from .errors import ResourceError, UsageError
-from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Shape, make_step
+from .adapters import Adapter, load_adapter
+from .adapters import pack_adapter as pack
+from .batch import Chunk, Use
+from .cache import PagePool
+from .errors import AdapterError, RequestError, UsageError
+from .pace import Pace
 from .params import EngineConfig, SamplingParams
-from .pool import AdapterPool
-from .sampler import Draw, Sampler
+from .registry import AdapterRegistry, AdapterVersion
+from .runner import MOST_USES, PROMPT_LOGITS, Runner
+from .sampler import Draw
 from .scheduler import Scheduler, Work
 from .sequence import AdapterUse, Sequence, State, TokenLogprobs
+from .stats import AdapterStats, Recorder, Stats
 from .weights import Weights
 
-MEMORY_SHARE = 0.5
-MOST_USES = 8
-PROMPT_LOGITS = 64
+# Steps in a row without work, though requests wait and nothing is being read: more are a bug, and are said.
+PATIENCE = 10
 
 
 class Output(NamedTuple):
-    """A new token of a sequence; logprobs where its parameters ask for them."""
+    """A new token of a sequence, with logprobs where its parameters ask for them; or None: it ended without one.
+
+    last: the sequence ended with this token.
+    """
 
     sequence: Sequence
-    token: int
-    logprobs: TokenLogprobs | None
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+    last: bool = False
 
 
-def usable_cores() -> int:
-    """Cores that this process may really use: its affinity, and its control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return cores
+class _Answer(NamedTuple):
+    """A row of logits from which a sequence's next token comes, if its guesses up to here are right."""
+
+    sequence: Sequence
+    row: int
+    guesses: list[int]
 
 
 class Engine:
@@ -61,145 +61,88 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.eos = frozenset(eos)
         self.length = config.max_model_len or self.model.max_position_embeddings
-        self.team = Team(config.threads or usable_cores())
-        self._exact = weights.formats == (FLOAT32,)
-        self._setup_pages()
-        self._setup_adapters()
-        self._setup_step()
-        self._sequences = 0
-        self._prepare()
-
-    # ------------------------------------------------------------ setup
-
-    def _setup_pages(self) -> None:
-        config, page = self.config, self.config.block_size
-        automatic = KV_FLOAT32 if self._exact else KV_FLOAT16
-        self.kv_format = KV_FORMATS.get(config.kv_cache_dtype, automatic)
-        size = page_bytes(self.model, self.kv_format, page)
-        longest = -(-self.length // page)
-        pages = longest * config.max_num_seqs
-        if config.kv_cache_memory is not None:
-            pages = config.kv_cache_memory // size
-        else:
-            pages = min(pages, int(psutil.virtual_memory().available * MEMORY_SHARE) // size)
-        if pages < 1:
-            raise ResourceError(f"no memory for a single page of {size} bytes", "Raise kv_cache_memory.")
-        self.pool = PagePool(pages)
-        try:
-            self.kv = make_kv(self.model, self.kv_format, pages, page)
-        except MemoryError:
-            raise ResourceError(
-                f"no memory for {pages} pages of {size} bytes", "Lower kv_cache_memory or max_model_len."
-            ) from None
-
-    def _setup_adapters(self) -> None:
-        fmt = FLOAT32 if self._exact else FLOAT16
-        self.adapters = AdapterPool(self.model, self.config.max_loras, self.config.lora_memory, fmt)
-        self._packed: dict[str, PackedAdapter] = {}
-
-    def _setup_step(self) -> None:
-        model, config, threads = self.model, self.config, self.team.size
-        padded = int(self.weights.matrices[self.weights.head, ROWS])
-        self._most_logits = config.max_num_seqs + PROMPT_LOGITS
-        part = split_size(model.heads, model.head_dim)
-        parts = part * -(-self.length // 256) * max(1, 4 * threads // model.kv_heads)
+        self.runner = Runner(weights, config, self.length)
+        self.pool = PagePool(self.runner.pages, self.runner.poison_page if config.debug_checks else None)
+        self._news = threading.Event()
+        self.on_news = self._news.set
+        self.adapters = AdapterRegistry(
+            self.runner.adapters,
+            config.max_lora_rank,
+            lambda folder: load_adapter(folder, self.model, weights),
+            lambda adapter: pack(adapter, self.model, self.runner.adapters.format),
+            lambda: self.on_news(),
+        )
         rows = config.max_num_batched_tokens
-        scratch = max(scratch_size(max(ROWS_PER_TILE, model.group), model.head_dim), MOST_ROWS * CHUNK_BLOCKS * BLOCK)
-        qkv = padded_rows(model.qkv_rows)
-        self._buffers = Buffers(
-            x=_floats(rows * model.hidden_size),
-            a=_rows(max(rows, self._most_logits) + threads * FEW, max(model.hidden_size, model.heads * model.head_dim)),
-            b=_rows(rows, model.intermediate_size),
-            qkv=_floats(rows * qkv),
-            qkv_stride=qkv,
-            s=_floats(1),
-            s_stride=0,
-            scratch=_floats(threads * scratch),
-            scratch_stride=scratch,
-            parts=_floats(parts),
-            logits=_floats(self._most_logits * padded),
-            shared=max(rows, self._most_logits),
-        )
-        self._shape = Shape(
-            model.layers,
-            model.hidden_size,
-            model.heads,
-            model.kv_heads,
-            model.head_dim,
-            model.intermediate_size,
-            model.vocab_size,
-            np.float32(model.rms_norm_eps),
-        )
-        self._network = self.weights.network(self.length)
-        self._step = make_step(self.weights.formats, self.kv_format, self.adapters.format)
-        self._packer = Packer(model.group, model.kv_heads, part, parts, 4 * threads)
-        self._sampler = Sampler(self.team, self._buffers.logits, padded, model.vocab_size)
         self.scheduler = Scheduler(
             self.pool,
+            self.adapters,
             config.block_size,
             config.max_num_seqs,
             rows,
             PROMPT_LOGITS,
-            self._acquire,
-            self._release,
             config.enable_prefix_caching,
         )
-
-    def _prepare(self) -> None:
-        """Compile the step, or fetch its machine code, before the first request."""
-        batch = self._packer.pack([])
-        self.team.prepare(self._step, self._network, self._shape, self.kv, batch, self.adapters.arrays, self._buffers)
+        self._pace = Pace(None if config.max_step_ms is None else config.max_step_ms / 1000, rows)
+        self._recorder = Recorder(self.adapters.names.__contains__)
+        self._sequences = 0
+        # Whether the last step found nothing that could run.
+        self.stalled = False
+        self._stuck = 0
 
     # ------------------------------------------------------------ adapters
 
-    def add_adapter(self, adapter: Adapter) -> str:
-        """Make an adapter known; returns its digest. Raises UsageError where its rank is too high."""
-        if adapter.rank > self.config.max_lora_rank:
-            raise UsageError(
-                f"an adapter of rank {adapter.rank}, but max_lora_rank is {self.config.max_lora_rank}",
-                "Raise max_lora_rank.",
-            )
-        self._make_room(3 * padded_rows(adapter.rank))
-        if adapter.digest not in self._packed:
-            self._packed[adapter.digest] = self.adapters.pack(adapter)
-        return adapter.digest
+    def add_adapter(self, source: Path | Adapter, name: str | None = None, weight: float = 1.0) -> AdapterVersion:
+        """Register an adapter, or replace the one of that name; without a name it goes by its content.
 
-    def _make_room(self, ranks: int) -> None:
-        """Let the buffer of shrunk rows hold `ranks` columns for each adapter of a row."""
-        if ranks > self._packer.ranks:
-            buffers, stride = self._buffers, ranks * MOST_USES
-            self._buffers = buffers._replace(s=_floats(buffers.shared * stride), s_stride=stride)
-            self._packer.ranks = ranks
+        A folder is read when a request wants it. Raises NotFoundError, FormatError or UsageError.
+        """
+        if name is None:
+            name = source.digest if isinstance(source, Adapter) else str(source)
+        return self.adapters.add(name, source, weight)
 
-    def _acquire(self, sequence: Sequence) -> bool:
-        held: list[str] = []
-        for use in sequence.uses:
-            if not self.adapters.insert(use.digest, self._packed[use.digest]):
-                for digest in held:
-                    self.adapters.release(digest)
-                return False
-            self.adapters.acquire(use.digest)
-            held.append(use.digest)
-        return True
+    def remove_adapter(self, name: str, force: bool = False) -> None:
+        """Forget an adapter's name: its requests finish first, or with force end at once with an AdapterError.
 
-    def _release(self, sequence: Sequence) -> None:
-        for use in sequence.uses:
-            self.adapters.release(use.digest)
+        Raises NotFoundError.
+        """
+        version = self.adapters.remove(name)
+        self._recorder.forget(name)
+        if force:
+            error = AdapterError(f"adapter {name!r} was unloaded")
+            for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+                if version in sequence.adapters:
+                    self.scheduler.fail(sequence, error)
 
     # ------------------------------------------------------------ requests
 
     def submit(
-        self, tokens: list[int], params: SamplingParams, uses: tuple[AdapterUse, ...] = (), salt: bytes = b""
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        uses: tuple[AdapterUse, ...] = (),
+        salt: bytes = b"",
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> list[Sequence]:
-        """Queue a prompt; returns its params.n sequences. Raises UsageError where it can never run."""
+        """Queue a prompt; returns its params.n sequences.
+
+        salt: prompts share cached pages with prompts of the same salt only. priority: lower ones go first; tenant:
+        who shares fairly with others, None for the first adapter's name. Raises UsageError where it can never run.
+        """
         self._check(tokens, params, uses)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        if tenant is None:
+            tenant = uses[0].adapter.name if uses else ""
         sequences = []
         for i in range(params.n):
             self._sequences += 1
-            sequences.append(Sequence(self._sequences, list(tokens), len(tokens), params, seed + i, uses, salt))
+            sequence = Sequence(self._sequences, list(tokens), len(tokens), params, seed + i, uses, salt)
+            sequence.tenant, sequence.priority = tenant, priority
+            sequence.weight = uses[0].adapter.weight if uses else 1.0
+            sequences.append(sequence)
+            self._recorder.submitted(sequence, time.perf_counter())
         sequences[0].siblings = sequences[1:]
-        self.scheduler.add(sequences[0])
+        self.scheduler.submit(sequences)
         return sequences
 
     def _check(self, tokens: list[int], params: SamplingParams, uses: tuple[AdapterUse, ...]) -> None:
@@ -219,13 +162,9 @@ class Engine:
             )
         if params.n > self.config.max_num_seqs:
             raise UsageError(f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}")
-        if len(uses) > min(MOST_USES, self.config.max_loras):
-            most = min(MOST_USES, self.config.max_loras)
+        if len({use.adapter for use in uses}) > (most := min(MOST_USES, self.config.max_loras)):
             raise UsageError(f"{len(uses)} adapters in one request, at most {most} are possible")
         params.check_vocabulary(self.model.vocab_size)
-        for use in uses:
-            if use.digest not in self._packed:
-                raise UsageError(f"adapter {use.digest[:12]} is not known")
 
     def _final_length(self, prompt: int, params: SamplingParams) -> int:
         return self.length if params.max_tokens is None else min(prompt + params.max_tokens, self.length)
@@ -234,35 +173,100 @@ class Engine:
         """End a sequence; its pages and adapters are free at once."""
         if sequence.state is not State.FINISHED:
             self.scheduler.finish(sequence, reason)
+            self._recorder.finished(sequence, time.perf_counter())
+
+    def propose(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Guess how a text that decodes goes on: one step checks all guesses, keeps the right ones and one token more.
+
+        The text is the same, token for token, as without. Guesses for a text that can't take them are dropped.
+        """
+        room = self._final_length(sequence.prompt_length, sequence.params) - len(sequence.tokens) - 1
+        guesses = tokens[: max(0, min(room, PROMPT_LOGITS))]
+        if any(not 0 <= token < self.model.vocab_size for token in guesses):
+            raise UsageError("a guessed token is not in the vocabulary")
+        if sequence.state is State.RUNNING and sequence.decodes and not sequence.proposed:
+            sequence.tokens += guesses
+            sequence.proposed = len(guesses)
 
     @property
     def busy(self) -> bool:
         """Whether anything is left to do."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self.scheduler.failed)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """After a step that had nothing to do: until an adapter was read from disk, if any is being read."""
+        if self.stalled and self.adapters.loading:
+            self._news.wait(timeout)
 
     # ------------------------------------------------------------ one step
 
     def step(self) -> list[Output]:
-        """Run one step; returns the new tokens."""
+        """Run one step; returns the new tokens, and the sequences that ended without one."""
+        self._news.clear()
+        self.adapters.collect()
+        self.scheduler.chunk = self._pace.chunk()
         plan = self.scheduler.schedule()
-        if not plan:
+        self._note_stall(plan)
+        outputs = self._run(plan) if plan else []
+        outputs += [Output(sequence, None) for sequence in self.scheduler.failed]
+        self.scheduler.failed = []
+        now = time.perf_counter()
+        for output in outputs:
+            if output.token is not None:
+                self._recorder.token(output.sequence, now)
+        for sequence in {output.sequence for output in outputs if output.sequence.state is State.FINISHED}:
+            self._recorder.finished(sequence, now)
+        if self.config.debug_checks:
+            self.check_integrity()
+        return outputs
+
+    def _note_stall(self, plan: list[Work]) -> None:
+        self.stalled = not plan
+        stuck = (
+            self.stalled and bool(self.scheduler.waiting) and not self.adapters.loading and not self.scheduler.failed
+        )
+        self._stuck = self._stuck + 1 if stuck else 0
+        if self._stuck > PATIENCE:
+            raise AssertionError(f"{len(self.scheduler.waiting)} requests wait and none can run")
+
+    def _run(self, plan: list[Work]) -> list[Output]:
+        plan.sort(key=lambda work: ([use.content for use in work.sequence.uses], work.sequence.number))
+        decodes = sum(work.sequence.decodes for work in plan)
+        prompt_rows = sum(work.length for work in plan if not work.sequence.decodes)
+        started = time.perf_counter()
+        try:
+            for work in plan:
+                for version in work.sequence.adapters:
+                    self.runner.make_room(version.rank)
+            self.runner.run([self._chunk(work) for work in plan])
+            outputs = self._finish_step(plan)
+        except Exception as error:
+            self._give_up(plan, error)
             return []
-        plan.sort(key=lambda work: (work.sequence.uses, work.sequence.number))
-        batch = self._packer.pack([self._chunk(work) for work in plan])
-        self.team.run(self._step, self._network, self._shape, self.kv, batch, self.adapters.arrays, self._buffers)
-        return self._finish_step(plan)
+        seconds = time.perf_counter() - started
+        self._recorder.step(seconds)
+        self._pace.observe(decodes, prompt_rows, seconds)
+        return outputs
+
+    def _give_up(self, plan: list[Work], error: Exception) -> None:
+        """End the sequences of a step that failed; nothing of what it computed is kept."""
+        cause = RequestError(f"the step that computed this request failed: {error!r}")
+        cause.__cause__ = error
+        copies = [sequence for sequence in self.scheduler.running if not sequence.pending]
+        for sequence in [*(work.sequence for work in plan), *copies]:
+            self.scheduler.fail(sequence, cause)
 
     def _chunk(self, work: Work) -> Chunk:
         sequence, end = work.sequence, work.sequence.computed + work.length
-        uses = tuple(Use(self.adapters.number(use.digest), use.scale) for use in sequence.uses)
-        first = end - 1 if end == len(sequence.tokens) else end
+        uses = tuple(Use(self.runner.adapters.number(use.adapter.digest or ""), use.scale) for use in sequence.uses)
+        first = end - 1 - sequence.proposed if end == len(sequence.tokens) else end
         if sequence.wants_prompt_logprobs:
             first = sequence.computed
         return Chunk(sequence.tokens, sequence.computed, work.length, sequence.pages, uses, first)
 
     def _finish_step(self, plan: list[Work]) -> list[Output]:
         """Note what was computed, draw the new tokens, start copies, and end what is done."""
-        row, draws, targets = 0, [], []
+        row, answers = 0, []
         questions: list[tuple[int, int, int]] = []
         asking: list[Sequence] = []
         for work in plan:
@@ -273,48 +277,74 @@ class Engine:
                 places = range(start, min(start + work.length, sequence.prompt_length - 1))
                 questions += [(row + place - start, sequence.tokens[place + 1], count) for place in places]
                 asking += [sequence] * len(places)
-                last = row + work.length - 1
-                row += work.length
-            else:
-                last = row
-                row += done
-            self.scheduler.computed(sequence, work.length)
+                row += work.length - done
+            guesses = sequence.withdraw()
+            self.scheduler.computed(sequence, work.length - len(guesses))
             if done:
-                for target in (sequence, *sequence.siblings):
-                    draws.append(self._draw(target, last))
-                    targets.append((target, last))
+                answers.append(_Answer(sequence, row, guesses))
+                answers += [_Answer(s, row, []) for s in sequence.siblings if s.state is not State.FINISHED]
+                row += 1 + len(guesses)
                 self._start_copies(sequence)
-        for sequence, found in zip(asking, self._sampler.look_up(questions), strict=True):
+        for sequence, found in zip(asking, self.runner.sampler.look_up(questions), strict=True):
             sequence.prompt_logprobs.append(found)
-        tokens = self._sampler.draw(draws) if draws else []
-        chosen = self._logprobs(targets, tokens)
+        return self._answer(answers)
+
+    def _answer(self, answers: list[_Answer]) -> list[Output]:
+        """Draw tokens; a guess that was drawn is right, and the token after it counts too."""
+        draws = [self._draw(answer, i) for answer in answers for i in range(1 + len(answer.guesses))]
+        tokens = iter(self.runner.sampler.draw(draws) if draws else [])
+        kept: list[tuple[Sequence, int, int]] = []
+        for answer in answers:
+            drawn = [next(tokens) for _ in range(1 + len(answer.guesses))]
+            kept += self._keep(answer, drawn)
+        asked = [(row, token, s.params.logprobs) for s, row, token in kept if s.params.logprobs is not None]
+        found = iter(self.runner.sampler.look_up(asked))
+        ends = {s: i for i, (s, *_) in enumerate(kept) if s.state is State.FINISHED}
         return [
-            self._append(target, token, chosen.get(target)) for (target, _), token in zip(targets, tokens, strict=True)
+            Output(s, token, None if s.params.logprobs is None else next(found), ends.get(s) == i)
+            for i, (s, _, token) in enumerate(kept)
         ]
 
-    def _draw(self, sequence: Sequence, row: int) -> Draw:
-        cut, params = sequence.prompt_length, sequence.params
+    def _keep(self, answer: _Answer, drawn: list[int | Exception]) -> list[tuple[Sequence, int, int]]:
+        """Append the drawn tokens that count; returns (sequence, row, token) for each."""
+        sequence, kept = answer.sequence, []
+        for i, token in enumerate(drawn):
+            if isinstance(token, Exception):
+                self.scheduler.fail(sequence, token)
+                break
+            self._append(sequence, token)
+            kept.append((sequence, answer.row + i, token))
+            if sequence.state is State.FINISHED or i == len(answer.guesses) or token != answer.guesses[i]:
+                break
+            # The guess was right, so the step has computed this token already.
+            self.scheduler.computed(sequence, 1)
+        if answer.guesses and sequence.state is State.RUNNING:
+            self.scheduler.roll_back(sequence)
+        return kept
+
+    def _draw(self, answer: _Answer, i: int) -> Draw:
+        """What the draw after the first i guesses depends on."""
+        sequence = answer.sequence
+        cut, params, guessed = sequence.prompt_length, sequence.params, answer.guesses[:i]
+        position = len(sequence.tokens) + i
         barred = (*self.eos, *(params.stop_token_ids or ())) if params.min_tokens else ()
         if not params.changes_logits:
-            return Draw(row, params, sequence.seed, len(sequence.tokens), [], [], barred)
-        return Draw(
-            row, params, sequence.seed, len(sequence.tokens), sequence.tokens[:cut], sequence.tokens[cut:], barred
-        )
-
-    def _logprobs(self, targets: list[tuple[Sequence, int]], tokens: list[int]) -> dict[Sequence, TokenLogprobs]:
-        asked = [(s, row, t) for (s, row), t in zip(targets, tokens, strict=True) if s.params.logprobs is not None]
-        found = self._sampler.look_up([(row, token, s.params.logprobs or 0) for s, row, token in asked])
-        return {sequence: logprobs for (sequence, *_), logprobs in zip(asked, found, strict=True)}
+            return Draw(answer.row + i, params, sequence.seed, position, [], [], barred)
+        text = sequence.tokens[cut:] + guessed
+        return Draw(answer.row + i, params, sequence.seed, position, sequence.tokens[:cut], text, barred)
 
     def _start_copies(self, sequence: Sequence) -> None:
         """Siblings share the full pages of a finished prompt and copy the last one."""
         full = sequence.computed // self.config.block_size
         rest = sequence.pages[full:]
         for sibling in sequence.siblings:
-            if self.pool.available >= len(rest) and self._acquire(sibling):
+            if sibling.state is State.FINISHED:
+                continue
+            if self.pool.available >= len(rest) and self.adapters.acquire(sibling.adapters):
+                sibling.holds_adapters = True
                 copies = [self.pool.take() for _ in rest]
                 for source, target in zip(rest, copies, strict=True):
-                    copy_page(self.kv, source, target)
+                    self.runner.copy_page(source, target)
                 for page in sequence.pages[:full]:
                     self.pool.share(page)
                 sibling.pages, sibling.computed = sequence.pages[:full] + copies, sequence.computed
@@ -322,8 +352,9 @@ class Engine:
             self.scheduler.start_copy(sibling)
         sequence.siblings = []
 
-    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Output:
+    def _append(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
+        self.scheduler.generated(sequence)
         params = sequence.params
         enough = sequence.generated >= params.min_tokens
         if enough and token in (params.stop_token_ids or ()):
@@ -333,26 +364,54 @@ class Engine:
             self.scheduler.finish(sequence, "stop")
         elif len(sequence.tokens) >= self._final_length(sequence.prompt_length, params):
             self.scheduler.finish(sequence, "length")
-        return Output(sequence, token, logprobs)
+
+    # ------------------------------------------------------------ state
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what was kept of finished texts."""
+        self.pool.forget_all()
+
+    def stats(self) -> Stats:
+        """A snapshot; later steps do not change it."""
+        adapters, pool, recorder = self.adapters, self.runner.adapters, self._recorder
+        return Stats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            steps=recorder.steps,
+            step_seconds=recorder.step_seconds,
+            pages=self.pool.pages,
+            pages_held=self.pool.held,
+            pages_cached=self.pool.cached,
+            prefix_hits=self.pool.hits,
+            prefix_lookups=self.pool.lookups,
+            preemptions=self.scheduler.preemptions,
+            total=recorder.total.copy(),
+            by_adapter={name: traffic.copy() for name, traffic in recorder.by_adapter.items()},
+            adapters=AdapterStats(
+                registered=len(adapters.names),
+                resident=len(pool),
+                in_use=pool.in_use,
+                bytes=pool.used,
+                capacity=pool.capacity,
+                hits=pool.hits,
+                insertions=pool.insertions,
+                evictions=pool.evictions,
+                **vars(adapters.counts),
+            ),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where the books of pages, adapters or sequences are wrong."""
+        self.scheduler.check_integrity()
+        self.adapters.check_integrity()
+        held: dict[str, int] = {}
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            if sequence.holds_adapters:
+                for version in sequence.adapters:
+                    held[version.digest or ""] = held.get(version.digest or "", 0) + 1
+        self.runner.adapters.check_references(held)
 
     def close(self) -> None:
         """End the engine's threads."""
-        self.team.close()
-
-
-def _floats(count: int) -> np.ndarray:
-    return np.zeros(count, np.float32)
-
-
-def _rows(count: int, width: int) -> Rows:
-    """Room for rows of a product's input. The odd cache line keeps rows off each other's cache sets."""
-    stride = padded_rows(width) + 64
-    groups = count * stride // 32
-    return Rows(
-        _floats(count * stride),
-        np.zeros(count * stride, np.int8),
-        _floats(groups),
-        np.zeros(groups, np.int32),
-        _floats(groups),
-        stride,
-    )
+        self.adapters.close()
+        self.runner.close()

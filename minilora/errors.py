@@ -7,7 +7,9 @@
     ├── FormatError        a file is damaged or says something impossible
     ├── UnsupportedError   correct input whose mathematics minilora does not have
     ├── AdapterError       an adapter does not fit its base model, or is incomplete
-    └── ResourceError      memory, disk or threads are short
+    ├── ResourceError      memory, disk or threads are short
+    ├── RequestError       a request failed for a reason of its own, or with the step that it was in
+    └── EngineDeadError    the engine has stopped and takes no more requests
 
 Each says the cause in one line and, where there is one, the remedy in a second.
 """
@@ -51,6 +53,16 @@ class AdapterError(MiniloraError):
 
 class ResourceError(MiniloraError):
     """Memory, disk or threads are short."""
+
+
+class RequestError(MiniloraError):
+    """A request failed while it ran. outputs: of all requests of the call, where there is more than one."""
+
+    outputs: list
+
+
+class EngineDeadError(MiniloraError):
+    """The engine has stopped."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -15,8 +15,8 @@ from . import __version__
 from .adapters import CONFIG
 from .adapters import describe as describe_adapter
 from .checkpoint.lock import entries, resolve_adapter, resolve_model
-from .engine import usable_cores
 from .packed import Report, load_model
+from .runner import usable_cores
 from .weights import Target
 
 

@@ -1,40 +1,17 @@
-"""The Python interface: LLM for work offline."""
+"""The Python interface for work offline: LLM, in the caller's thread."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Listing
-from dataclasses import fields
 from typing import Any
 
-from .adapters import Adapter, load_adapter
 from .chat import Message, encode_chat
-from .checkpoint.lock import resolve_adapter, resolve_model
-from .engine import Engine
-from .errors import NotFoundError, UsageError, did_you_mean
-from .outputs import LogprobsAt, LoRARequest, RequestOutput, TextBuilder, logprobs_at
-from .packed import Report, load_model, silent
-from .params import EngineConfig, SamplingParams
-from .sequence import AdapterUse
-from .weights import DEFAULT_GROUP, Target
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
-
-Prompt = str | Mapping[str, Any]
-Lora = LoRARequest | Listing[LoRARequest] | None
-
-
-class _Request:
-    """A prompt on its way: its sequences and their texts."""
-
-    def __init__(
-        self,
-        number: int,
-        prompt: str | None,
-        tokens: list[int],
-        builders: list[TextBuilder],
-        loras: tuple[LoRARequest, ...],
-    ):
-        self.builders = builders
-        self.output = RequestOutput(str(number), prompt, tokens, [b.output for b in builders], lora_request=loras)
+from .errors import RequestError, UsageError
+from .llm_engine import DEFAULT_MODEL, LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
+from .outputs import LoRARequest, RequestOutput
+from .packed import Report, silent
+from .params import SamplingParams
+from .stats import Stats
+from .weights import DEFAULT_GROUP
 
 
 class LLM:
@@ -43,6 +20,9 @@ class LLM:
     model: a name in models.lock, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
     weights.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at once; report:
     called with a line of text when something takes long; the rest are EngineConfig's fields.
+
+    generate and chat take prompts and return when all texts are done; stream yields one prompt's texts as they grow;
+    submit queues a prompt with a callback, and run, or step by step `step`, works the queue off.
     """
 
     def __init__(
@@ -55,40 +35,45 @@ class LLM:
         report: Report = silent,
         **engine: Any,
     ):
-        known = {f.name for f in fields(EngineConfig)}
-        if unknown := sorted(engine.keys() - known):
-            raise UsageError(f"LLM has no parameter {unknown[0]!r}", did_you_mean(unknown[0], known))
-        config, target = EngineConfig(**engine), Target(dtype, group_size)
-        self.model = load_model(resolve_model(model, report), model, target, report)
-        self.tokenizer = self.model.tokenizer
-        self.engine = Engine(self.model.weights, config, self.model.eos)
-        self.adapters: dict[str, str] = {}
-        self._paths: dict[str, str] = {}
-        self._requests: dict[int, _Request] = {}
-        self._number = 0
+        self.llm_engine = LLMEngine(model, dtype=dtype, group_size=group_size, report=report, **engine)
+        self.model, self.tokenizer, self.engine = (
+            self.llm_engine.model,
+            self.llm_engine.tokenizer,
+            self.llm_engine.engine,
+        )
         for name, path in (lora or {}).items():
-            self.add_lora(name, path, report)
+            self.add_lora(name, path, report=report)
 
     # ------------------------------------------------------------ adapters
 
-    def add_lora(self, name: str, source: str | Adapter, report: Report = silent) -> None:
-        """Load an adapter under a name: a PEFT folder, a hub repo, a bundled one's name, or an Adapter.
+    def add_lora(
+        self,
+        name: str,
+        source: Source,
+        settings: Settings = None,
+        weight: float = 1.0,
+        load: bool = True,
+        report: Report = silent,
+    ) -> None:
+        """Let a name stand for an adapter: a PEFT folder, a hub repo, a bundled one's name, an Adapter, or arrays under
+        PEFT's tensor names with the content of adapter_config.json as settings.
 
-        Raises NotFoundError, AdapterError, FormatError or UnsupportedError.
+        Requests under way keep the version that they began with. weight: share of the machine when adapters compete;
+        load: read it now; else when a request wants it. Raises NotFoundError, AdapterError, FormatError or
+        UnsupportedError, and then nothing has changed.
         """
-        if isinstance(source, Adapter):
-            adapter = source
-        else:
-            adapter = load_adapter(resolve_adapter(source, report), self.model.weights.config, self.model.weights)
-            self._paths[name] = source
-        self.adapters[name] = self.engine.add_adapter(adapter)
+        found = self.llm_engine.find_adapter(source, settings, report)
+        loaded = self.engine.adapters.read(found) if load else None
+        self.llm_engine.register(name, source, found, weight, loaded)
 
-    def _use(self, lora: LoRARequest) -> AdapterUse:
-        if lora.lora_path is not None and self._paths.get(lora.lora_name) != lora.lora_path:
-            self.add_lora(lora.lora_name, lora.lora_path)
-        if lora.lora_name not in self.adapters:
-            raise NotFoundError(f"no adapter is called {lora.lora_name!r}", did_you_mean(lora.lora_name, self.adapters))
-        return AdapterUse(self.adapters[lora.lora_name], float(lora.scale))
+    def remove_lora(self, name: str, force: bool = False) -> None:
+        """Forget an adapter. Its requests finish first, or with force end with an error. Raises NotFoundError."""
+        self.llm_engine.remove_lora(name, force)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the registered adapters."""
+        return list(self.engine.adapters.names)
 
     # ------------------------------------------------------------ generation
 
@@ -101,21 +86,24 @@ class LLM:
         """Texts for prompts, each a string or {"prompt_token_ids": [...]}; all share the engine's steps.
 
         sampling_params, lora_request: one for all prompts or a list of one for each; an entry of lora_request may
-        itself be a list: several adapters at once, in that order.
+        itself be a list: several adapters at once, in that order. Raises UsageError where a prompt can't run, and
+        RequestError, with all outputs in its `outputs`, where one failed.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = self._each(
+        params = _each(
             sampling_params if sampling_params is not None else SamplingParams(), len(listed), "sampling_params"
         )
-        loras = self._each_lora(lora_request, len(listed))
-        requests = [self._submit(prompt, p, lora) for prompt, p, lora in zip(listed, params, loras, strict=True)]
+        loras = _each_lora(lora_request, len(listed))
+        requests: list[Request] = []
         try:
-            while any(not request.output.finished for request in requests):
-                self._step()
+            for prompt, p, lora in zip(listed, params, loras, strict=True):
+                requests.append(self._submit(prompt, p, lora))
+            while any(not request.finished for request in requests):
+                self.step()
         finally:
             for request in requests:
-                self._drop(request)
-        return [request.output for request in requests]
+                self.llm_engine.abort_request(request)
+        return _unless_failed([request.output for request in requests])
 
     def chat(
         self,
@@ -132,89 +120,93 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams, lora_request: Lora = None
     ) -> Iterator[tuple[int, str]]:
         """(index, new text) of one prompt's texts as they grow; ends when all are finished."""
-        request = self._submit(prompt, sampling_params, _as_loras(lora_request))
+        request = self._submit(prompt, sampling_params, as_loras(lora_request))
         try:
-            while not request.output.finished:
-                self._step()
+            while not request.finished:
+                self.step()
                 for builder in request.builders:
                     if text := builder.fresh():
                         yield builder.output.index, text
         finally:
-            self._drop(request)
+            self.llm_engine.abort_request(request)
+        _unless_failed([request.output])
 
-    def _each(self, value: Any, count: int, name: str) -> list[Any]:
-        if not isinstance(value, list | tuple):
-            return [value] * count
-        if len(value) != count:
-            raise UsageError(f"{len(value)} {name} for {count} prompts")
-        return list(value)
+    # ------------------------------------------------------------ a queue with callbacks
 
-    def _each_lora(self, value: Any, count: int) -> list[tuple[LoRARequest, ...]]:
-        if value is None or isinstance(value, LoRARequest):
-            return [_as_loras(value)] * count
-        if len(value) == count:
-            return [_as_loras(entry) for entry in value]
-        raise UsageError(f"{len(value)} lora_requests for {count} prompts")
+    def submit(
+        self,
+        prompt: Prompt,
+        callback: Callable[[Request], None] | None = None,
+        sampling_params: SamplingParams | None = None,
+        lora_request: Lora = None,
+        priority: int = 0,
+        tenant: str | None = None,
+    ) -> Request:
+        """Queue a prompt; `step` and `run` work on it.
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, loras: tuple[LoRARequest, ...]) -> _Request:
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt")
-        if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
-        else:
-            tokens = token_ids(prompt)
-        sequences = self.engine.submit(tokens, params, tuple(self._use(lora) for lora in loras))
-        builders = [TextBuilder(sequence, i, self.tokenizer) for i, sequence in enumerate(sequences)]
-        self._number += 1
-        request = _Request(self._number, text, tokens, builders, loras)
-        for sequence in sequences:
-            self._requests[sequence.number] = request
-        return request
+        callback: called with the request after each step that changed it; `request.output` holds the texts so far,
+        `request.delta()` what is new, `request.finished` says whether it was the last call. An exception in it ends
+        that request only, and is its `output.error`.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        return self._submit(prompt, params, as_loras(lora_request), callback, priority=priority, tenant=tenant)
 
-    def _step(self) -> None:
-        for sequence, token, logprobs in self.engine.step():
-            request = self._requests[sequence.number]
-            builder = next(b for b in request.builders if b.sequence is sequence)
-            if builder.add(token, logprobs) and sequence.finish_reason != "stop":
-                self.engine.cancel(sequence, "stop")
-                sequence.finish_reason = "stop"
-            if sequence.finish_reason is not None:
-                builder.finish()
-                self._finish(request)
+    def cancel(self, request: Request) -> None:
+        """End a request; what it held is free at once."""
+        self.llm_engine.abort_request(request)
 
-    def _finish(self, request: _Request) -> None:
-        first = request.builders[0].sequence
-        if any(b.output.finish_reason is None for b in request.builders):
-            return
-        request.output.finished = True
-        request.output.num_cached_tokens = first.cached
-        if first.params.prompt_logprobs is not None:
-            request.output.prompt_logprobs = self._prompt_logprobs(request)
+    def step(self) -> list[Request]:
+        """One token more for every running text; returns the requests that changed. Waits where all is on its way."""
+        changed = self.llm_engine.step()
+        if not changed and self.engine.busy:
+            self.engine.wait()
+        return changed
 
-    def _prompt_logprobs(self, request: _Request) -> list[LogprobsAt | None]:
-        return [None, *(logprobs_at(found, self.tokenizer) for found in request.builders[0].sequence.prompt_logprobs)]
+    def run(self) -> None:
+        """Step until nothing is left."""
+        while self.llm_engine.busy:
+            self.step()
 
-    def _drop(self, request: _Request) -> None:
-        for builder in request.builders:
-            self.engine.cancel(builder.sequence)
-            self._requests.pop(builder.sequence.number, None)
+    def stats(self) -> Stats:
+        """What the engine has done so far."""
+        return self.engine.stats()
+
+    def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        loras: tuple[LoRARequest, ...],
+        callback: Callable[[Request], None] | None = None,
+        **order: Any,
+    ) -> Request:
+        text, tokens = self.llm_engine.encode(prompt)
+        return self.llm_engine.add_request(text, tokens, params, loras, callback, **order)
 
     def close(self) -> None:
         """End the engine's threads."""
-        self.engine.close()
+        self.llm_engine.close()
 
 
-def _as_loras(value: Lora) -> tuple[LoRARequest, ...]:
-    if value is None:
-        return ()
-    found = (value,) if isinstance(value, LoRARequest) else tuple(value)
-    if not all(isinstance(entry, LoRARequest) for entry in found):
-        raise UsageError("lora_request must hold LoRARequests")
-    return found
+def _each(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise UsageError(f"{len(value)} {name} for {count} prompts")
+    return list(value)
 
 
-def token_ids(prompt: Mapping[str, Any]) -> list[int]:
-    """The ids of a prompt given as {"prompt_token_ids": [...]}. Raises UsageError."""
-    ids = prompt.get("prompt_token_ids")
-    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UsageError('a prompt must be a text or {"prompt_token_ids": [...]}')
-    return list(ids)
+def _each_lora(value: Any, count: int) -> list[tuple[LoRARequest, ...]]:
+    if value is None or isinstance(value, LoRARequest):
+        return [as_loras(value)] * count
+    if len(value) == count:
+        return [as_loras(entry) for entry in value]
+    raise UsageError(f"{len(value)} lora_requests for {count} prompts")
+
+
+def _unless_failed(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    failed = [output for output in outputs if output.error is not None]
+    if failed:
+        error = RequestError(f"{len(failed)} of {len(outputs)} requests failed, the first: {failed[0].error}")
+        error.outputs = outputs
+        raise error from failed[0].error
+    return outputs

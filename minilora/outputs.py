@@ -31,7 +31,8 @@ LogprobsAt = dict[int, Logprob]
 
 @dataclass
 class CompletionOutput:
-    """One text. finish_reason: "stop", "length", "abort" or None while it grows; stop_reason: the string or token."""
+    """One text. finish_reason: "stop", "length", "abort", "error" or None while it grows; stop_reason: the string or
+    token."""
 
     index: int
     text: str = ""
@@ -44,7 +45,8 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A prompt and its texts. prompt_logprobs: None for the first token, then one dict for each."""
+    """A prompt and its texts. prompt_logprobs: None for the first token, then one dict for each; error: why the
+    request failed, if it did."""
 
     request_id: str
     prompt: str | None
@@ -54,6 +56,7 @@ class RequestOutput:
     prompt_logprobs: list[LogprobsAt | None] | None = None
     lora_request: tuple[LoRARequest, ...] = ()
     num_cached_tokens: int = 0
+    error: Exception | None = None
 
 
 def logprobs_at(found: TokenLogprobs, tokenizer: Tokenizer) -> LogprobsAt:
@@ -77,25 +80,24 @@ class TextBuilder:
         self._keep_stop = params.include_stop_str_in_output
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer, params.skip_special_tokens)
-        self._shown = 0
+        self._shown = self._given = 0
 
-    def add(self, token: int, logprobs: TokenLogprobs | None) -> bool:
-        """Take a new token; True if a stop string ended the text with it."""
+    def add(self, token: int, logprobs: TokenLogprobs | None, last: bool) -> bool:
+        """Take a new token, the sequence's last or not; True if a stop string ended the text with it."""
         output = self.output
         output.token_ids.append(token)
         if logprobs is not None and output.logprobs is not None:
             output.logprobs.append(logprobs_at(logprobs, self._tokenizer))
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs.logprob
-        ended = self.sequence.finish_reason is not None
         # A token that ended the text is not part of it.
-        if not (ended and self.sequence.finish_reason == "stop"):
+        if not (last and self.sequence.finish_reason == "stop"):
             output.text += self._stream.push(token)
-        if ended:
+        if last:
             output.text += self._stream.finish()
         return self._find_stop()
 
     def _find_stop(self) -> bool:
-        if self.sequence.generated < self.sequence.params.min_tokens:
+        if len(self.output.token_ids) < self.sequence.params.min_tokens:
             return False
         found = [
             (at, stop)
@@ -122,6 +124,20 @@ class TextBuilder:
             end -= max((_overlap(text, stop) for stop in self._stops), default=0)
         start, self._shown = self._shown, max(self._shown, end)
         return text[start:end]
+
+    def delta(self) -> CompletionOutput:
+        """What is new since the last call of this or of `fresh`, in an object of its own."""
+        output, start = self.output, self._given
+        self._given = len(output.token_ids)
+        return CompletionOutput(
+            output.index,
+            self.fresh(),
+            output.token_ids[start:],
+            output.cumulative_logprob,
+            None if output.logprobs is None else output.logprobs[start:],
+            output.finish_reason,
+            output.stop_reason,
+        )
 
 
 def _overlap(text: str, stop: str) -> int:

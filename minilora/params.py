@@ -1,11 +1,14 @@
 """What a request may ask for, and how an engine is set up: SamplingParams and EngineConfig, vLLM's names."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST_SEQUENCES = 128
 MOST_STOPS = 16
@@ -26,6 +29,9 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
         raise UsageError(f"{name} must be an integer from {low} to {high}, not {value!r}")
 
 
+LogitsProcessor = Callable[[list[int], list[int], "np.ndarray"], "np.ndarray | None"]
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a text ends. Raises UsageError for values that make no sense.
@@ -36,7 +42,9 @@ class SamplingParams:
     in the text, once, or for each occurrence. seed: None draws one. stop: strings that end the text; stop_token_ids:
     tokens that do. ignore_eos: go on after the model's own end. max_tokens: None for as many as fit. min_tokens: no
     end before. logprobs, prompt_logprobs: how many of the best tokens' log-probabilities to return at each place,
-    None for none. logit_bias: token id -> number added to its logit.
+    None for none. logit_bias: token id -> number added to its logit. logits_processors: called in order before a
+    token is chosen, with the prompt's tokens, the text's so far, and the logits, a float32 array [V] to change in place or to replace by what
+    is returned; an exception ends that request only.
     """
 
     n: int = 1
@@ -56,6 +64,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -91,6 +100,9 @@ class SamplingParams:
             raise UsageError(f"stop_token_ids may hold {MOST_BIASES} ids at most")
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, 0, 1 << 31)
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors or ()))
+        if not all(callable(processor) for processor in self.logits_processors or ()):
+            raise UsageError("logits_processors must hold functions")
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -117,7 +129,7 @@ class SamplingParams:
     def changes_logits(self) -> bool:
         """Whether logits are altered before a token is chosen."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
-        return penalties or bool(self.logit_bias) or self.min_tokens > 0
+        return penalties or bool(self.logit_bias) or self.min_tokens > 0 or bool(self.logits_processors)
 
     def check_vocabulary(self, size: int) -> None:
         """Raise UsageError where a token id is not one of `size`."""
@@ -135,24 +147,30 @@ class EngineConfig:
     """Sizes of an engine. Raises UsageError for values that make no sense.
 
     max_model_len: tokens of prompt and text together, None for what the model was trained on. max_num_seqs:
-    sequences that run at once; max_num_batched_tokens: rows of a step. kv_cache_dtype: "auto" is float32 for
-    float32 weights, else float16. kv_cache_memory: bytes of pages, None for as many as max_num_seqs long texts need.
-    block_size: tokens of a page. max_loras: adapters resident at once; max_lora_rank: highest rank;
-    lora_memory: bytes for resident adapters, None for max_loras of the highest rank seen. threads: None for all
-    cores that the process may use. enable_prefix_caching: keep pages of finished texts for others that begin alike.
+    sequences that run at once; max_num_batched_tokens: rows of a step; max_step_ms: milliseconds that a step with
+    prompts in it should take at most while texts decode, None for any. kv_cache_dtype: "auto" is float32 for float32
+    weights, else float16. kv_cache_memory: bytes of pages, None for as many as max_num_seqs long texts need, at most
+    half of the free memory. block_size: tokens of a page. max_loras: adapters in use at once; max_cpu_loras: adapters
+    in memory, None for 256 or max_loras; max_lora_rank: highest rank; lora_memory: bytes for adapters in memory, None
+    for a quarter of the free memory. threads: None for all cores that the process may use. enable_prefix_caching:
+    keep pages of finished texts for others that begin alike. debug_checks: check all books after each step and fill
+    freed pages with NaN; slow.
     """
 
     max_model_len: int | None = None
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
+    max_step_ms: int | None = 100
     kv_cache_dtype: str = "auto"
     kv_cache_memory: int | None = None
     block_size: int = 32
     max_loras: int = 16
+    max_cpu_loras: int | None = None
     max_lora_rank: int = 256
     lora_memory: int | None = None
     threads: int | None = None
     enable_prefix_caching: bool = True
+    debug_checks: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -168,9 +186,13 @@ class EngineConfig:
             ("kv_cache_memory", 1 << 50),
             ("lora_memory", 1 << 50),
             ("threads", 1024),
+            ("max_cpu_loras", 1 << 16),
+            ("max_step_ms", 60_000),
         ):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, high)
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise UsageError(f"max_cpu_loras is {self.max_cpu_loras}, less than max_loras, {self.max_loras}")
         if self.block_size % 32:
             raise UsageError(f"block_size must be a multiple of 32, not {self.block_size}")
         if self.kv_cache_dtype not in KV_DTYPES:

@@ -9,8 +9,8 @@ from minilora_kernels import reference as kernels
 
 from .adapters import Adapter, load_adapter
 from .checkpoint.lock import resolve_adapter, resolve_model
-from .llm import LoRARequest, token_ids
-from .outputs import RequestOutput, TextBuilder
+from .llm_engine import token_ids
+from .outputs import LoRARequest, RequestOutput, TextBuilder
 from .packed import Report, load_model, silent
 from .params import SamplingParams
 from .reference import Reference
@@ -51,7 +51,7 @@ class PlainLLM:
                 sequence.finish_reason = "stop"
             elif sequence.generated == params.max_tokens or len(sequence.tokens) == config.max_position_embeddings:
                 sequence.finish_reason = "length"
-            if builder.add(token, None):
+            if builder.add(token, None, sequence.finish_reason is not None):
                 sequence.finish_reason = "stop"
         builder.finish()
         return RequestOutput("1", None, tokens, [builder.output], finished=True, lora_request=tuple(loras))

@@ -11,7 +11,7 @@ import numpy as np
 
 from minilora_kernels.pack import FLOAT16
 
-from .adapters import Adapter, AdapterArrays, PackedAdapter, pack_adapter
+from .adapters import AdapterArrays, PackedAdapter
 from .config import ModelConfig
 from .errors import ResourceError
 from .weights import ALIGNMENT, aligned_empty
@@ -30,42 +30,64 @@ class Slot:
 
 
 class AdapterPool:
-    """Holds up to `slots` adapters in `capacity` bytes, or as many as they take if that is None.
+    """Holds up to `slots` adapters in `capacity` bytes, of which `most_used` may be in use at once.
 
-    fmt: FLOAT32 or FLOAT16, the form of their numbers.
+    fmt: FLOAT32 or FLOAT16, the form of their numbers. Memory that no adapter ever took is never taken from the
+    system. Raises ResourceError where the address space does not suffice.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, capacity: int | None, fmt: int = FLOAT16):
-        self.config, self.format = config, fmt
-        self.capacity, self._grows = capacity or 0, capacity is None
+    def __init__(
+        self, config: ModelConfig, slots: int, capacity: int, fmt: int = FLOAT16, most_used: int | None = None
+    ):
+        self.format, self.capacity, self.slots = fmt, capacity, slots
+        self.most_used = slots if most_used is None else most_used
+        self.hits = self.insertions = self.evictions = 0
         layers = config.layers + 1
+        try:
+            arena = aligned_empty(max(capacity, ALIGNMENT))
+        except MemoryError:
+            raise ResourceError(f"no memory for {capacity} bytes of adapters", "Lower lora_memory.") from None
         self.arrays = AdapterArrays(
-            aligned_empty(max(self.capacity, ALIGNMENT)),
-            np.zeros((max(slots, 1), layers, 4, 2), np.int64),
-            np.zeros((max(slots, 1), layers, 7, 3), np.int64),
-            np.zeros((max(slots, 1), 3), np.int64),
+            arena,
+            np.zeros((slots, layers, 4, 2), np.int64),
+            np.zeros((slots, layers, 7, 3), np.int64),
+            np.zeros((slots, 3), np.int64),
         )
         self._slots: dict[str, Slot] = {}
         self._free_numbers = list(range(slots))[::-1]
-        self._clock = 0
+        self._clock = self._used = self._in_use = 0
 
     @property
     def used(self) -> int:
         """Bytes that resident adapters take."""
-        return sum(slot.size for slot in self._slots.values())
+        return self._used
 
-    def __contains__(self, digest: str) -> bool:
+    @property
+    def in_use(self) -> int:
+        """Adapters that sequences hold."""
+        return self._in_use
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, digest: str | None) -> bool:
         return digest in self._slots
 
     def number(self, digest: str) -> int:
         """The slot's number of a resident adapter."""
         return self._slots[digest].number
 
+    def can_use(self, digests: set[str]) -> bool:
+        """Whether so many different adapters may be in use at once, with those that are."""
+        fresh = sum(1 for digest in digests if digest not in self._slots or not self._slots[digest].references)
+        return self._in_use + fresh <= self.most_used
+
     def acquire(self, digest: str) -> None:
         """Count one more user of a resident adapter."""
         slot = self._slots[digest]
-        self._clock += 1
-        slot.references, slot.last_used = slot.references + 1, self._clock
+        self._in_use += slot.references == 0
+        slot.references += 1
+        self.touch(digest)
 
     def release(self, digest: str) -> None:
         """Count one user less."""
@@ -73,10 +95,19 @@ class AdapterPool:
         if slot.references == 0:
             raise AssertionError(f"adapter {digest[:8]} is released more often than acquired")
         slot.references -= 1
+        self._in_use -= slot.references == 0
 
-    def pack(self, adapter: Adapter) -> PackedAdapter:
-        """The adapter's bytes in this pool's format; touches nothing of the pool, so any thread may call it."""
-        return pack_adapter(adapter, self.config, self.format)
+    def touch(self, digest: str) -> None:
+        """Note that a resident adapter is wanted: others are evicted before it."""
+        self._clock += 1
+        self._slots[digest].last_used = self._clock
+
+    def check_size(self, size: int) -> None:
+        """Raise ResourceError where an adapter of `size` bytes could never fit."""
+        if size > self.capacity:
+            raise ResourceError(
+                f"an adapter of {size} bytes is larger than the whole pool of {self.capacity}", "Raise lora_memory."
+            )
 
     def insert(self, digest: str, packed: PackedAdapter) -> bool:
         """Make an adapter resident, evicting unused ones, least recently used first; False where all are in use.
@@ -86,19 +117,15 @@ class AdapterPool:
         if digest in self._slots:
             return True
         size = len(packed.data)
-        if self._grows and self.used + size > self.capacity:
-            self._grow(self.used + size)
-        if size > self.capacity:
-            raise ResourceError(
-                f"an adapter of {size} bytes is larger than the whole pool of {self.capacity}",
-                "Raise the adapter memory.",
-            )
-        while not self._free_numbers or self.used + size > self.capacity:
+        self.check_size(size)
+        while not self._free_numbers or self._used + size > self.capacity:
             if not self._evict():
                 return False
         start = self._gap(size)
         slot = Slot(self._free_numbers.pop(), digest, start, size)
         self._slots[digest] = slot
+        self._used += size
+        self.insertions += 1
         self.arrays.arena[start : start + size] = packed.data
         self._write_tables(slot, packed)
         return True
@@ -109,6 +136,7 @@ class AdapterPool:
         if slot is None or slot.references:
             return False
         del self._slots[digest]
+        self._used -= slot.size
         self._free_numbers.append(slot.number)
         self.arrays.inputs[slot.number] = self.arrays.outputs[slot.number] = 0
         self.arrays.embed[slot.number] = 0
@@ -116,18 +144,16 @@ class AdapterPool:
 
     def _evict(self) -> bool:
         unused = [slot for slot in self._slots.values() if not slot.references]
-        return bool(unused) and self.remove(min(unused, key=lambda slot: slot.last_used).digest)
-
-    def _grow(self, capacity: int) -> None:
-        arena = aligned_empty(capacity)
-        arena[: self.capacity] = self.arrays.arena[: self.capacity]
-        self.arrays, self.capacity = self.arrays._replace(arena=arena), capacity
+        if not unused:
+            return False
+        self.evictions += 1
+        return self.remove(min(unused, key=lambda slot: slot.last_used).digest)
 
     def _gap(self, size: int) -> int:
         """Where `size` bytes in a row are free, after moving adapters together if need be."""
         for _ in range(2):
             at = 0
-            for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
+            for slot in self._in_place():
                 if slot.start - at >= size:
                     return at
                 at = slot.start + slot.size
@@ -136,9 +162,12 @@ class AdapterPool:
             self._compact()
         raise AssertionError("the free bytes were counted wrong")
 
+    def _in_place(self) -> list[Slot]:
+        return sorted(self._slots.values(), key=lambda slot: slot.start)
+
     def _compact(self) -> None:
         at = 0
-        for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
+        for slot in self._in_place():
             if slot.start != at:
                 self.arrays.arena[at : at + slot.size] = self.arrays.arena[slot.start : slot.start + slot.size].copy()
                 self._shift(slot, at - slot.start)
@@ -159,12 +188,21 @@ class AdapterPool:
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the books are wrong."""
-        slots = sorted(self._slots.values(), key=lambda slot: slot.start)
+        slots = self._in_place()
         for one, other in pairwise(slots):
             if one.start + one.size > other.start:
                 raise AssertionError("two adapters overlap")
-        numbers = [slot.number for slot in slots] + self._free_numbers
-        if sorted(numbers) != list(range(len(numbers))):
+        if sorted([slot.number for slot in slots] + self._free_numbers) != list(range(self.slots)):
             raise AssertionError("a slot is lost or used twice")
-        if self.used > self.capacity or any(slot.references < 0 for slot in slots):
-            raise AssertionError("more bytes than there are, or a negative count")
+        if self._used != sum(slot.size for slot in slots) or self._used > self.capacity:
+            raise AssertionError("bytes are counted wrong")
+        if any(slot.references < 0 for slot in slots):
+            raise AssertionError("a negative count of users")
+        if self._in_use != sum(slot.references > 0 for slot in slots) or self._in_use > self.most_used:
+            raise AssertionError("adapters in use are counted wrong")
+
+    def check_references(self, held: dict[str, int]) -> None:
+        """Raise AssertionError where the counts of users are not these."""
+        found = {slot.digest: slot.references for slot in self._slots.values() if slot.references}
+        if found != held:
+            raise AssertionError(f"adapters are held {held}, but {found} is counted")

@@ -13,6 +13,7 @@ from minilora_kernels.sample import argmax, log_sum_exp, sample, top, uniform
 from minilora_kernels.sample import rank as rank_of
 from minilora_kernels.team import Team, claim
 
+from .errors import RequestError
 from .params import MOST_LOGPROBS, SamplingParams
 from .sequence import TokenLogprobs
 
@@ -108,22 +109,42 @@ class Sampler:
         self._heap = np.empty(team.size * width, np.int64)
         self._changed = np.empty(0, np.float32)
 
-    def draw(self, draws: list[Draw]) -> list[int]:
-        """A token for each."""
-        altered = [i for i, d in enumerate(draws) if d.params.changes_logits]
-        plain = [i for i in range(len(draws)) if i not in set(altered)]
-        tokens = np.zeros(len(draws), np.int64)
-        if plain:
-            tokens[plain] = self._choose(self._logits, [draws[i] for i in plain], [draws[i].row for i in plain])
-        if altered:
-            if len(self._changed) < len(altered) * self._width:
-                self._changed = np.empty(len(altered) * self._width, np.float32)
-            for j, i in enumerate(altered):
-                row = self._changed[j * self._width : (j + 1) * self._width]
-                row[:] = self._logits[draws[i].row * self._width : (draws[i].row + 1) * self._width]
+    def logits(self, count: int) -> np.ndarray:
+        """The last step's first `count` rows, [count, V]: a view, good until the next step."""
+        return self._logits[: count * self._width].reshape(count, self._width)[:, : self._vocabulary]
+
+    def draw(self, draws: list[Draw]) -> list[int | Exception]:
+        """A token for each, or why there is none: an error of its logits processor, or logits that are no numbers."""
+        tokens: list[int | Exception] = [0] * len(draws)
+        plain: list[int] = []
+        altered: list[int] = []
+        good: list[int] = []
+        for i, draw in enumerate(draws):
+            (altered if draw.params.changes_logits else plain).append(i)
+        self._draw_into(tokens, plain, self._logits, draws, [draws[i].row for i in plain])
+        if len(self._changed) < len(altered) * self._width:
+            self._changed = np.empty(len(altered) * self._width, np.float32)
+        for i in altered:
+            row = self._changed[len(good) * self._width : (len(good) + 1) * self._width]
+            row[:] = self._logits[draws[i].row * self._width : (draws[i].row + 1) * self._width]
+            try:
                 alter(row[: self._vocabulary], draws[i])
-            tokens[altered] = self._choose(self._changed, [draws[i] for i in altered], list(range(len(altered))))
-        return tokens.tolist()
+                good.append(i)
+            except Exception as error:
+                tokens[i] = error
+        self._draw_into(tokens, good, self._changed, draws, list(range(len(good))))
+        return tokens
+
+    def _draw_into(
+        self, tokens: list[int | Exception], which: list[int], logits: np.ndarray, draws: list[Draw], rows: list[int]
+    ) -> None:
+        """tokens[i] for each i of which, from its row of logits."""
+        if not which:
+            return
+        found = self._choose(logits, [draws[i] for i in which], rows)
+        finite = np.isfinite(logits[np.array(rows) * self._width + found])
+        for i, token, good in zip(which, found.tolist(), finite.tolist(), strict=True):
+            tokens[i] = token if good else RequestError("the logits hold no finite number to choose a token by")
 
     def _choose(self, logits: np.ndarray, draws: list[Draw], rows: list[int]) -> np.ndarray:
         def column(name: str, dtype: type) -> np.ndarray:
@@ -174,7 +195,7 @@ class Sampler:
 
 
 def alter(logits: np.ndarray, draw: Draw) -> None:
-    """Penalties, biases and barred tokens, in place, in vLLM's order.
+    """Barred tokens, penalties, biases and the request's own processors, in place, in vLLM's order.
 
     Repetition: logits of tokens in prompt or text are divided by the penalty if positive, multiplied if not.
     """
@@ -190,3 +211,7 @@ def alter(logits: np.ndarray, draw: Draw) -> None:
         logits[ids] -= (params.frequency_penalty * counts + params.presence_penalty).astype(np.float32)
     for token, bias in (params.logit_bias or {}).items():
         logits[token] += np.float32(bias)
+    for processor in params.logits_processors or ():
+        found = processor(draw.prompt, draw.text, logits)
+        if found is not None and found is not logits:
+            logits[:] = found

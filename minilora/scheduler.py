@@ -1,11 +1,21 @@
-"""Which sequences run in the next step, and how many tokens of each. No arrays, no clock."""
+"""Which sequences run in the next step, and how many tokens of each. No arrays, no clock.
 
-from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+Running texts come first: one token for each that decodes, then pieces of prompts with what is left of the budget.
+New texts start in the waiting queue's order. One whose adapter is still being read is passed by; one that lacks
+pages or room for its adapter is waited for, so that small requests can't starve a large one.
+"""
+
+from itertools import islice
+from typing import NamedTuple, Protocol
 
 from .cache import PagePool
+from .errors import MiniloraError
+from .fairness import GENERATED_COST, FairQueue
+from .registry import AHEAD
 from .sequence import Sequence, State
+
+# How far into the queue a step looks for texts that may pass by others, in numbers of running ones.
+LOOKED_AT = 4
 
 
 class Work(NamedTuple):
@@ -15,66 +25,132 @@ class Work(NamedTuple):
     length: int
 
 
+class Adapters(Protocol):
+    """What the scheduler asks of the adapters of sequences; AdapterRegistry answers."""
+
+    def is_ready(self, versions: list, urgent: bool = True) -> bool:
+        """Whether all are loaded; orders those that are not."""
+
+    def acquire(self, versions: list) -> bool:
+        """Hold them in the pool, if there is room."""
+
+    def release(self, versions: list) -> None:
+        """Hold them no longer."""
+
+    def enter(self, versions: list) -> None:
+        """A sequence that uses them was submitted."""
+
+    def leave(self, versions: list) -> None:
+        """It is finished."""
+
+
 class Scheduler:
-    """First come, first served, with chunked prefill: running texts first, new ones with what is left.
+    """Continuous batching with chunked prefill.
 
     page: tokens of a page; most_sequences: that run at once; budget: rows of a step; prompt_logits: rows of a step
-    whose logits may be wanted beside the last one of each sequence; acquire, release: called when a sequence starts and stops holding its adapters;
-    acquire says whether they are there. Raises nothing: what can't run now waits.
+    whose logits may be wanted beside the last one of each sequence. `chunk` bounds the prompt rows of a step in
+    which texts decode. Raises nothing: what can't run now waits, what never can is in `failed`.
     """
 
     def __init__(
         self,
         pool: PagePool,
+        adapters: Adapters,
         page: int,
         most_sequences: int,
         budget: int,
         prompt_logits: int,
-        acquire: Callable[[Sequence], bool],
-        release: Callable[[Sequence], None],
         caching: bool = True,
     ):
-        self.pool, self.page, self.caching = pool, page, caching
+        self.pool, self.adapters, self.page, self.caching = pool, adapters, page, caching
         self.most_sequences, self.budget, self.prompt_logits = most_sequences, budget, prompt_logits
-        self.waiting: deque[Sequence] = deque()
+        self.chunk = budget
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
+        self.failed: list[Sequence] = []
         self.preemptions = 0
-        self._acquire, self._release = acquire, release
+        self._step = 0
+        self._changed = False
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence."""
-        self.waiting.append(sequence)
+    # ------------------------------------------------------------ requests
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Queue the first of some new sequences; the others are its siblings."""
+        for sequence in sequences:
+            self.waiting.enter(sequence)
+            self.adapters.enter(sequence.adapters)
+        self._wait(sequences[0])
+
+    def finish(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
+        """End a sequence in any state; its pages and adapters are free at once. Siblings that wait for it take over."""
+        if sequence.state is State.FINISHED:
+            return
+        if sequence.state is State.RUNNING:
+            self._stop(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.withdraw()
+        sequence.state, sequence.finish_reason, sequence.error = State.FINISHED, reason, error
+        if sequence.holds_adapters:
+            self.adapters.release(sequence.adapters)
+            sequence.holds_adapters = False
+        self.adapters.leave(sequence.adapters)
+        self.waiting.leave(sequence)
+        self._changed = True
+        left = [sibling for sibling in sequence.siblings if sibling.state is State.WAITING]
+        sequence.siblings = []
+        if left:
+            left[0].siblings = left[1:]
+            self._wait(left[0])
+
+    def _wait(self, sequence: Sequence) -> None:
+        self.waiting.add(sequence)
+        self._changed = True
+
+    # ------------------------------------------------------------ one step
 
     def schedule(self) -> list[Work]:
         """The next step's work; the pages for it are taken. Empty only where nothing can run."""
-        budget, plan = self.budget, []
+        self._step += 1
         self._logits_left = self.prompt_logits
-        for sequence in self._in_order():
-            if budget == 0:
+        decodes = [sequence for sequence in self.running if sequence.decodes]
+        prefills = [sequence for sequence in self.running if not sequence.decodes]
+        # A row is kept for prompts; if there is but one in all, the kinds take turns.
+        prompts = bool(prefills) or (bool(self.waiting) and self._places_left > 0)
+        keep = prompts and (self.budget > 1 or self._step % 2 == 0)
+        plan = self._grant_all(sorted(decodes, key=lambda s: (s.served, *_rank(s))), self.budget - keep)
+        room = self.budget - _rows(plan)
+        if plan:
+            room = min(room, self.chunk)
+        first = self._grant_all(sorted(prefills, key=_rank), room)
+        plan += first + self._admit_all(room - _rows(first))
+        self._read_ahead()
+        return [work for work in plan if work.sequence.state is State.RUNNING]
+
+    @property
+    def _places_left(self) -> int:
+        """Sequences that may start, with room kept for siblings of those that run."""
+        return self.most_sequences - sum(1 + len(sequence.siblings) for sequence in self.running)
+
+    def _grant_all(self, sequences: list[Sequence], budget: int) -> list[Work]:
+        plan = []
+        for sequence in sequences:
+            if budget <= 0:
                 break
             if sequence.state is State.RUNNING and (count := self._grant(sequence, budget)):
                 plan.append(Work(sequence, count))
                 budget -= count
-        while budget and self.waiting and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            if count := self._grant(sequence, budget):
-                plan.append(Work(sequence, count))
-                budget -= count
-            elif sequence.state is not State.RUNNING:
-                break
-        return [work for work in plan if work.sequence.state is State.RUNNING]
-
-    def _in_order(self) -> list[Sequence]:
-        """Decodes before prefills, each in the order of arrival."""
-        return sorted(self.running, key=lambda s: (s.pending > 1, s.number))
+        return plan
 
     def _grant(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of a running sequence the step takes, with pages for them; 0 if it must pause or go."""
+        if sequence.proposed and (sequence.pending > budget or sequence.proposed > self._logits_left):
+            sequence.withdraw()
         count = min(sequence.pending, budget)
         if sequence.wants_prompt_logprobs:
             count = min(count, self._logits_left)
             self._logits_left -= count
+        self._logits_left -= sequence.proposed
         needed = -(-(sequence.computed + count) // self.page) - len(sequence.pages)
         while self.pool.available < needed:
             victim = self._victim(sequence)
@@ -82,28 +158,72 @@ class Scheduler:
             if victim is sequence:
                 return 0
         sequence.pages += [self.pool.take() for _ in range(needed)]
+        sequence.served = self._step
         return count
 
     def _victim(self, sequence: Sequence) -> Sequence:
-        """Of the sequences that came later, the one whose loss costs least; else the sequence itself."""
-        later = [other for other in self.running if other.number > sequence.number and other.pages]
-        return min(later, key=lambda other: other.computed, default=sequence)
+        """Of the sequences behind this one, the one whose loss costs least; else the sequence itself."""
+        behind = [other for other in self.running if _rank(other) > _rank(sequence) and other.pages]
+        return min(behind, key=lambda other: other.computed, default=sequence)
+
+    # ------------------------------------------------------------ starting
+
+    def _admit_all(self, room: int) -> list[Work]:
+        """Start waiting sequences while there are rows, places, pages and adapters for them."""
+        plan: list[Work] = []
+        places = self._places_left
+        if room <= 0 or places <= 0 or not self.waiting:
+            return plan
+        blocked, unread = False, 0
+        for sequence in islice(self.waiting.in_order(), LOOKED_AT * self.most_sequences):
+            if room <= 0 or self._places_left <= 0:
+                break
+            # Behind one that waits for room only those may start that already hold some of it.
+            if blocked and not sequence.holds_adapters:
+                continue
+            try:
+                if not self.adapters.is_ready(sequence.adapters, urgent=unread < places):
+                    unread += 1
+                elif not self._admit(sequence):
+                    blocked = True
+                elif count := self._grant(sequence, room):
+                    plan.append(Work(sequence, count))
+                    room -= count
+            except MiniloraError as error:
+                self.fail(sequence, error)
+        return plan
 
     def _admit(self, sequence: Sequence) -> bool:
-        if len(self.running) + 1 + len(sequence.siblings) > self.most_sequences:
+        if 1 + len(sequence.siblings) > self._places_left:
             return False
         found = self._cached_pages(sequence)
-        first = min(sequence.pending - len(found) * self.page, self.page)
+        needed = self._pages_for(sequence) - len(found)
         idle = sum(1 for page in found if not self.pool.is_held(page))
-        if self.pool.available - idle < -(-first // self.page) or not self._acquire(sequence):
+        promised = sum(self._pages_for(other) - len(other.pages) for other in self.running)
+        if self.pool.available - idle < needed + (promised if self.running else 0):
             return False
+        if not sequence.holds_adapters and not self.adapters.acquire(sequence.adapters):
+            return False
+        self._start(sequence, found)
+        return True
+
+    def _start(self, sequence: Sequence, found: list[int]) -> None:
+        self.waiting.remove(sequence)
         for page in found:
             self.pool.share(page)
+        sequence.holds_adapters = True
         sequence.pages = list(found)
         sequence.computed = len(found) * self.page
         sequence.cached = max(sequence.cached, sequence.computed)
         sequence.state = State.RUNNING
-        return True
+        self.pool.record(len(found), (len(sequence.tokens) - 1) // self.page)
+        self.running.append(sequence)
+        self.waiting.charge(sequence, max(0, len(sequence.tokens) - max(sequence.charged, sequence.computed)))
+        sequence.charged = len(sequence.tokens)
+        self._changed = True
+
+    def _pages_for(self, sequence: Sequence) -> int:
+        return -(-len(sequence.tokens) // self.page)
 
     def _cached_pages(self, sequence: Sequence) -> list[int]:
         """Pages that already hold the text's beginning; at least one token is left to compute."""
@@ -111,6 +231,27 @@ class Scheduler:
             return []
         keys = sequence.page_keys(self.page)[: (len(sequence.tokens) - 1) // self.page]
         return self.pool.find(keys)
+
+    def _read_ahead(self) -> None:
+        """Order the adapters of those who start next."""
+        if not self._changed:
+            return
+        self._changed = False
+        for sequence in islice(self.waiting.in_order(), AHEAD):
+            try:
+                self.adapters.is_ready(sequence.adapters, urgent=False)
+            except MiniloraError as error:
+                self.fail(sequence, error)
+
+    def fail(self, sequence: Sequence, error: Exception) -> None:
+        """End a sequence for an error of its own, and its siblings that have not started."""
+        waiting, sequence.siblings = sequence.siblings, []
+        for one in (sequence, *waiting):
+            if one.state is not State.FINISHED:
+                self.finish(one, "error", error)
+                self.failed.append(one)
+
+    # ------------------------------------------------------------ after a step
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """Note that a step computed `count` more tokens; full pages become known to others."""
@@ -120,22 +261,26 @@ class Scheduler:
             for i in range(before // self.page, sequence.computed // self.page):
                 self.pool.publish(sequence.pages[i], keys[i])
 
+    def roll_back(self, sequence: Sequence) -> None:
+        """Give back the pages that hold no computed token: guesses that proved wrong were there."""
+        keep = -(-sequence.computed // self.page)
+        for page in sequence.pages[keep:]:
+            self.pool.drop(page)
+        del sequence.pages[keep:]
+
+    def generated(self, sequence: Sequence) -> None:
+        """Note a new token."""
+        self.waiting.charge(sequence, GENERATED_COST)
+        sequence.charged = len(sequence.tokens)
+
     def preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's pages; it will be computed again, before all that arrived later."""
-        self._drop(sequence)
+        """Take a running sequence's pages; it will be computed again. Its adapters stay with it."""
+        self._stop(sequence)
+        sequence.withdraw()
         sequence.state = State.WAITING
         sequence.preemptions += 1
         self.preemptions += 1
-        later = next((i for i, other in enumerate(self.waiting) if other.number > sequence.number), len(self.waiting))
-        self.waiting.insert(later, sequence)
-
-    def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a sequence in any state; its pages and adapters are free at once."""
-        if sequence.state is State.RUNNING:
-            self._drop(sequence)
-        elif sequence.state is State.WAITING and sequence in self.waiting:
-            self.waiting.remove(sequence)
-        sequence.state, sequence.finish_reason = State.FINISHED, reason
+        self._wait(sequence)
 
     def start_copy(self, sequence: Sequence) -> None:
         """Make a sibling run: it already has its pages, or none and waits."""
@@ -143,14 +288,13 @@ class Scheduler:
             sequence.state = State.RUNNING
             self.running.append(sequence)
         else:
-            self.waiting.appendleft(sequence)
+            self._wait(sequence)
 
-    def _drop(self, sequence: Sequence) -> None:
+    def _stop(self, sequence: Sequence) -> None:
         for page in sequence.pages:
             self.pool.drop(page)
         sequence.pages, sequence.computed = [], 0
         self.running.remove(sequence)
-        self._release(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the books are wrong."""
@@ -158,5 +302,16 @@ class Scheduler:
         for sequence in self.running:
             if sequence.state is not State.RUNNING or len(sequence.pages) * self.page < sequence.computed:
                 raise AssertionError(f"sequence {sequence.number} runs without pages")
+            if not sequence.holds_adapters:
+                raise AssertionError(f"sequence {sequence.number} runs without its adapters")
         if any(sequence.pages or sequence.state is not State.WAITING for sequence in self.waiting):
             raise AssertionError("a waiting sequence holds pages")
+
+
+def _rows(plan: list[Work]) -> int:
+    return sum(work.length for work in plan)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """The smaller, the less likely to be preempted."""
+    return sequence.priority, sequence.number

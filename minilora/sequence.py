@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from .params import SamplingParams
+from .registry import AdapterVersion
 
 
 class State(Enum):
@@ -18,10 +19,15 @@ class State(Enum):
 
 
 class AdapterUse(NamedTuple):
-    """An adapter by its content, and the factor that this request puts on it."""
+    """A version of an adapter, and the factor that this request puts on it."""
 
-    digest: str
+    adapter: AdapterVersion
     scale: float
+
+    @property
+    def content(self) -> tuple[str, float]:
+        """What the adapter does to the numbers; it must be loaded."""
+        return self.adapter.digest or "", self.scale
 
 
 class TokenLogprobs(NamedTuple):
@@ -33,12 +39,24 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
+@dataclass
+class Times:
+    """Seconds on the engine's clock: when a text was submitted, got its first and its last token."""
+
+    submitted: float = 0.0
+    first_token: float | None = None
+    last_token: float | None = None
+
+
 @dataclass(eq=False)
 class Sequence:
     """One text: the prompt's tokens, then those generated.
 
-    computed: tokens whose keys and values are in `pages`; cached: how many of them were found, not computed.
-    siblings: other texts of the same prompt that start as copies of this one when the prompt is done.
+    tenant, weight, priority: for the order of waiting; lower priorities go first. computed: tokens whose keys and
+    values are in `pages`; cached: how many of them were found, not computed. proposed: how many of the last tokens
+    are guesses that the next step checks. siblings: other texts of the same prompt that start as copies of this one
+    when the prompt is done. holds_adapters: from the first start on. served: number of the last step that it took
+    part in; charged: tokens that its tenant was charged for.
     """
 
     number: int
@@ -48,6 +66,9 @@ class Sequence:
     seed: int
     uses: tuple[AdapterUse, ...] = ()
     salt: bytes = b""
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
     siblings: list["Sequence"] = field(default_factory=list)
     state: State = State.WAITING
     computed: int = 0
@@ -55,8 +76,14 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_token: int | None = None
+    error: Exception | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     preemptions: int = 0
+    proposed: int = 0
+    holds_adapters: bool = False
+    served: int = 0
+    charged: int = 0
+    times: Times = field(default_factory=Times)
     _keys: list[bytes] = field(default_factory=list)
 
     @property
@@ -70,9 +97,28 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def decodes(self) -> bool:
+        """Whether only its last token, and guesses after it, are to be computed."""
+        return self.pending - self.proposed == 1
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether prompt positions still need their logits."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1
+
+    @property
+    def adapters(self) -> list[AdapterVersion]:
+        """The adapters that it uses, in their order."""
+        return [use.adapter for use in self.uses]
+
+    def withdraw(self) -> list[int]:
+        """Take back the guesses; returns them."""
+        if not self.proposed:
+            return []
+        cut = len(self.tokens) - self.proposed
+        guesses, self.tokens[cut:] = self.tokens[cut:], []
+        self.proposed = 0
+        return guesses
 
     def page_keys(self, page: int) -> list[bytes]:
         """The key of each full page: a digest of the adapters, the salt and all tokens up to its end."""
@@ -85,5 +131,5 @@ class Sequence:
     def _root(self) -> bytes:
         digest = blake2b(struct.pack("<q", len(self.salt)) + self.salt, digest_size=16)
         for use in self.uses:
-            digest.update(bytes.fromhex(use.digest) + struct.pack("<d", use.scale))
+            digest.update(bytes.fromhex(use.adapter.digest or "") + struct.pack("<d", use.scale))
         return digest.digest()

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from safetensors.numpy import load_file
 
-from minilora.adapters import load_adapter
+from minilora.adapters import load_adapter, pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
 from minilora.pool import AdapterPool
+from minilora_kernels.pack import FLOAT16
 
 from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
 
@@ -213,7 +214,7 @@ class PoolMachine(RuleBasedStateMachine):
             make_adapter(CONFIG, rank=rank, seed=rank, modules=("q_proj", "up_proj")[: 1 + rank % 2])
             for rank in (1, 4, 8, 20, 33)
         ]
-        packed = [AdapterPool(CONFIG, 1, None).pack(adapter) for adapter in self.adapters]
+        packed = [pack_adapter(adapter, CONFIG, FLOAT16) for adapter in self.adapters]
         self.packed = {adapter.digest: p for adapter, p in zip(self.adapters, packed, strict=True)}
         self.pool = AdapterPool(CONFIG, 3, 2 * max(len(p.data) for p in packed))
         self.users = dict.fromkeys(self.packed, 0)
@@ -271,13 +272,4 @@ def test_what_can_never_fit_is_refused():
     pool = AdapterPool(CONFIG, 2, 1000)
     adapter = make_adapter(CONFIG, rank=8)
     with pytest.raises(ResourceError, match="larger than the whole pool"):
-        pool.insert(adapter.digest, pool.pack(adapter))
-
-
-def test_a_pool_without_limit_grows():
-    pool = AdapterPool(CONFIG, 3, None)
-    adapters = [make_adapter(CONFIG, rank=8, seed=seed) for seed in range(3)]
-    for adapter in adapters:
-        assert pool.insert(adapter.digest, pool.pack(adapter))
-    assert all(adapter.digest in pool for adapter in adapters)
-    pool.check_integrity()
+        pool.insert(adapter.digest, pack_adapter(adapter, CONFIG, FLOAT16))

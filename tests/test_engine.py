@@ -310,7 +310,7 @@ def test_cancelling_at_any_moment_frees_everything(weights):
         engine.scheduler.check_integrity()
     run(engine)
     assert generated(needle) == alone and engine.pool.held == 0
-    assert engine.adapters.remove(digest), "nobody uses the adapter any more"
+    assert engine.runner.adapters.remove(digest.digest), "nobody uses the adapter any more"
     engine.cancel(needle)
     assert needle.finish_reason == "length", "cancelling what is done changes nothing"
 

@@ -107,7 +107,14 @@ def test_on_any_number_of_threads(world, threads):
 def test_after_preemption(world):
     weights = world[0]
     engine = make_engine(weights)
-    page = engine.kv.heads * engine.kv.page * engine.kv.size * weights.config.layers * 2 * engine.kv.keys.itemsize
+    page = (
+        engine.runner.kv.heads
+        * engine.runner.kv.page
+        * engine.runner.kv.size
+        * weights.config.layers
+        * 2
+        * engine.runner.kv.keys.itemsize
+    )
     engine, _ = same_in(world, neighbours=12, seed=3, kv_cache_memory=14 * page)
     assert engine.scheduler.preemptions > 0
 

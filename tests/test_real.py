@@ -77,15 +77,12 @@ def log_softmax(x):
 def all_logprobs(model, tokens):
     """log-probabilities of the whole vocabulary at every place."""
     engine = Engine(model.weights, EngineConfig(max_model_len=1024, max_num_seqs=1))
-    width, rows = len(engine._buffers.logits) // engine._most_logits, []
+    rows = []
     engine.submit(tokens, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
     while engine.busy:
         before = engine.scheduler.running[0].computed if engine.scheduler.running else 0
         engine.step()
-        count = min(64, len(tokens) - before)
-        rows.append(
-            engine._buffers.logits[: count * width].reshape(count, width)[:, : model.weights.config.vocab_size].copy()
-        )
+        rows.append(engine.runner.sampler.logits(min(64, len(tokens) - before)).copy())
     engine.close()
     return log_softmax(np.concatenate(rows)[: len(tokens)])
 

@@ -31,15 +31,13 @@ class Reader:
 
     def logprobs(self, tokens: list[int]):
         """Pieces [rows, vocabulary], in order, until the chunk is read."""
-        engine, width = self.engine, len(self.engine._buffers.logits) // self.engine._most_logits
+        engine = self.engine
         [sequence] = engine.submit(tokens, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
         while engine.busy:
             before = sequence.computed
             engine.step()
             count = min(PROMPT_LOGITS, len(tokens) - before)
-            logits = (
-                engine._buffers.logits[: count * width].reshape(count, width)[:, : self.vocabulary].astype(np.float64)
-            )
+            logits = engine.runner.sampler.logits(count).astype(np.float64)
             logits -= logits.max(axis=1, keepdims=True)
             yield logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 

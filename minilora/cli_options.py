@@ -1,0 +1,129 @@
+"""Options that several commands share: the model, its adapters, sampling, and the engine's sizes under vLLM's names."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class Size(click.ParamType):
+    """Bytes: a number with a unit, as 512M, 1.5GiB or 800 MB; units are powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
+        if not match:
+            self.fail(f"{value!r} is no size; write 512M or 1.5GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _options(*decorators: Callable) -> Callable:
+    def apply(function: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+model_options = _options(
+    click.option(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help="A name from `minilora list`, a hub repo (org/name), a folder or a .gguf file.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        show_default=True,
+        help="Number format of the weights; auto keeps the file's.",
+    ),
+    click.option(
+        "--group-size",
+        type=click.Choice(["32", "64", "128"]),
+        default="32",
+        show_default=True,
+        help="Weights per scale, for int8 and int4.",
+    ),
+    click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads; all usable cores if not given."),
+)
+
+lora_options = _options(
+    click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="NAME=PATH[:SCALE]",
+        help="Load an adapter; repeatable. All are applied unless --adapter picks some.",
+    ),
+    click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="NAME[:SCALE]",
+        help="Answer with this adapter; repeatable: several at once.",
+    ),
+)
+
+sampling_options = _options(
+    click.option("--max-tokens", "-n", type=int, default=512, show_default=True, help="Longest answer."),
+    click.option(
+        "--temperature", "--temp", type=float, help="0 takes the best token always; default: the model's own, or 0."
+    ),
+    click.option("--top-p", type=float, help="Smallest set of tokens with this probability."),
+    click.option("--top-k", type=int, help="Only the k best tokens."),
+    click.option("--min-p", type=float, help="Only tokens this likely compared to the best."),
+    click.option("--repetition-penalty", type=float, help="Above 1: repeat less."),
+    click.option("--seed", type=int, help="The same seed gives the same text."),
+    click.option("--stop", multiple=True, help="End the answer at this text; repeatable."),
+    click.option("-s", "--system", help="A system message before the prompt."),
+)
+
+engine_options = _options(
+    click.option("--max-model-len", "-c", type=int, help="Tokens of prompt and answer; the model's own if not given."),
+    click.option("--max-num-seqs", type=int, help="Texts that run at once."),
+    click.option("--max-num-batched-tokens", type=int, help="Rows of a step."),
+    click.option("--max-step-ms", type=int, help="Longest step beside running texts, for pieces of prompts."),
+    click.option(
+        "--kv-cache-dtype", type=click.Choice(["auto", "float32", "float16", "int8"]), help="Format of pages."
+    ),
+    click.option("--kv-cache-memory", type=Size(), help="Bytes of pages, as 512M; half of the free memory at most."),
+    click.option("--block-size", type=int, help="Tokens of a page."),
+    click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="Keep pages of old texts."),
+    click.option("--max-loras", type=int, help="Adapters in use at once."),
+    click.option("--max-cpu-loras", type=int, help="Adapters in memory."),
+    click.option("--max-lora-rank", type=int, help="Highest rank of an adapter."),
+    click.option("--lora-memory", type=Size(), help="Bytes for adapters in memory."),
+)
+
+ENGINE_KEYS = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_step_ms",
+    "kv_cache_dtype",
+    "kv_cache_memory",
+    "block_size",
+    "enable_prefix_caching",
+    "max_loras",
+    "max_cpu_loras",
+    "max_lora_rank",
+    "lora_memory",
+)
+
+
+def split_engine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what was given for the engine, all other options)."""
+    engine = {key: options[key] for key in ENGINE_KEYS if options.get(key) is not None}
+    return engine, {key: value for key, value in options.items() if key not in ENGINE_KEYS}

@@ -1,0 +1,245 @@
+"""Requests as texts over the engine of token ids: prompts in, RequestOutputs that grow with each step out.
+
+LLM drives it in the caller's thread, AsyncEngine in a thread of its own.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Listing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .adapters import Adapter, adapter_from_arrays
+from .checkpoint.lock import resolve_adapter, resolve_model
+from .engine import Engine, Output
+from .errors import UsageError, did_you_mean
+from .outputs import CompletionOutput, LogprobsAt, LoRARequest, RequestOutput, TextBuilder, logprobs_at
+from .packed import Report, load_model, silent
+from .params import EngineConfig, SamplingParams
+from .registry import AdapterVersion, Loaded
+from .sequence import AdapterUse
+from .weights import DEFAULT_GROUP, Target
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+Prompt = str | Mapping[str, Any]
+Lora = LoRARequest | Listing[LoRARequest] | None
+Source = str | Adapter | Mapping[str, np.ndarray]
+Settings = Mapping[str, Any] | None
+
+
+class Request:
+    """A prompt on its way. output: everything so far; callback: called with the request after steps that changed it."""
+
+    def __init__(
+        self, output: RequestOutput, builders: list[TextBuilder], callback: Callable[["Request"], None] | None
+    ):
+        self.output, self.builders, self.callback = output, builders, callback
+
+    @property
+    def finished(self) -> bool:
+        """Whether all texts have ended."""
+        return self.output.finished
+
+    def delta(self) -> RequestOutput:
+        """What is new since the last call, in an object of its own: safe to hand to another thread."""
+        output = self.output
+        fresh = [builder.delta() for builder in self.builders]
+        return RequestOutput(
+            output.request_id,
+            output.prompt,
+            output.prompt_token_ids,
+            [found for found in fresh if found.token_ids or found.text or found.finish_reason is not None],
+            output.finished,
+            output.prompt_logprobs,
+            output.lora_request,
+            output.num_cached_tokens,
+            output.error,
+        )
+
+
+class LLMEngine:
+    """A model, an engine for it, and the requests under way. All calls from one thread unless they say otherwise.
+
+    model: a name in models.lock, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
+    weights.DTYPES; group_size: 32, 64 or 128, for int8 and int4; report: called with a line of text when something
+    takes long; the rest are EngineConfig's fields.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        dtype: str = "auto",
+        group_size: int = DEFAULT_GROUP,
+        report: Report = silent,
+        **engine: Any,
+    ):
+        known = {f.name for f in fields(EngineConfig)}
+        if unknown := sorted(engine.keys() - known):
+            raise UsageError(f"LLM has no parameter {unknown[0]!r}", did_you_mean(unknown[0], known))
+        config, target = EngineConfig(**engine), Target(dtype, group_size)
+        self.model = load_model(resolve_model(model, report), model, target, report)
+        self.tokenizer = self.model.tokenizer
+        self.engine = Engine(self.model.weights, config, self.model.eos)
+        self._sources: dict[str, str] = {}
+        self._requests: dict[int, Request] = {}
+        self._number = 0
+
+    # ------------------------------------------------------------ adapters
+
+    def find_adapter(self, source: Source, settings: Settings = None, report: Report = silent) -> Path | Adapter:
+        """A PEFT folder, a hub repo (fetched now) or a bundled adapter's name as a path; arrays as an Adapter.
+
+        settings: with arrays, under PEFT's tensor names, the content of adapter_config.json. From any thread.
+        """
+        if isinstance(source, str):
+            return resolve_adapter(source, report)
+        if isinstance(source, Adapter):
+            return source
+        if settings is None:
+            raise UsageError("arrays need the content of adapter_config.json too, r and lora_alpha at least")
+        return adapter_from_arrays(source, settings, self.model.weights.config)
+
+    def register(
+        self, name: str, source: Source, found: Path | Adapter, weight: float = 1.0, loaded: Loaded | None = None
+    ) -> AdapterVersion:
+        """Let a name stand for an adapter that `find_adapter` found, and the registry may have read already."""
+        version = self.engine.adapters.add(name, found, weight, loaded)
+        self._sources.pop(name, None)
+        if isinstance(source, str):
+            self._sources[name] = source
+        return version
+
+    def remove_lora(self, name: str, force: bool = False) -> None:
+        """Forget an adapter; see Engine.remove_adapter."""
+        self.engine.remove_adapter(name, force)
+        self._sources.pop(name, None)
+
+    def knows(self, lora: LoRARequest) -> bool:
+        """Whether its name stands for its path, if it has one. Raises NotFoundError where it has none and no meaning."""
+        if lora.lora_path is None:
+            self.engine.adapters.get(lora.lora_name)
+            return True
+        return self._sources.get(lora.lora_name) == lora.lora_path
+
+    def _use(self, lora: LoRARequest) -> AdapterUse:
+        if not self.knows(lora) and lora.lora_path is not None:
+            self.register(lora.lora_name, lora.lora_path, self.find_adapter(lora.lora_path))
+        return AdapterUse(self.engine.adapters.get(lora.lora_name), float(lora.scale))
+
+    # ------------------------------------------------------------ requests
+
+    def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text, token ids) of a prompt. May be called from any thread. Raises UsageError."""
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        return prompt.get("prompt"), token_ids(prompt)
+
+    def add_request(
+        self,
+        prompt: str | None,
+        tokens: list[int],
+        params: SamplingParams,
+        loras: tuple[LoRARequest, ...] = (),
+        callback: Callable[[Request], None] | None = None,
+        request_id: str | None = None,
+        **order: Any,
+    ) -> Request:
+        """Queue a prompt. order: Engine.submit's salt, priority and tenant. Raises UsageError or NotFoundError."""
+        sequences = self.engine.submit(tokens, params, tuple(self._use(lora) for lora in loras), **order)
+        builders = [TextBuilder(sequence, i, self.tokenizer) for i, sequence in enumerate(sequences)]
+        self._number += 1
+        texts: list[CompletionOutput] = [builder.output for builder in builders]
+        output = RequestOutput(request_id or str(self._number), prompt, tokens, texts, lora_request=loras)
+        request = Request(output, builders, callback)
+        for sequence in sequences:
+            self._requests[sequence.number] = request
+        return request
+
+    def abort_request(self, request: Request, reason: str = "abort") -> None:
+        """End a request; what it held is free at once. Does nothing where it is finished."""
+        for builder in request.builders:
+            self.engine.cancel(builder.sequence, reason)
+            self._forget(request, builder)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is under way."""
+        return bool(self._requests) or self.engine.busy
+
+    def step(self) -> list[Request]:
+        """One token more for every text that runs; returns the requests that changed, after their callbacks.
+
+        An exception in a callback ends its request only.
+        """
+        changed: dict[Request, None] = {}
+        for output in self.engine.step():
+            # A request that was aborted in this very step, by the callback of another say, wants nothing more.
+            if request := self._requests.get(output.sequence.number):
+                self._take(request, output)
+                changed[request] = None
+        for request in changed:
+            self._call_back(request)
+        return list(changed)
+
+    def _take(self, request: Request, output: Output) -> None:
+        sequence = output.sequence
+        builder = next(b for b in request.builders if b.sequence is sequence)
+        stopped = output.token is not None and builder.add(output.token, output.logprobs, output.last)
+        if stopped:
+            self.engine.cancel(sequence, "stop")
+            sequence.finish_reason = "stop"
+        if stopped or output.last or output.token is None:
+            self._forget(request, builder)
+
+    def _forget(self, request: Request, builder: TextBuilder) -> None:
+        if self._requests.pop(builder.sequence.number, None) is None:
+            return
+        builder.finish()
+        output = request.output
+        output.error = output.error or builder.sequence.error
+        if all(b.output.finish_reason is not None for b in request.builders):
+            output.finished = True
+            self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        first = request.builders[0].sequence
+        request.output.num_cached_tokens = first.cached
+        if first.params.prompt_logprobs is not None:
+            found: list[LogprobsAt | None] = [logprobs_at(at, self.tokenizer) for at in first.prompt_logprobs]
+            request.output.prompt_logprobs = [None, *found]
+
+    def _call_back(self, request: Request) -> None:
+        if request.callback is None:
+            return
+        try:
+            request.callback(request)
+        except Exception as error:
+            request.callback = None
+            request.output.error = error
+            self.abort_request(request, "error")
+
+    def close(self) -> None:
+        """End the engine's threads."""
+        self.engine.close()
+
+
+def as_loras(value: Lora) -> tuple[LoRARequest, ...]:
+    """The adapters of one request as a tuple. Raises UsageError."""
+    if value is None:
+        return ()
+    found: Iterable[Any] = (value,) if isinstance(value, LoRARequest) else tuple(value)
+    if not all(isinstance(entry, LoRARequest) for entry in found):
+        raise UsageError("lora_request must hold LoRARequests")
+    return tuple(found)
+
+
+def token_ids(prompt: Mapping[str, Any]) -> list[int]:
+    """The ids of a prompt given as {"prompt_token_ids": [...]}. Raises UsageError."""
+    ids = prompt.get("prompt_token_ids")
+    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise UsageError('a prompt must be a text or {"prompt_token_ids": [...]}')
+    return list(ids)

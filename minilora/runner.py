@@ -1,0 +1,174 @@
+"""The arrays of an engine, and the compiled step over them: pages, adapters, buffers, threads."""
+
+import os
+
+import numpy as np
+import psutil
+
+from minilora_kernels.attention import KV_FLOAT16, KV_FLOAT32, scratch_size
+from minilora_kernels.linear import Rows
+from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, ROWS, padded_rows
+from minilora_kernels.team import Team
+
+from .batch import ROWS_PER_TILE, Chunk, Packer, split_size
+from .cache import KV_FORMATS, copy_page, make_kv, page_bytes, poison_page
+from .errors import ResourceError
+from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Shape, make_step
+from .params import EngineConfig
+from .pool import AdapterPool
+from .sampler import Sampler
+from .weights import Weights
+
+KV_SHARE, ADAPTER_SHARE = 0.5, 0.25
+MOST_USES = 8
+PROMPT_LOGITS = 64
+AUTOMATIC_SLOTS = 256
+
+
+def usable_cores() -> int:
+    """Cores that this process may really use: its affinity, and its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+class Runner:
+    """Runs chunks of sequences through the model. length: tokens that a sequence may have.
+
+    Raises ResourceError where the memory does not suffice.
+    """
+
+    def __init__(self, weights: Weights, config: EngineConfig, length: int):
+        self.weights, self.model, self.config, self.length = weights, weights.config, config, length
+        self._exact = weights.formats == (FLOAT32,)
+        self.team = Team(config.threads or usable_cores())
+        free = psutil.virtual_memory().available
+        self._setup_pages(int(free * KV_SHARE))
+        self._setup_adapters(int(free * ADAPTER_SHARE))
+        self._setup_buffers()
+        self._network = weights.network(length)
+        self._step = make_step(weights.formats, self.kv_format, self.adapters.format)
+        self._prepare()
+
+    def _setup_pages(self, most: int) -> None:
+        config, page = self.config, self.config.block_size
+        automatic = KV_FLOAT32 if self._exact else KV_FLOAT16
+        self.kv_format = KV_FORMATS.get(config.kv_cache_dtype, automatic)
+        size = page_bytes(self.model, self.kv_format, page)
+        if config.kv_cache_memory is not None:
+            self.pages = config.kv_cache_memory // size
+        else:
+            self.pages = min(-(-self.length // page) * config.max_num_seqs, most // size)
+        if self.pages < 1:
+            raise ResourceError(f"no memory for a single page of {size} bytes", "Raise kv_cache_memory.")
+        try:
+            self.kv = make_kv(self.model, self.kv_format, self.pages, page)
+        except MemoryError:
+            raise ResourceError(
+                f"no memory for {self.pages} pages of {size} bytes", "Lower kv_cache_memory or max_model_len."
+            ) from None
+
+    def _setup_adapters(self, most: int) -> None:
+        config = self.config
+        self.adapters = AdapterPool(
+            self.model,
+            config.max_cpu_loras or max(config.max_loras, AUTOMATIC_SLOTS),
+            config.lora_memory if config.lora_memory is not None else most,
+            FLOAT32 if self._exact else FLOAT16,
+            config.max_loras,
+        )
+
+    def _setup_buffers(self) -> None:
+        model, config, threads = self.model, self.config, self.team.size
+        padded = int(self.weights.matrices[self.weights.head, ROWS])
+        logits = config.max_num_seqs + PROMPT_LOGITS
+        part = split_size(model.heads, model.head_dim)
+        parts = part * -(-self.length // 256) * max(1, 4 * threads // model.kv_heads)
+        rows = config.max_num_batched_tokens
+        scratch = max(scratch_size(max(ROWS_PER_TILE, model.group), model.head_dim), MOST_ROWS * CHUNK_BLOCKS * BLOCK)
+        qkv = padded_rows(model.qkv_rows)
+        self._buffers = Buffers(
+            x=_floats(rows * model.hidden_size),
+            a=_rows(max(rows, logits) + threads * FEW, max(model.hidden_size, model.heads * model.head_dim)),
+            b=_rows(rows, model.intermediate_size),
+            qkv=_floats(rows * qkv),
+            qkv_stride=qkv,
+            s=_floats(1),
+            s_stride=0,
+            scratch=_floats(threads * scratch),
+            scratch_stride=scratch,
+            parts=_floats(parts),
+            logits=_floats(logits * padded),
+            shared=max(rows, logits),
+        )
+        self._shape = Shape(
+            model.layers,
+            model.hidden_size,
+            model.heads,
+            model.kv_heads,
+            model.head_dim,
+            model.intermediate_size,
+            model.vocab_size,
+            np.float32(model.rms_norm_eps),
+        )
+        self._packer = Packer(model.group, model.kv_heads, part, parts, 4 * threads)
+        self.sampler = Sampler(self.team, self._buffers.logits, padded, model.vocab_size)
+
+    def _prepare(self) -> None:
+        """Compile the step, or fetch its machine code, before the first request."""
+        self.team.prepare(self._step, *self._arguments([]))
+
+    def _arguments(self, chunks: list[Chunk]) -> tuple:
+        batch = self._packer.pack(chunks)
+        return self._network, self._shape, self.kv, batch, self.adapters.arrays, self._buffers
+
+    def run(self, chunks: list[Chunk]) -> None:
+        """One step: keys and values go to the chunks' pages, the wanted logits to the sampler's rows, in order.
+
+        Chunks with equal adapters must be neighbours.
+        """
+        self.team.run(self._step, *self._arguments(chunks))
+
+    def make_room(self, rank: int) -> None:
+        """Let the buffer of shrunk rows hold the columns of adapters of this rank."""
+        ranks = 3 * padded_rows(rank)
+        if ranks > self._packer.ranks:
+            stride = ranks * MOST_USES
+            self._buffers = self._buffers._replace(s=_floats(self._buffers.shared * stride), s_stride=stride)
+            self._packer.ranks = ranks
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page of every layer."""
+        copy_page(self.kv, source, target)
+
+    def poison_page(self, page: int) -> None:
+        """Fill a page with NaN."""
+        poison_page(self.kv, page)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.team.close()
+
+
+def _floats(count: int) -> np.ndarray:
+    return np.zeros(count, np.float32)
+
+
+def _rows(count: int, width: int) -> Rows:
+    """Room for rows of a product's input. The odd cache line keeps rows off each other's cache sets."""
+    stride = padded_rows(width) + 64
+    groups = count * stride // 32
+    return Rows(
+        _floats(count * stride),
+        np.zeros(count * stride, np.int8),
+        _floats(groups),
+        np.zeros(groups, np.int32),
+        _floats(groups),
+        stride,
+    )
