@@ -157,8 +157,8 @@ class AdapterRegistry:
         if loaded:
             self.pool.check_size(len(loaded.packed.data))
         version = AdapterVersion(name, source if isinstance(source, Path) else None, weight)
-        self._retire(self.names.get(name))
-        self.names[name] = version
+        old, self.names[name] = self.names.get(name), version
+        self._retire(old)
         if loaded:
             self._outstanding += version.path is not None
             self._fill(version, loaded)

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from minilora.checkpoint.lock import resolve_model
-from minilora.engine import PROMPT_LOGITS, Engine
+from minilora.engine import Engine
 from minilora.packed import load_model
 from minilora.params import EngineConfig, SamplingParams
+from minilora.runner import PROMPT_LOGITS
 from minilora.weights import Target
 
 
@@ -25,7 +26,6 @@ class Reader:
 
     def __init__(self, name: str, dtype: str, group: int, kv: str, context: int):
         self.model = load_model(resolve_model(name, print), name, Target(dtype, group))
-        self.vocabulary = self.model.weights.config.vocab_size
         config = EngineConfig(max_model_len=context + 2, max_num_seqs=1, enable_prefix_caching=False, kv_cache_dtype=kv)
         self.engine = Engine(self.model.weights, config)
 

@@ -1,0 +1,348 @@
+"""Who runs when: fair shares, priorities, no starvation, preemption; and random operations on all of it."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from minilora.cache import PagePool
+from minilora.errors import AdapterError
+from minilora.pace import SMALLEST, Pace
+from minilora.params import SamplingParams
+from minilora.registry import AdapterVersion
+from minilora.scheduler import Scheduler
+from minilora.sequence import AdapterUse, Sequence, State
+
+PAGE = 4
+
+
+class Shelf:
+    """Stands for the registry: adapters are there or not as the test says, and so many may be held at once."""
+
+    def __init__(self, room=100):
+        self.room, self.missing, self.broken = room, set(), set()
+        self.held, self.users, self.orders = Counter(), Counter(), Counter()
+
+    def is_ready(self, versions, urgent=True):
+        if any(version in self.broken for version in versions):
+            raise AdapterError("broken")
+        if urgent:
+            self.orders.update(version for version in versions if version in self.missing)
+        return not any(version in self.missing for version in versions)
+
+    def acquire(self, versions):
+        if len(+self.held | Counter(versions)) > self.room:
+            return False
+        self.held.update(versions)
+        return True
+
+    def release(self, versions):
+        self.held.subtract(versions)
+
+    def enter(self, versions):
+        self.users.update(versions)
+
+    def leave(self, versions):
+        self.users.subtract(versions)
+
+
+class World:
+    """A scheduler whose steps compute nothing."""
+
+    def __init__(self, pages=64, running=4, budget=16, room=100, caching=True):
+        self.pool, self.shelf = PagePool(pages), Shelf(room)
+        self.scheduler = Scheduler(self.pool, self.shelf, PAGE, running, budget, 8, caching)
+        self.number, self.finished, self.given = 0, [], Counter()
+        self.versions = [AdapterVersion(f"a{i}", digest=f"{i:064x}") for i in range(5)]
+
+    def submit(self, prompt=6, generate=4, adapter=None, priority=0, weight=1.0, tenant=None, first=None, n=1):
+        sequences = []
+        for _ in range(n):
+            self.number += 1
+            uses = () if adapter is None else (AdapterUse(self.versions[adapter], 1.0),)
+            start = self.number * 1000 if first is None else first
+            params = SamplingParams(max_tokens=generate)
+            sequence = Sequence(self.number, list(range(start, start + prompt)), prompt, params, 0, uses)
+            sequence.tenant = tenant or (uses[0].adapter.name if uses else "")
+            sequence.priority, sequence.weight = priority, weight
+            sequences.append(sequence)
+        sequences[0].siblings = sequences[1:]
+        self.scheduler.submit(sequences)
+        return sequences[0]
+
+    def step(self):
+        plan = self.scheduler.schedule()
+        assert sum(work.length for work in plan) <= self.scheduler.budget
+        assert len(self.scheduler.running) <= self.scheduler.most_sequences
+        for work in plan:
+            sequence = work.sequence
+            self.scheduler.computed(sequence, work.length)
+            if sequence.pending:
+                continue
+            siblings = [sibling for sibling in sequence.siblings if sibling.state is not State.FINISHED]
+            sequence.siblings = []
+            for sibling in siblings:
+                self.scheduler.start_copy(sibling)
+            for one in (sequence, *siblings):
+                one.tokens.append(7)
+                self.given[one.tenant] += 1
+                self.scheduler.generated(one)
+                if one.generated >= (one.params.max_tokens or 0):
+                    self.scheduler.finish(one, "length")
+                    self.finished.append(one)
+        self.check()
+        return plan
+
+    def check(self):
+        self.scheduler.check_integrity()
+        held = Counter(
+            v for s in (*self.scheduler.running, *self.scheduler.waiting) if s.holds_adapters for v in s.adapters
+        )
+        assert +self.shelf.held == held
+
+    def run(self, steps=2000):
+        for _ in range(steps):
+            if not self.scheduler.running and not self.scheduler.waiting:
+                return
+            self.step()
+        raise AssertionError("requests are left over")
+
+
+# ---------------------------------------------------------------- shares
+
+
+def test_a_flood_does_not_starve_others():
+    world = World(running=2)
+    flood = [world.submit(adapter=0) for _ in range(100)]
+    for _ in range(10):
+        world.step()
+    late = world.submit(adapter=1)
+    world.run()
+    before = world.finished.index(late)
+    assert before < 20, f"{before} of the flood's {len(flood)} requests went first"
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_shares_follow_weights(weight):
+    world = World(running=4)
+    for _ in range(200):
+        world.submit(adapter=0)
+        world.submit(adapter=1, weight=weight)
+    for _ in range(150):
+        world.step()
+    assert world.given["a1"] / world.given["a0"] == pytest.approx(weight, rel=0.2)
+
+
+def test_idleness_is_no_credit():
+    world = World(running=2)
+    for _ in range(50):
+        world.submit(adapter=0)
+    for _ in range(60):
+        world.step()
+    for _ in range(50):
+        world.submit(adapter=1)
+    world.given.clear()
+    for _ in range(60):
+        world.step()
+    assert world.given["a0"] >= 0.35 * sum(world.given.values())
+
+
+def test_within_a_tenant_arrival_counts():
+    world = World(running=1)
+    sequences = [world.submit(adapter=0) for _ in range(10)]
+    world.run()
+    assert world.finished == sequences
+
+
+def test_priorities_go_first():
+    world = World(running=1)
+    world.submit(generate=20)
+    world.step()
+    slow = [world.submit(priority=1) for _ in range(3)]
+    fast = [world.submit(priority=0) for _ in range(3)]
+    urgent = world.submit(priority=-1)
+    world.run()
+    assert world.finished[1:] == [urgent, *fast, *slow]
+
+
+def test_prompts_do_not_starve_texts_nor_texts_prompts():
+    world = World(running=4, budget=16)
+    text = world.submit(generate=60)
+    world.step()
+    world.scheduler.chunk = 8
+    prompt = world.submit(prompt=100, generate=1)
+    for _ in range(14):
+        before = text.generated
+        plan = world.step()
+        assert text.generated == before + 1
+        assert sum(work.length for work in plan) <= 9
+    assert prompt.state is State.FINISHED
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_tiny_budgets_serve_everybody(budget):
+    world = World(running=4, budget=budget)
+    for i in range(6):
+        world.submit(prompt=9, generate=5, adapter=i % 3)
+    seen = Counter()
+    for _ in range(60):
+        seen.update(work.sequence.number for work in world.step())
+    world.run()
+    assert len(world.finished) == 6
+
+
+# ---------------------------------------------------------------- adapters that are not there
+
+
+def test_a_request_whose_adapter_is_read_lets_others_pass():
+    world = World()
+    world.shelf.missing = {world.versions[0]}
+    waiting, other = world.submit(adapter=0), world.submit(adapter=1)
+    for _ in range(20):
+        world.step()
+    assert other.state is State.FINISHED
+    assert waiting.state is State.WAITING and world.shelf.orders[world.versions[0]]
+    world.shelf.missing.clear()
+    world.run()
+
+
+def test_a_broken_adapter_fails_its_requests_only():
+    world = World()
+    world.shelf.broken = {world.versions[0]}
+    bad, good = world.submit(adapter=0, n=2), world.submit(adapter=1)
+    world.run()
+    assert bad.finish_reason == "error" and isinstance(bad.error, AdapterError)
+    assert len(world.scheduler.failed) == 2 and good.finish_reason == "length"
+    assert not +world.shelf.users
+
+
+def test_nobody_passes_one_that_waits_for_room():
+    world = World(room=1, running=4)
+    first = world.submit(adapter=0, generate=30)
+    world.step()
+    blocked = world.submit(adapter=1)
+    passing = [world.submit(adapter=0) for _ in range(5)]
+    world.run()
+    assert world.finished.index(blocked) == 1, "after the one that held the room"
+    assert world.finished[0] is first and set(passing) <= set(world.finished)
+
+
+# ---------------------------------------------------------------- pages
+
+
+def test_preemption_takes_from_the_latest_and_loses_nothing():
+    world = World(pages=8, running=4, caching=False)
+    sequences = [world.submit(prompt=4, generate=16) for _ in range(4)]
+    world.run()
+    assert world.scheduler.preemptions > 0 and sequences[0].preemptions == 0
+    assert all(len(sequence.tokens) == 20 for sequence in sequences)
+    assert world.pool.held == 0
+
+
+def test_preempted_with_too_few_slots_does_not_lock_up():
+    """One of low priority holds the only slot while it is preempted; the other needs that slot."""
+    world = World(pages=6, running=2, room=1, caching=False)
+    low = world.submit(prompt=4, generate=16, adapter=0, priority=1)
+    high = world.submit(prompt=4, generate=16, adapter=0)
+    for _ in range(5):
+        world.step()
+    other = world.submit(prompt=4, generate=4, adapter=1)
+    world.run()
+    assert {low, high, other} == set(world.finished)
+
+
+def test_siblings_keep_their_places():
+    world = World(running=4)
+    for _ in range(3):
+        world.submit(prompt=40, n=3)
+    world.run()
+    assert len(world.finished) == 9
+
+
+# ---------------------------------------------------------------- random operations
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come, run, are cancelled, fail and lose their pages in any order; in the end all are finished."""
+
+    def __init__(self):
+        super().__init__()
+        self.world = World(pages=12, running=3, budget=7, room=2)
+        self.sequences = []
+
+    @rule(
+        prompt=st.integers(1, 20),
+        generate=st.integers(1, 20),
+        adapter=st.none() | st.integers(0, 3),
+        priority=st.integers(0, 1),
+        first=st.none() | st.just(0),
+        n=st.integers(1, 3),
+    )
+    def submit(self, prompt, generate, adapter, priority, first, n):
+        sequence = self.world.submit(prompt, generate, adapter, priority, first=first, n=n)
+        self.sequences += [sequence, *sequence.siblings]
+
+    @rule(count=st.integers(1, 4))
+    def step(self, count):
+        for _ in range(count):
+            self.world.step()
+
+    @precondition(lambda self: self.sequences)
+    @rule(i=st.integers(0, 1000))
+    def cancel(self, i):
+        self.world.scheduler.finish(self.sequences[i % len(self.sequences)], "abort")
+
+    @precondition(lambda self: self.sequences)
+    @rule(i=st.integers(0, 1000))
+    def fail(self, i):
+        self.world.scheduler.fail(self.sequences[i % len(self.sequences)], ValueError("on purpose"))
+
+    @precondition(lambda self: self.world.scheduler.running)
+    @rule(i=st.integers(0, 1000))
+    def preempt(self, i):
+        running = self.world.scheduler.running
+        self.world.scheduler.preempt(running[i % len(running)])
+
+    @rule(i=st.integers(0, 3), there=st.booleans())
+    def adapter_comes_or_goes(self, i, there):
+        version = self.world.versions[i]
+        if there:
+            self.world.shelf.missing.discard(version)
+        elif not self.world.shelf.held[version]:
+            self.world.shelf.missing.add(version)
+
+    @rule()
+    def forget_prefixes(self):
+        self.world.pool.forget_all()
+
+    @invariant()
+    def books(self):
+        self.world.check()
+
+    def teardown(self):
+        self.world.shelf.missing.clear()
+        self.world.run()
+        assert all(sequence.state is State.FINISHED for sequence in self.sequences)
+        assert self.world.pool.held == 0 and not +self.world.shelf.held and not +self.world.shelf.users
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+
+
+# ---------------------------------------------------------------- pace
+
+
+def test_pace_learns_how_long_rows_take():
+    pace = Pace(0.1, 512)
+    assert pace.chunk() == 512, "nothing is known yet"
+    for _ in range(50):
+        pace.observe(4, 0, 0.004)
+        pace.observe(4, 100, 0.004 + 0.05)
+    assert pace.chunk() == pytest.approx(0.096 / 0.0005, abs=2)
+    for _ in range(100):
+        pace.observe(4, 100, 0.004 + 5.0)
+    assert pace.chunk() == SMALLEST, "prompts always go on"
+    assert Pace(None, 512).chunk() == 512
