@@ -81,14 +81,17 @@ def quantize_row(x, at, n, group, rows, row, column):
     """q = round(x / scale), scale = max |x| / 127 in each group: columns column .. column + n of one row.
 
     x: float32, n values from at; column and n: multiples of group; rows: Rows, whose q, scales, sums and offsets
-    are written for row `row`. A group of zeros has scale 0.
+    are written for row `row`. A group of zeros has scale 0, one with a number that is not finite scale NaN: int8
+    would hide it.
     """
     to, scale_to = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group
     for g in range(n // group):
-        largest = splat_f32(ZERO)
+        largest = nothing = splat_f32(ZERO)
         for i in range(0, group, 16):
-            largest = vmax(largest, vabs(load_f32(x, at + i)))
-        scale = hmax(largest) / LARGEST_INT8
+            v = load_f32(x, at + i)
+            largest = vmax(largest, vabs(v))
+            nothing = nothing + (v - v)
+        scale = hmax(largest) / LARGEST_INT8 + hsum(nothing)
         inverse = splat_f32(ONE / scale if scale > ZERO else ZERO)
         total = splat_i32(np.int32(0))
         for i in range(0, group, 16):

@@ -61,9 +61,11 @@ def rms_norm(x, at, n, weights, weight_at, eps, out, out_at):
 
 
 def quantize_row(x, at, n, group, rows, row, column):
-    """q = round(x / scale), scale = max |x| / 127 in each group."""
+    """q = round(x / scale), scale = max |x| / 127 in each group, NaN where a number is not finite."""
     v = _span(x, at, n).reshape(-1, group)
-    scale = np.abs(v).max(axis=1, keepdims=True) / np.float32(127)
+    finite = np.isfinite(v).all(axis=1, keepdims=True)
+    v = np.where(finite, v, np.float32(0))
+    scale = np.where(finite, np.abs(v).max(axis=1, keepdims=True) / np.float32(127), np.float32(np.nan))
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
     q = np.rint(v * inverse).astype(np.int32)
     to, scale_to = row * rows.stride + column, row * (rows.stride // 32) + column // group

@@ -129,10 +129,16 @@ class _Worker:
         self._go, self._done = threading.Lock(), threading.Lock()
         self._go.acquire()
         self._done.acquire()
-        threading.Thread(target=self._loop, name=f"minilora-{rank}", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop, name=f"minilora-{rank}", daemon=True)
+        self._thread.start()
 
     def start(self) -> None:
         self._go.release()
+
+    def end(self) -> None:
+        """Without a job, `start` ends the thread."""
+        self.start()
+        self._thread.join()
 
     def wait(self) -> BaseException | None:
         """Until the job is done, Ctrl-C or not: leaving earlier would leave a thread in the team's arrays."""
@@ -220,5 +226,5 @@ class Team:
         with self._lock:
             self.job = None
             for worker in self._workers:
-                worker.start()
+                worker.end()
             self._workers = []

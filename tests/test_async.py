@@ -1,0 +1,322 @@
+"""AsyncEngine, and LLM's queue with callbacks: many coroutines, one engine, nobody in anybody's way."""
+
+import asyncio
+import random
+import threading
+
+import pytest
+
+from minilora import LLM, AsyncEngine, LoRARequest, SamplingParams
+from minilora.config import ModelConfig
+from minilora.errors import EngineDeadError, NotFoundError, RequestError, UsageError
+
+from .support import BASE_CONFIG, LINEAR, peft_tensors, save_adapter
+
+CONFIG = ModelConfig.from_dict(BASE_CONFIG)
+PROMPT = "The quick brown fox jumps over the lazy dog and then "
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+SIZES = {"max_model_len": 512, "max_num_seqs": 6, "debug_checks": True, "threads": 2, "dtype": "int8"}
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    return [str(save_adapter(root / f"a{i}", CONFIG, 4 + i, LINEAR[:7], seed=i)) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return str(tiny("llama"))
+
+
+@pytest.fixture(scope="module")
+def expected(model, shelf):
+    """name -> text, from an LLM, one by one."""
+    llm = LLM(model, lora={f"a{i}": path for i, path in enumerate(shelf)}, **SIZES)
+    names = [None, *llm.adapters]
+    found = {name: llm.generate(PROMPT, GREEDY, name and LoRARequest(name))[0].outputs[0].text for name in names}
+    llm.close()
+    assert len(set(found.values())) == 5
+    return found
+
+
+@pytest.fixture
+def serve(model):
+    """A function: runs a coroutine function with an AsyncEngine."""
+    threads = set(threading.enumerate())
+
+    def run(main, **config):
+        engine = AsyncEngine(model, **{**SIZES, **config})
+
+        async def guarded():
+            await asyncio.wait_for(main(engine), 60)
+            if engine.dead is None:
+                stats = await engine.stats()
+                await engine.check_integrity()
+                assert (stats.running, stats.waiting, stats.pages_held, stats.adapters.in_use) == (0, 0, 0, 0)
+
+        try:
+            asyncio.run(guarded())
+        finally:
+            engine.close()
+
+    yield run
+    left = [t.name for t in threading.enumerate() if t not in threads and t.name.startswith("minilora")]
+    assert not left, f"threads are left: {left}"
+
+
+def test_many_at_once_equal_one_by_one(serve, shelf, expected):
+    async def main(engine):
+        for i, path in enumerate(shelf):
+            await engine.add_lora(f"a{i}", path, load=i % 2 == 0)
+        names = [random.Random(1).choice(list(expected)) for _ in range(40)]
+        answers = await asyncio.gather(*(engine.complete(PROMPT, GREEDY, name and LoRARequest(name)) for name in names))
+        for name, answer in zip(names, answers, strict=True):
+            assert answer.outputs[0].text == expected[name] and answer.outputs[0].finish_reason == "length"
+            assert len(answer.outputs[0].token_ids) == 12
+
+    serve(main)
+
+
+def test_deltas_join_to_the_whole(serve):
+    async def main(engine):
+        params = SamplingParams(n=3, max_tokens=15, seed=1, logprobs=2, prompt_logprobs=1, ignore_eos=True, stop=["q"])
+        whole = await engine.complete(PROMPT, params)
+        texts, tokens, logprobs, last = ["", "", ""], [[], [], []], [[], [], []], None
+        async for delta in engine.generate(PROMPT, params, request_id="mine"):
+            assert not (last and last.finished), "nothing follows the end"
+            for output in delta.outputs:
+                texts[output.index] += output.text
+                tokens[output.index] += output.token_ids
+                logprobs[output.index] += output.logprobs
+            last = delta
+        assert last.request_id == "mine" and last.prompt_logprobs == whole.prompt_logprobs
+        assert [o.text for o in whole.outputs] == texts and [o.token_ids for o in whole.outputs] == tokens
+        assert [o.logprobs for o in whole.outputs] == logprobs
+
+    serve(main)
+
+
+def test_leaving_early_and_cancelling_free_everything(serve, expected):
+    async def main(engine):
+        endless = SamplingParams(max_tokens=400, ignore_eos=True)
+
+        async def leave():
+            stream = engine.generate(PROMPT, endless)
+            async for _ in stream:
+                break
+            await stream.aclose()
+
+        await asyncio.gather(*(leave() for _ in range(12)))
+        tasks = [asyncio.create_task(engine.complete(PROMPT, endless)) for _ in range(12)]
+        while not (await engine.stats()).running:
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        assert all(isinstance(x, asyncio.CancelledError) for x in await asyncio.gather(*tasks, return_exceptions=True))
+        answer = await engine.complete(PROMPT, GREEDY)
+        assert answer.outputs[0].text == expected[None]
+
+    serve(main)
+
+
+def test_wrong_requests_are_told_at_once(serve):
+    async def main(engine):
+        for error, prompt, params, lora in (
+            (UsageError, "", GREEDY, None),
+            (UsageError, "x" * 600, GREEDY, None),
+            (UsageError, PROMPT, SamplingParams(n=7), None),
+            (UsageError, {"tokens": [1]}, GREEDY, None),
+            (NotFoundError, PROMPT, GREEDY, LoRARequest("nobody")),
+            (NotFoundError, PROMPT, GREEDY, LoRARequest("x", lora_path="/nowhere/at/all")),
+        ):
+            with pytest.raises(error):
+                await engine.complete(prompt, params, lora)
+
+    serve(main)
+
+
+def test_one_requests_error_is_nobody_elses(serve, expected):
+    def fail(prompt, text, logits):
+        raise ZeroDivisionError("on purpose")
+
+    async def main(engine):
+        bad = SamplingParams(max_tokens=5, logits_processors=[fail])
+        found = await asyncio.gather(
+            *(engine.complete(PROMPT, bad if i % 3 == 0 else GREEDY) for i in range(9)), return_exceptions=True
+        )
+        for i, answer in enumerate(found):
+            if i % 3 == 0:
+                assert isinstance(answer, RequestError) and isinstance(answer.__cause__, ZeroDivisionError)
+            else:
+                assert answer.outputs[0].text == expected[None]
+
+    serve(main)
+
+
+def test_a_dead_engine_says_so(serve, monkeypatch):
+    async def main(engine):
+        endless = SamplingParams(max_tokens=400, ignore_eos=True)
+        running = asyncio.create_task(engine.complete(PROMPT, endless))
+        while not (await engine.stats()).running:
+            await asyncio.sleep(0.001)
+
+        def fail():
+            raise AssertionError("a bug")
+
+        monkeypatch.setattr(engine._llm.engine.scheduler, "schedule", fail)
+        with pytest.raises(EngineDeadError, match="a bug"):
+            await running
+        with pytest.raises(EngineDeadError, match="a bug"):
+            await engine.complete(PROMPT, GREEDY)
+        assert engine.dead is not None
+
+    serve(main)
+
+
+def test_closing_ends_what_runs(serve):
+    async def main(engine):
+        running = asyncio.create_task(engine.complete(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True)))
+        while not (await engine.stats()).running:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(EngineDeadError, match="closed"):
+            await running
+
+    serve(main)
+
+
+def test_adapters_come_and_go_under_load(serve, shelf, expected):
+    """Users of four adapters, some of whom leave; adapters are replaced and removed meanwhile; answers stay right."""
+
+    async def main(engine):
+        rng = random.Random(3)
+        for i, path in enumerate(shelf):
+            await engine.add_lora(f"a{i}", path)
+
+        async def user(number):
+            for _ in range(8):
+                name = rng.choice(list(expected))
+                lora = name and LoRARequest(name)
+                if rng.random() < 0.25:
+                    stream = engine.generate(PROMPT, GREEDY, lora)
+                    async for _ in stream:
+                        break
+                    await stream.aclose()
+                    continue
+                answer = await engine.complete(PROMPT, GREEDY, lora, tenant=str(number % 3), priority=number % 2)
+                assert answer.outputs[0].text == expected[name]
+
+        async def churn():
+            for turn in range(30):
+                i = turn % 4
+                await engine.add_lora(f"a{i}", shelf[i], load=turn % 2 == 0)
+                await engine.add_lora("other", shelf[(i + 1) % 4])
+                await engine.remove_lora("other", force=turn % 2 == 0)
+                await engine.reset_prefix_cache()
+
+        await asyncio.gather(churn(), *(user(i) for i in range(10)))
+
+    serve(main, max_loras=2, max_cpu_loras=2)
+
+
+def test_two_event_loops_share_an_engine(model, expected):
+    engine = AsyncEngine(model, **SIZES)
+    texts = []
+
+    def other():
+        texts.append(asyncio.run(engine.complete(PROMPT, GREEDY)).outputs[0].text)
+
+    threads = [threading.Thread(target=other) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    engine.close()
+    assert texts == [expected[None]] * 3
+
+
+# ---------------------------------------------------------------- LLM's queue
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    llm = LLM(model, **SIZES)
+    yield llm
+    llm.close()
+
+
+def test_a_queue_with_callbacks(llm, expected):
+    calls = {}
+
+    def callback(request):
+        calls.setdefault(request.output.request_id, []).append(request.output.outputs[0].text)
+
+    requests = [llm.submit(PROMPT, callback, GREEDY) for _ in range(9)]
+    llm.step()
+    assert sum(bool(r.output.outputs[0].token_ids) for r in requests) <= 6, "max_num_seqs run, the others wait"
+    llm.run()
+    for request in requests:
+        texts = calls[request.output.request_id]
+        assert len(texts) == 12 and texts[-1] == expected[None] == request.output.outputs[0].text
+        assert request.finished
+
+
+def test_one_token_a_step_for_everybody(llm):
+    requests = [llm.submit(PROMPT[: 10 + i], None, GREEDY) for i in range(6)]
+    while not all(request.output.outputs[0].token_ids for request in requests):
+        llm.step()
+    before = [len(request.output.outputs[0].token_ids) for request in requests]
+    changed = llm.step()
+    assert set(changed) == set(requests)
+    assert [len(request.output.outputs[0].token_ids) for request in requests] == [count + 1 for count in before]
+    llm.run()
+
+
+def test_callbacks_may_fail_submit_and_cancel(llm, expected):
+    more = []
+
+    def fail(request):
+        raise ZeroDivisionError("on purpose")
+
+    def go_on(request):
+        if request.finished and not more:
+            llm.cancel(endless)
+            more.append(llm.submit(PROMPT, None, GREEDY))
+
+    endless = llm.submit(PROMPT, None, SamplingParams(max_tokens=400, ignore_eos=True))
+    bad, good = llm.submit(PROMPT, fail, GREEDY), llm.submit(PROMPT, go_on, GREEDY)
+    llm.run()
+    assert isinstance(bad.output.error, ZeroDivisionError) and bad.output.outputs[0].finish_reason == "error"
+    assert endless.output.outputs[0].finish_reason == "abort"
+    assert good.output.outputs[0].text == more[0].output.outputs[0].text == expected[None]
+
+
+def test_generate_raises_with_all_outputs(llm, expected):
+    def fail(prompt, text, logits):
+        raise ZeroDivisionError("on purpose")
+
+    params = [GREEDY, SamplingParams(logits_processors=[fail])]
+    with pytest.raises(RequestError, match="1 of 2") as caught:
+        llm.generate([PROMPT, PROMPT], params)
+    assert caught.value.outputs[0].outputs[0].text == expected[None]
+    assert isinstance(caught.value.outputs[1].error, ZeroDivisionError)
+
+
+def test_adapters_as_arrays_replaced_in_place(llm, expected):
+    for i in (0, 1):
+        tensors = peft_tensors(CONFIG, 4 + i, LINEAR[:7], i)
+        llm.add_lora("arrays", tensors, {"r": 4 + i, "lora_alpha": 2 * (4 + i)})
+        assert llm.generate(PROMPT, GREEDY, LoRARequest("arrays"))[0].outputs[0].text == expected[f"a{i}"]
+    with pytest.raises(UsageError, match="adapter_config"):
+        llm.add_lora("arrays", tensors)
+    llm.remove_lora("arrays")
+    with pytest.raises(NotFoundError):
+        llm.generate(PROMPT, GREEDY, LoRARequest("arrays"))
+
+
+def test_a_path_in_the_request_registers(llm, shelf, expected):
+    for i in (0, 1, 1):
+        [answer] = llm.generate(PROMPT, GREEDY, LoRARequest("by-path", lora_path=shelf[i]))
+        assert answer.outputs[0].text == expected[f"a{i}"]
+    llm.remove_lora("by-path")
