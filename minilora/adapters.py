@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora_kernels.lora import pack_expand, pack_gather, pack_shrink
-from minilora_kernels.pack import BLOCK, PANEL
+from minilora_kernels.lora import pack_expand, pack_gather, pack_numbers, pack_shrink
+from minilora_kernels.pack import BLOCK, FLOAT32, PANEL
 
 from .checkpoint.folder import read_json
 from .checkpoint.safetensors import TensorFile
@@ -73,10 +73,9 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's content. pairs: by module name, as in "model.layers.0.self_attn.q_proj"; digest: of all of it."""
+    """An adapter's content. pairs: by module name, as in "model.layers.0.self_attn.q_proj"."""
 
     pairs: Mapping[str, Pair]
-    digest: str
     source: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -338,7 +337,7 @@ def adapter_from_arrays(
     if not halves:
         raise AdapterError("the adapter holds no tensors")
     pairs = {module: _pair(module, found, shapes[module], checked) for module, found in halves.items()}
-    return Adapter(pairs, _digest(pairs), source, dict(settings))
+    return Adapter(pairs, source, dict(settings))
 
 
 def _parse_name(name: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
@@ -369,15 +368,6 @@ def _pair(module: str, halves: Mapping[str, np.ndarray], shape: tuple[int, int],
         if not np.isfinite(half).all():
             raise AdapterError(f"{module}: lora_{name} holds a number that is not finite")
     return Pair(a, b * np.float32(settings.scaling(module, rank)))
-
-
-def _digest(pairs: Mapping[str, Pair]) -> str:
-    digest = hashlib.sha256()
-    for module in sorted(pairs):
-        a, b = pairs[module]
-        digest.update(f"{module} {a.shape} {b.shape} ".encode())
-        digest.update(np.ascontiguousarray(a).tobytes() + np.ascontiguousarray(b).tobytes())
-    return digest.hexdigest()
 
 
 def _check_targets(settings: Mapping[str, Any], adapter: Adapter, config: ModelConfig) -> None:
@@ -411,48 +401,62 @@ def _layers(chosen: Any, config: ModelConfig) -> set[int]:
 
 
 class PackedAdapter(NamedTuple):
-    """An adapter's bytes, and its rows of the tables in AdapterArrays with offsets counted from its own first byte."""
+    """An adapter's bytes, and its rows of the tables in AdapterArrays with offsets counted from its own first byte.
+
+    digest: SHA-256 of all of it: what the step computes with, and nothing else.
+    """
 
     data: np.ndarray
     inputs: np.ndarray
     outputs: np.ndarray
     embed: np.ndarray
+    digest: str
 
 
-class _Bytes:
-    """Collects arrays one after the other, each on a cache line."""
+class _Numbers:
+    """Collects float32 arrays one after the other, each on a cache line of the packed form. size: of a number there."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self.parts: list[np.ndarray] = []
-        self.size = 0
+        self._count, self._size = 0, size
 
-    def add(self, data: np.ndarray) -> int:
-        start = self.size
-        padding = -len(data) % 64
-        self.parts += [data, np.zeros(padding, np.uint8)]
-        self.size += len(data) + padding
+    def add(self, numbers: np.ndarray) -> int:
+        """The offset of an array's first byte in the packed form."""
+        start = self._count * self._size
+        padding = -len(numbers) % (64 // self._size)
+        self.parts += [numbers, np.zeros(padding, np.float32)]
+        self._count += len(numbers) + padding
         return start
 
 
 def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapter:
-    """An adapter in the form that the step reads, its numbers as FLOAT32 or FLOAT16."""
-    arena = _Bytes()
+    """An adapter in the form that the step reads, its numbers as FLOAT32 or FLOAT16.
+
+    Raises AdapterError where a number is too large for float16.
+    """
+    arena = _Numbers(4 if fmt == FLOAT32 else 2)
     inputs = np.zeros((config.layers + 1, 4, 2), np.int64)
     outputs = np.zeros((config.layers + 1, 7, 3), np.int64)
     embed = np.zeros(3, np.int64)
     for layer in range(config.layers):
         for source in OUTPUTS_OF:
-            _pack_input(adapter, config, layer, source, fmt, arena, inputs[layer, source], outputs[layer])
+            _pack_input(adapter, config, layer, source, arena, inputs[layer, source], outputs[layer])
     if HEAD in adapter.pairs:
         a, b = adapter.pairs[HEAD]
-        inputs[-1, 0] = arena.add(pack_shrink(a, fmt)), -(-len(a) // PANEL) * PANEL
+        inputs[-1, 0] = arena.add(pack_shrink(a)), -(-len(a) // PANEL) * PANEL
         padded = np.pad(b, ((0, -len(b) % PANEL), (0, 0)))
-        outputs[-1, 0] = arena.add(pack_expand(padded, fmt)), len(a), 0
+        outputs[-1, 0] = arena.add(pack_expand(padded)), len(a), 0
     if EMBED in adapter.pairs:
         a, b = adapter.pairs[EMBED]
-        embed[:] = arena.add(pack_gather(a, fmt)), arena.add(pack_expand(b, fmt)), len(a)
-    data = np.concatenate(arena.parts) if arena.parts else np.zeros(0, np.uint8)
-    return PackedAdapter(data, inputs, outputs, embed)
+        embed[:] = arena.add(pack_gather(a)), arena.add(pack_expand(b)), len(a)
+    try:
+        data = pack_numbers(np.concatenate([*arena.parts, np.zeros(0, np.float32)]), fmt)
+    except OverflowError as error:
+        raise AdapterError(f"the adapter has {error}", "Run with dtype float32.") from None
+    digest = hashlib.sha256(data.data)
+    for table in (inputs, outputs, embed):
+        digest.update(table.data)
+    return PackedAdapter(data, inputs, outputs, embed, digest.hexdigest())
 
 
 def _pack_input(
@@ -460,8 +464,7 @@ def _pack_input(
     config: ModelConfig,
     layer: int,
     source: int,
-    fmt: int,
-    arena: _Bytes,
+    arena: _Numbers,
     input_row: np.ndarray,
     output_rows_: np.ndarray,
 ) -> None:
@@ -474,12 +477,12 @@ def _pack_input(
         a, b = adapter.pairs[name]
         start = 0
         for out in outs:
-            output_rows_[out] = arena.add(pack_expand(b[start : start + rows[out]], fmt)), len(a), column
+            output_rows_[out] = arena.add(pack_expand(b[start : start + rows[out]])), len(a), column
             start += rows[out]
         stacked.append(a)
         column += len(a)
     if stacked:
-        input_row[:] = arena.add(pack_shrink(np.concatenate(stacked), fmt)), -(-column // PANEL) * PANEL
+        input_row[:] = arena.add(pack_shrink(np.concatenate(stacked))), -(-column // PANEL) * PANEL
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class AsyncEngine:
         self.tokenizer, self.model = self._llm.tokenizer, self._llm.model
         self._orders: deque[tuple[Callable[[], Any], Future]] = deque()
         self._wake = threading.Event()
-        self._llm.engine.on_news = self._wake.set
+        self._llm.engine.adapters.loader.wake = self._wake.set
         self._streams: dict[Request, _Stream] = {}
         self._death: EngineDeadError | None = None
         self._closing = False

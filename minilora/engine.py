@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .adapters import Adapter, load_adapter
-from .adapters import pack_adapter as pack
+from .adapters import Adapter, load_adapter, pack_adapter
 from .batch import Chunk, Use
 from .cache import PagePool
 from .errors import AdapterError, RequestError, UsageError
@@ -64,13 +63,13 @@ class Engine:
         self.runner = Runner(weights, config, self.length)
         self.pool = PagePool(self.runner.pages, self.runner.poison_page if config.debug_checks else None)
         self._news = threading.Event()
-        self.on_news = self._news.set
+        model, fmt = self.model, self.runner.adapters.format
         self.adapters = AdapterRegistry(
             self.runner.adapters,
             config.max_lora_rank,
-            lambda folder: load_adapter(folder, self.model, weights),
-            lambda adapter: pack(adapter, self.model, self.runner.adapters.format),
-            lambda: self.on_news(),
+            lambda folder: load_adapter(folder, model, weights),
+            lambda adapter: pack_adapter(adapter, model, fmt),
+            self._news.set,
         )
         rows = config.max_num_batched_tokens
         self.scheduler = Scheduler(
@@ -96,9 +95,10 @@ class Engine:
 
         A folder is read when a request wants it. Raises NotFoundError, FormatError or UsageError.
         """
-        if name is None:
-            name = source.digest if isinstance(source, Adapter) else str(source)
-        return self.adapters.add(name, source, weight)
+        if isinstance(source, Path):
+            return self.adapters.add(name or str(source), source, weight)
+        loaded = self.adapters.read(source)
+        return self.adapters.add(name or loaded.packed.digest, source, weight, loaded)
 
     def remove_adapter(self, name: str, force: bool = False) -> None:
         """Forget an adapter's name: its requests finish first, or with force end at once with an AdapterError.

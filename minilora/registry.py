@@ -72,11 +72,15 @@ Read = Callable[[Path], Adapter]
 Pack = Callable[[Adapter], PackedAdapter]
 
 
+def _loaded(adapter: Adapter, pack: Pack) -> Loaded:
+    return Loaded(adapter, pack(adapter))
+
+
 class Loader:
-    """A thread that reads adapters. read: run in it; wake: called in it when something is done."""
+    """A thread that reads adapters. read: run in it; wake: called in it when something is done, may be replaced."""
 
     def __init__(self, read: Callable[[Path], Loaded], wake: Callable[[], None]):
-        self._read, self._wake = read, wake
+        self._read, self.wake = read, wake
         self._orders: SimpleQueue[AdapterVersion | None] = SimpleQueue()
         self.done: deque[_Result] = deque()
         self._thread: threading.Thread | None = None
@@ -93,7 +97,7 @@ class Loader:
             started = time.perf_counter()
             loaded = self._load(version)
             self.done.append(_Result(version, loaded, time.perf_counter() - started))
-            self._wake()
+            self.wake()
 
     def _load(self, version: AdapterVersion) -> Loaded | MiniloraError:
         try:
@@ -126,7 +130,7 @@ class AdapterRegistry:
         self.counts = AdapterCounts()
         self.names: dict[str, AdapterVersion] = {}
         self._read, self._pack = read, pack
-        self._loader = Loader(self.read, wake)
+        self.loader = Loader(lambda path: _loaded(read(path), pack), wake)
         self._retired: set[AdapterVersion] = set()
         # Loads in the background; and these together with what was loaded and waits outside the pool.
         self._in_flight = self._outstanding = 0
@@ -135,8 +139,7 @@ class AdapterRegistry:
 
     def read(self, source: Path | Adapter) -> Loaded:
         """An adapter's content, for `add`. May be called from any thread. Raises what reading raises."""
-        adapter = self._read(source) if isinstance(source, Path) else source
-        return Loaded(adapter, self._pack(adapter))
+        return _loaded(self._read(source) if isinstance(source, Path) else source, self._pack)
 
     def add(
         self, name: str, source: Path | Adapter, weight: float = 1.0, loaded: Loaded | None = None
@@ -224,7 +227,7 @@ class AdapterRegistry:
                     version.loading = True
                     self._in_flight += 1
                     self._outstanding += 1
-                    self._loader.order(version)
+                    self.loader.order(version)
         return ready
 
     def acquire(self, versions: Iterable[AdapterVersion]) -> bool:
@@ -279,15 +282,15 @@ class AdapterRegistry:
 
     def collect(self) -> None:
         """Take what the background thread has finished."""
-        while self._loader.done:
-            version, loaded, seconds = self._loader.done.popleft()
+        while self.loader.done:
+            version, loaded, seconds = self.loader.done.popleft()
             version.loading = False
             self._in_flight -= 1
             counts = self.counts
             counts.loads += 1
             counts.load_seconds += seconds
             counts.longest_load = max(counts.longest_load, seconds)
-            found = loaded if isinstance(loaded, MiniloraError) else self._objection(version, loaded.adapter) or loaded
+            found = loaded if isinstance(loaded, MiniloraError) else self._objection(version, loaded) or loaded
             if isinstance(found, MiniloraError):
                 counts.failures += 1
                 version.error = found
@@ -296,20 +299,20 @@ class AdapterRegistry:
                 self._fill(version, found)
             self._drop_if_unused(version)
 
-    def _objection(self, version: AdapterVersion, adapter: Adapter) -> MiniloraError | None:
-        if version.digest is not None and adapter.digest != version.digest:
+    def _objection(self, version: AdapterVersion, loaded: Loaded) -> MiniloraError | None:
+        if version.digest is not None and loaded.packed.digest != version.digest:
             return AdapterError(
                 f"the files of adapter {version.name!r} have changed since it was registered",
                 "Register it again under the same name.",
             )
         try:
-            self._check_rank(version.name, adapter.rank)
+            self._check_rank(version.name, loaded.adapter.rank)
         except UsageError as error:
             return error
         return None
 
     def _fill(self, version: AdapterVersion, loaded: Loaded) -> None:
-        version.digest, version.rank = loaded.adapter.digest, loaded.adapter.rank
+        version.digest, version.rank = loaded.packed.digest, loaded.adapter.rank
         version.packed, version.size = loaded.packed, len(loaded.packed.data)
 
     def _let_go(self, version: AdapterVersion) -> None:
@@ -331,7 +334,7 @@ class AdapterRegistry:
 
     def close(self) -> None:
         """End the background thread."""
-        self._loader.close()
+        self.loader.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the books are wrong."""

@@ -14,7 +14,7 @@ from minilora.adapters import load_adapter, pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
 from minilora.pool import AdapterPool
-from minilora_kernels.pack import FLOAT16
+from minilora_kernels.pack import FLOAT16, FLOAT32
 
 from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
 
@@ -59,12 +59,20 @@ def test_layers_to_transform(tmp_path):
 
 
 def test_the_digest_is_of_the_content(tmp_path):
-    one, same, other = (
-        load_adapter(save_adapter(tmp_path / name, CONFIG, seed=seed), CONFIG)
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
-    )
-    scaled = load_adapter(save_adapter(tmp_path / "d", CONFIG, seed=1, lora_alpha=9), CONFIG)
-    assert one.digest == same.digest and len({one.digest, other.digest, scaled.digest}) == 3
+    def digest(name, seed, **settings):
+        adapter = load_adapter(save_adapter(tmp_path / name, CONFIG, seed=seed, **settings), CONFIG)
+        return pack_adapter(adapter, CONFIG, FLOAT16).digest
+
+    assert digest("a", 1) == digest("b", 1)
+    assert len({digest("a", 1), digest("c", 2), digest("d", 1, lora_alpha=9), digest("e", 1, rank=8)}) == 4
+
+
+def test_numbers_too_large_for_float16_are_refused():
+    adapter = make_adapter(CONFIG)
+    next(iter(adapter.pairs.values())).b[0, 0] = 70000
+    with pytest.raises(AdapterError, match="65504"):
+        pack_adapter(adapter, CONFIG, FLOAT16)
+    pack_adapter(adapter, CONFIG, FLOAT32)
 
 
 BAD_SETTINGS = [
@@ -210,18 +218,19 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.adapters = [
+        adapters = [
             make_adapter(CONFIG, rank=rank, seed=rank, modules=("q_proj", "up_proj")[: 1 + rank % 2])
             for rank in (1, 4, 8, 20, 33)
         ]
-        packed = [pack_adapter(adapter, CONFIG, FLOAT16) for adapter in self.adapters]
-        self.packed = {adapter.digest: p for adapter, p in zip(self.adapters, packed, strict=True)}
+        packed = [pack_adapter(adapter, CONFIG, FLOAT16) for adapter in adapters]
+        self.digests = [p.digest for p in packed]
+        self.packed = {p.digest: p for p in packed}
         self.pool = AdapterPool(CONFIG, 3, 2 * max(len(p.data) for p in packed))
         self.users = dict.fromkeys(self.packed, 0)
 
     @rule(i=st.integers(0, 4))
     def insert(self, i):
-        digest = self.adapters[i].digest
+        digest = self.digests[i]
         if self.pool.insert(digest, self.packed[digest]):
             assert digest in self.pool
         else:
@@ -229,7 +238,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 4))
     def acquire(self, i):
-        digest = self.adapters[i].digest
+        digest = self.digests[i]
         if digest in self.pool:
             self.pool.acquire(digest)
             self.users[digest] += 1
@@ -243,7 +252,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 4))
     def remove(self, i):
-        digest = self.adapters[i].digest
+        digest = self.digests[i]
         expected = digest in self.pool and not self.users[digest]
         assert self.pool.remove(digest) == expected
 
@@ -272,4 +281,4 @@ def test_what_can_never_fit_is_refused():
     pool = AdapterPool(CONFIG, 2, 1000)
     adapter = make_adapter(CONFIG, rank=8)
     with pytest.raises(ResourceError, match="larger than the whole pool"):
-        pool.insert(adapter.digest, pack_adapter(adapter, CONFIG, FLOAT16))
+        pool.insert("digest", pack_adapter(adapter, CONFIG, FLOAT16))

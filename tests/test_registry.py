@@ -285,7 +285,8 @@ class RegistryMachine(RuleBasedStateMachine):
         super().__init__()
         self.store = Store(room=2, slots=3, used=2)
         self.adapters = [make_adapter(CONFIG, rank=4, modules=("q_proj", "v_proj"), seed=i) for i in range(4)]
-        self.expected = {a.digest: pack_adapter(a, CONFIG, FLOAT16).data for a in self.adapters}
+        packed = [pack_adapter(adapter, CONFIG, FLOAT16) for adapter in self.adapters]
+        self.expected = {p.digest: p.data for p in packed}
         self.root = RegistryMachine.root
         self.waiting, self.running = [], []
 

@@ -399,7 +399,7 @@ def _lora_cases(fmt: int) -> list[Case]:
     twin_shrink, twin_gather, twin_expand = reference.make_lora(dtype)
 
     def make_shrink(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        a = lora.pack_shrink(_normal(rng, s["R"] * s["K"]).reshape(s["R"], s["K"]), fmt)
+        a = lora.pack_numbers(lora.pack_shrink(_normal(rng, s["R"] * s["K"]).reshape(s["R"], s["K"])), fmt)
         padded = -(-s["R"] // 16) * 16
         return (
             a,
@@ -417,7 +417,7 @@ def _lora_cases(fmt: int) -> list[Case]:
         )
 
     def make_expand(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        b = lora.pack_expand(_normal(rng, s["N"] * s["R"]).reshape(s["N"], s["R"]), fmt)
+        b = lora.pack_numbers(lora.pack_expand(_normal(rng, s["N"] * s["R"]).reshape(s["N"], s["R"])), fmt)
         step = s.get("step", 16)
         stride = s["N"] // 16 * step
         return (
@@ -439,7 +439,7 @@ def _lora_cases(fmt: int) -> list[Case]:
 
     def make_gather(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         padded = -(-s["R"] // 16) * 16
-        a = lora.pack_gather(_normal(rng, s["R"] * s["V"]).reshape(s["R"], s["V"]), fmt)
+        a = lora.pack_numbers(lora.pack_gather(_normal(rng, s["R"] * s["V"]).reshape(s["R"], s["V"])), fmt)
         return a, 0, padded, s["V"] - 1, np.float32(2), np.zeros(padded, np.float32), 0
 
     name = FORMAT_NAMES[fmt]
@@ -668,6 +668,16 @@ CASES: list[Case] = [
         _SAMPLING,
         tuple({"V": v, **more} for v in (49152, 151936) for more in ({}, {"k": 50, "p": 95}, {"p": 95})),
         _row_bytes,
+    ),
+    Case(
+        "narrow",
+        lora.narrow,
+        reference.narrow,
+        lambda rng, s: (_normal(rng, s["n"]), s["n"], np.zeros(s["n"], np.uint16)),
+        0,
+        tuple({"n": n} for n in (16, 4096)),
+        ({"n": 1 << 22},),
+        lambda s: 6 * s["n"],
     ),
     Case(
         "fit_ranges",

@@ -10,38 +10,62 @@ from functools import cache
 
 import numpy as np
 
-from .jit import kernel
+from .jit import kernel, program
 from .pack import FLOAT16, FLOAT32, PANEL
-from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch, splat_f32, store_f32, tile
+from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch, splat_f32, store_f16, store_f32, tile
 
 CHAINS = 4
 AHEAD = 1024
 PANELS_AHEAD = 8
+LARGEST_FLOAT16 = 65504.0
 
 ZERO = np.float32(0)
 
 
-def pack_shrink(a: np.ndarray, fmt: int) -> np.ndarray:
-    """uint8 panels of A [R, K] (the ranks of all matrices that share the input); R is padded to 16 with zeros."""
+def pack_shrink(a: np.ndarray) -> np.ndarray:
+    """Panels of A [R, K] (the ranks of all matrices that share the input), flat; R is padded to 16 with zeros."""
+    panels = np.zeros((-(-len(a) // PANEL), a.shape[1], PANEL), np.float32)
+    for p, panel in enumerate(panels):
+        rows = a[p * PANEL : (p + 1) * PANEL]
+        panel[:, : len(rows)] = rows.T
+    return panels.reshape(-1)
+
+
+def pack_expand(b: np.ndarray) -> np.ndarray:
+    """Panels of B [N, rank], alpha / rank folded in, flat; N is a multiple of 16."""
+    return np.ascontiguousarray(b.reshape(-1, PANEL, b.shape[1]).transpose(0, 2, 1), np.float32).reshape(-1)
+
+
+def pack_gather(a: np.ndarray) -> np.ndarray:
+    """An embedding's A [rank, V], transposed, flat: [V][rank padded to 16]."""
     padded = np.pad(a, ((0, -len(a) % PANEL), (0, 0)))
-    panels = padded.reshape(-1, PANEL, a.shape[1]).transpose(0, 2, 1)
-    return np.ascontiguousarray(panels, _dtype(fmt)).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(padded.T, np.float32).reshape(-1)
 
 
-def pack_expand(b: np.ndarray, fmt: int) -> np.ndarray:
-    """uint8 panels of B [N, rank], alpha / rank folded in; N is a multiple of 16."""
-    panels = b.reshape(-1, PANEL, b.shape[1]).transpose(0, 2, 1)
-    return np.ascontiguousarray(panels, _dtype(fmt)).reshape(-1).view(np.uint8)
+def pack_numbers(x: np.ndarray, fmt: int) -> np.ndarray:
+    """float32 numbers, a multiple of 16 of them, as the bytes of fmt: FLOAT32 or FLOAT16.
+
+    Raises OverflowError where one is too large for float16.
+    """
+    if fmt == FLOAT32 or not len(x):
+        return x.view(np.uint8)
+    if max(x.max(), -x.min()) > LARGEST_FLOAT16:
+        raise OverflowError(f"numbers up to {max(x.max(), -x.min()):g}, float16 ends at {LARGEST_FLOAT16:g}")
+    out = np.empty(len(x), np.uint16)
+    _narrow_program()(x, len(x), out)
+    return out.view(np.uint8)
 
 
-def pack_gather(a: np.ndarray, fmt: int) -> np.ndarray:
-    """uint8 of an embedding's A [rank, V], transposed: [V][rank padded to 16]."""
-    padded = np.pad(a, ((0, -len(a) % PANEL), (0, 0)))
-    return np.ascontiguousarray(padded.T, _dtype(fmt)).reshape(-1).view(np.uint8)
+@cache
+def _narrow_program():
+    return program(narrow)
 
 
-def _dtype(fmt: int):
-    return {FLOAT32: np.float32, FLOAT16: np.float16}[fmt]
+@kernel
+def narrow(x, n, out):
+    """out[i] = float16(x[i]), i < n, rounded to nearest, ties to even. x: float32; out: uint16, n a multiple of 16."""
+    for i in range(0, n, 16):
+        store_f16(out, i, load_f32(x, i))
 
 
 def _shrink_tile(rows: int, fmt: int):

@@ -76,6 +76,11 @@ def quantize_row(x, at, n, group, rows, row, column):
     rows.offsets[groups] = rows.scales[groups] * q.sum(axis=1).astype(np.float32)
 
 
+def narrow(x, n, out):
+    """out[i] = float16(x[i])."""
+    out[:n] = x[:n].astype(np.float16).view(np.uint16)
+
+
 def silu_mul(gate_up, at, panels, out, out_at):
     """out = gate * sigmoid(gate) * up, 16 values of gate and 16 of up in turn."""
     gate, up = np.moveaxis(_span(gate_up, at, 32 * panels).reshape(panels, 2, PANEL), 1, 0).astype(np.float64)

@@ -1,0 +1,150 @@
+"""What benchmarks feed to engines and servers: requests with seeded lengths, arrivals and adapters.
+
+The same seed gives the same requests, whoever serves them.
+"""
+
+import argparse
+import csv
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from minilora.adapters import module_shapes
+from minilora.config import ModelConfig
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request. at: seconds after the start, 0 in a closed loop; adapter: its number or None."""
+
+    at: float
+    prompt: tuple[int, ...]
+    generate: int
+    adapter: int | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that describe a workload."""
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--concurrency", type=int, default=8, help="closed loop: requests under way at any time")
+    parser.add_argument("--rate", type=float, help="open loop: requests per second")
+    parser.add_argument(
+        "--burstiness", type=float, default=1.0, help="open loop: gamma shape; 1 is Poisson, less is burstier"
+    )
+    parser.add_argument("--prompt", type=span, default=(128, 128), help="tokens, N or LOW-HIGH")
+    parser.add_argument("--generate", type=span, default=(64, 64), help="tokens, N or LOW-HIGH")
+    parser.add_argument(
+        "--trace", type=Path, help="CSV of arrival time, prompt and output tokens, instead of the ranges"
+    )
+    parser.add_argument("--adapters", type=int, default=8, help="registered adapters; 0 for the base model alone")
+    parser.add_argument("--popularity", default="distinct", help="distinct, identical, uniform, zipf:S or power:ALPHA")
+    parser.add_argument("--ranks", type=ranks, default=[16], help="ranks that adapters have in turn, as 8,16,32,64")
+    parser.add_argument("--seed", type=int, default=1)
+
+
+def span(text: str) -> tuple[int, int]:
+    """ "128" or "64-256" as (low, high)."""
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
+
+
+def ranks(text: str) -> list[int]:
+    """ "8,16" as numbers."""
+    return [int(part) for part in text.split(",")]
+
+
+def draw_adapters(popularity: str, adapters: int, requests: int, rng: np.random.Generator) -> list[int | None]:
+    """Which adapter each request uses.
+
+    distinct: each in turn; zipf:S: the k-th with probability k^-S; power:ALPHA: S-LoRA's own way to draw
+    (arXiv:2311.03285), number n * U^(1 / ALPHA).
+    """
+    if adapters == 0:
+        return [None] * requests
+    kind, _, value = popularity.partition(":")
+    if kind == "distinct":
+        return [i % adapters for i in range(requests)]
+    if kind == "identical":
+        return [0] * requests
+    if kind == "uniform":
+        return rng.integers(adapters, size=requests).tolist()
+    if kind == "zipf":
+        weights = np.arange(1, adapters + 1) ** -float(value or 1)
+        return rng.choice(adapters, requests, p=weights / weights.sum()).tolist()
+    if kind == "power":
+        return (rng.power(float(value or 1), requests) * adapters).astype(int).tolist()
+    raise SystemExit(f"--popularity {popularity!r} is not known")
+
+
+def read_trace(path: Path, requests: int) -> list[tuple[float, int, int]]:
+    """(seconds, prompt tokens, output tokens) of a trace's first requests."""
+    rows = []
+    with path.open(newline="") as file:
+        for row in csv.reader(file):
+            if len(rows) == requests:
+                break
+            if row and row[1].isdecimal():
+                at = datetime.fromisoformat(row[0][:26]).timestamp() if not _is_number(row[0]) else float(row[0])
+                rows.append((at, int(row[1]), int(row[2])))
+    start = rows[0][0]
+    return [(at - start, prompt, generate) for at, prompt, generate in rows]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def make_arrivals(options: argparse.Namespace, vocabulary: int, most: int) -> list[Arrival]:
+    """The requests, none longer than `most` tokens."""
+    rng = np.random.default_rng(options.seed)
+    count = options.requests
+    chosen = draw_adapters(options.popularity, options.adapters, count, rng)
+    if options.trace:
+        sizes = read_trace(options.trace, count)
+    else:
+        prompts = rng.integers(options.prompt[0], options.prompt[1] + 1, count)
+        texts = rng.integers(options.generate[0], options.generate[1] + 1, count)
+        gaps = (
+            rng.gamma(options.burstiness, 1 / (options.burstiness * options.rate), count)
+            if options.rate
+            else [0.0] * count
+        )
+        sizes = list(zip(np.cumsum(gaps).tolist(), prompts.tolist(), texts.tolist(), strict=True))
+    arrivals = []
+    for (at, prompt, generate), adapter in zip(sizes, chosen, strict=True):
+        length = max(1, min(prompt, most - 2))
+        tokens = tuple(rng.integers(3, vocabulary, length).tolist())
+        arrivals.append(Arrival(at, tokens, max(1, min(generate, most - length - 1)), adapter))
+    return arrivals
+
+
+def adapter_tensors(config: ModelConfig, rank: int, seed: int) -> dict[str, np.ndarray]:
+    """Random float16 tensors under PEFT's names on all linear layers, the update about a tenth of the weights' size."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, (rows, columns) in module_shapes(config).items():
+        if name.endswith(LINEAR):
+            a, b = rng.standard_normal((rank, columns), np.float32), rng.standard_normal((rows, rank), np.float32)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = (a * np.float32(0.05 / columns**0.5)).astype(np.float16)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = (b * np.float32(0.05)).astype(np.float16)
+    return tensors
+
+
+def save_random_adapter(folder: Path, config: ModelConfig, rank: int, seed: int) -> Path:
+    """A PEFT folder of such tensors, made once."""
+    if not (folder / "adapter_config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = sorted({name.rsplit(".", 1)[-1] for name in module_shapes(config) if name.endswith(LINEAR)})
+        settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+        save_file(adapter_tensors(config, rank, seed), folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
