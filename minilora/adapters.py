@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora_kernels.lora import pack_expand, pack_gather, pack_numbers, pack_shrink
+from minilora_kernels.convert import narrow_float16
+from minilora_kernels.lora import pack_expand, pack_gather, pack_shrink
 from minilora_kernels.pack import BLOCK, FLOAT32, PANEL
 
 from .checkpoint.folder import read_json
@@ -413,20 +414,34 @@ class PackedAdapter(NamedTuple):
     digest: str
 
 
-class _Numbers:
-    """Collects float32 arrays one after the other, each on a cache line of the packed form. size: of a number there."""
+class _Arena:
+    """Takes float32 arrays as fmt, FLOAT32 or FLOAT16, one after the other, each on a cache line. size: bytes at most."""
 
-    def __init__(self, size: int) -> None:
-        self.parts: list[np.ndarray] = []
-        self._count, self._size = 0, size
+    def __init__(self, fmt: int, size: int) -> None:
+        self._data = np.empty(size // 4, np.float32) if fmt == FLOAT32 else np.empty(size // 2, np.uint16)
+        self._count = 0
 
     def add(self, numbers: np.ndarray) -> int:
-        """The offset of an array's first byte in the packed form."""
-        start = self._count * self._size
-        padding = -len(numbers) % (64 // self._size)
-        self.parts += [numbers, np.zeros(padding, np.float32)]
-        self._count += len(numbers) + padding
-        return start
+        """The offset of an array's first byte."""
+        start, self._count = self._count, self._count + len(numbers)
+        if self._data.dtype == np.float32:
+            self._data[start : self._count] = numbers
+        else:
+            narrow_float16(numbers, self._data, start)
+        padding = -self._count % (64 // self._data.itemsize)
+        self._data[self._count : self._count + padding] = 0
+        self._count += padding
+        return start * self._data.itemsize
+
+    def bytes(self) -> np.ndarray:
+        """All of them."""
+        return self._data[: self._count].view(np.uint8)
+
+
+def _most_bytes(adapter: Adapter, fmt: int) -> int:
+    """Bytes of an adapter's packed form at most, padding included."""
+    numbers = sum((len(a) + PANEL) * a.shape[1] + (len(b) + PANEL) * b.shape[1] for a, b in adapter.pairs.values())
+    return (4 if fmt == FLOAT32 else 2) * numbers + 64 * 4 * len(adapter.pairs)
 
 
 def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapter:
@@ -434,29 +449,36 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapt
 
     Raises AdapterError where a number is too large for float16.
     """
-    arena = _Numbers(4 if fmt == FLOAT32 else 2)
+    arena = _Arena(fmt, _most_bytes(adapter, fmt))
     inputs = np.zeros((config.layers + 1, 4, 2), np.int64)
     outputs = np.zeros((config.layers + 1, 7, 3), np.int64)
     embed = np.zeros(3, np.int64)
-    for layer in range(config.layers):
-        for source in OUTPUTS_OF:
-            _pack_input(adapter, config, layer, source, arena, inputs[layer, source], outputs[layer])
-    if HEAD in adapter.pairs:
-        a, b = adapter.pairs[HEAD]
-        inputs[-1, 0] = arena.add(pack_shrink(a)), -(-len(a) // PANEL) * PANEL
-        padded = np.pad(b, ((0, -len(b) % PANEL), (0, 0)))
-        outputs[-1, 0] = arena.add(pack_expand(padded)), len(a), 0
-    if EMBED in adapter.pairs:
-        a, b = adapter.pairs[EMBED]
-        embed[:] = arena.add(pack_gather(a)), arena.add(pack_expand(b)), len(a)
     try:
-        data = pack_numbers(np.concatenate([*arena.parts, np.zeros(0, np.float32)]), fmt)
+        for layer in range(config.layers):
+            for source in OUTPUTS_OF:
+                _pack_input(adapter, config, layer, source, arena, inputs[layer, source], outputs[layer])
+        _pack_ends(adapter, arena, inputs[-1], outputs[-1], embed)
     except OverflowError as error:
         raise AdapterError(f"the adapter has {error}", "Run with dtype float32.") from None
+    data = arena.bytes()
     digest = hashlib.sha256(data.data)
     for table in (inputs, outputs, embed):
         digest.update(table.data)
     return PackedAdapter(data, inputs, outputs, embed, digest.hexdigest())
+
+
+def _pack_ends(
+    adapter: Adapter, arena: _Arena, head_inputs: np.ndarray, head_outputs: np.ndarray, embed: np.ndarray
+) -> None:
+    """The pairs of the head and of the embedding."""
+    if HEAD in adapter.pairs:
+        a, b = adapter.pairs[HEAD]
+        head_inputs[0] = arena.add(pack_shrink([a])), -(-len(a) // PANEL) * PANEL
+        padded = np.pad(b, ((0, -len(b) % PANEL), (0, 0)))
+        head_outputs[0] = arena.add(pack_expand(padded)), len(a), 0
+    if EMBED in adapter.pairs:
+        a, b = adapter.pairs[EMBED]
+        embed[:] = arena.add(pack_gather(a)), arena.add(pack_expand(b)), len(a)
 
 
 def _pack_input(
@@ -464,7 +486,7 @@ def _pack_input(
     config: ModelConfig,
     layer: int,
     source: int,
-    arena: _Numbers,
+    arena: _Arena,
     input_row: np.ndarray,
     output_rows_: np.ndarray,
 ) -> None:
@@ -482,7 +504,7 @@ def _pack_input(
         stacked.append(a)
         column += len(a)
     if stacked:
-        input_row[:] = arena.add(pack_shrink(np.concatenate(stacked))), -(-column // PANEL) * PANEL
+        input_row[:] = arena.add(pack_shrink(stacked)), -(-column // PANEL) * PANEL
 
 
 def describe(folder: Path) -> dict[str, Any]:

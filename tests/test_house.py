@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import minilora
-from minilora_kernels import attention, cases, linear, lora, pointwise, reference, sample
+from minilora_kernels import attention, cases, convert, linear, lora, pointwise, reference, sample
 from minilora_kernels.jit import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +95,7 @@ def test_no_check_depends_on_assert():
 
 
 def public_kernels():
-    for module in (linear, lora, pointwise, attention, sample):
+    for module in (linear, lora, pointwise, attention, sample, convert):
         for name, value in vars(module).items():
             if isinstance(value, Kernel) and not name.startswith("_") and value.py_func.__module__ == module.__name__:
                 yield name, value

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import attention, lora, pointwise, reference, sample
+from . import attention, convert, lora, pointwise, reference, sample
 from .attention import KV, KV_FLOAT16, KV_FLOAT32, KV_INT8, KV_NAMES, Query, make_attention, partial_size, scratch_size
 from .jit import program
 from .linear import Rows, make_linear
@@ -392,6 +392,10 @@ def _make_merge(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
 # ---------------------------------------------------------------- LoRA
 
 
+def _encoded(x: np.ndarray, dtype: type) -> np.ndarray:
+    return x.astype(dtype).view(np.uint8)
+
+
 def _lora_cases(fmt: int) -> list[Case]:
     shrink, gather, expand = lora.make_lora(fmt)
     dtype = {FLOAT32: np.float32, FLOAT16: np.float16}[fmt]
@@ -399,7 +403,7 @@ def _lora_cases(fmt: int) -> list[Case]:
     twin_shrink, twin_gather, twin_expand = reference.make_lora(dtype)
 
     def make_shrink(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        a = lora.pack_numbers(lora.pack_shrink(_normal(rng, s["R"] * s["K"]).reshape(s["R"], s["K"])), fmt)
+        a = _encoded(lora.pack_shrink([_normal(rng, s["R"] * s["K"]).reshape(s["R"], s["K"])]), dtype)
         padded = -(-s["R"] // 16) * 16
         return (
             a,
@@ -417,7 +421,7 @@ def _lora_cases(fmt: int) -> list[Case]:
         )
 
     def make_expand(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        b = lora.pack_numbers(lora.pack_expand(_normal(rng, s["N"] * s["R"]).reshape(s["N"], s["R"])), fmt)
+        b = _encoded(lora.pack_expand(_normal(rng, s["N"] * s["R"]).reshape(s["N"], s["R"])), dtype)
         step = s.get("step", 16)
         stride = s["N"] // 16 * step
         return (
@@ -439,7 +443,7 @@ def _lora_cases(fmt: int) -> list[Case]:
 
     def make_gather(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         padded = -(-s["R"] // 16) * 16
-        a = lora.pack_numbers(lora.pack_gather(_normal(rng, s["R"] * s["V"]).reshape(s["R"], s["V"])), fmt)
+        a = _encoded(lora.pack_gather(_normal(rng, s["R"] * s["V"]).reshape(s["R"], s["V"])), dtype)
         return a, 0, padded, s["V"] - 1, np.float32(2), np.zeros(padded, np.float32), 0
 
     name = FORMAT_NAMES[fmt]
@@ -671,11 +675,21 @@ CASES: list[Case] = [
     ),
     Case(
         "narrow",
-        lora.narrow,
+        convert.narrow,
         reference.narrow,
-        lambda rng, s: (_normal(rng, s["n"]), s["n"], np.zeros(s["n"], np.uint16)),
+        lambda rng, s: (_normal(rng, s["n"]), s["n"], np.zeros(s["n"] + 16, np.uint16), 16),
         0,
-        tuple({"n": n} for n in (16, 4096)),
+        ({"n": 16}, {"n": 4096}),
+        ({"n": 1 << 22},),
+        lambda s: 6 * s["n"],
+    ),
+    Case(
+        "widen",
+        convert.widen,
+        reference.widen,
+        lambda rng, s: (_normal(rng, s["n"]).astype(np.float16).view(np.uint16), s["n"], np.zeros(s["n"], np.float32)),
+        0,
+        ({"n": 16}, {"n": 4096}),
         ({"n": 1 << 22},),
         lambda s: 6 * s["n"],
     ),

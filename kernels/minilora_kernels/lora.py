@@ -10,24 +10,29 @@ from functools import cache
 
 import numpy as np
 
-from .jit import kernel, program
+from .jit import kernel
 from .pack import FLOAT16, FLOAT32, PANEL
-from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch, splat_f32, store_f16, store_f32, tile
+from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch, splat_f32, store_f32, tile
 
 CHAINS = 4
 AHEAD = 1024
 PANELS_AHEAD = 8
-LARGEST_FLOAT16 = 65504.0
 
 ZERO = np.float32(0)
 
 
-def pack_shrink(a: np.ndarray) -> np.ndarray:
-    """Panels of A [R, K] (the ranks of all matrices that share the input), flat; R is padded to 16 with zeros."""
-    panels = np.zeros((-(-len(a) // PANEL), a.shape[1], PANEL), np.float32)
-    for p, panel in enumerate(panels):
-        rows = a[p * PANEL : (p + 1) * PANEL]
-        panel[:, : len(rows)] = rows.T
+def pack_shrink(parts: list[np.ndarray]) -> np.ndarray:
+    """Panels of A [R, K], flat: the parts below each other, padded to a multiple of 16 rows with zeros."""
+    rows, columns = sum(map(len, parts)), parts[0].shape[1]
+    panels = np.zeros((-(-rows // PANEL), columns, PANEL), np.float32)
+    at = 0
+    for part in parts:
+        done = 0
+        while done < len(part):
+            lane = at % PANEL
+            count = min(PANEL - lane, len(part) - done)
+            panels[at // PANEL, :, lane : lane + count] = part[done : done + count].T
+            at, done = at + count, done + count
     return panels.reshape(-1)
 
 
@@ -40,32 +45,6 @@ def pack_gather(a: np.ndarray) -> np.ndarray:
     """An embedding's A [rank, V], transposed, flat: [V][rank padded to 16]."""
     padded = np.pad(a, ((0, -len(a) % PANEL), (0, 0)))
     return np.ascontiguousarray(padded.T, np.float32).reshape(-1)
-
-
-def pack_numbers(x: np.ndarray, fmt: int) -> np.ndarray:
-    """float32 numbers, a multiple of 16 of them, as the bytes of fmt: FLOAT32 or FLOAT16.
-
-    Raises OverflowError where one is too large for float16.
-    """
-    if fmt == FLOAT32 or not len(x):
-        return x.view(np.uint8)
-    if max(x.max(), -x.min()) > LARGEST_FLOAT16:
-        raise OverflowError(f"numbers up to {max(x.max(), -x.min()):g}, float16 ends at {LARGEST_FLOAT16:g}")
-    out = np.empty(len(x), np.uint16)
-    _narrow_program()(x, len(x), out)
-    return out.view(np.uint8)
-
-
-@cache
-def _narrow_program():
-    return program(narrow)
-
-
-@kernel
-def narrow(x, n, out):
-    """out[i] = float16(x[i]), i < n, rounded to nearest, ties to even. x: float32; out: uint16, n a multiple of 16."""
-    for i in range(0, n, 16):
-        store_f16(out, i, load_f32(x, i))
 
 
 def _shrink_tile(rows: int, fmt: int):

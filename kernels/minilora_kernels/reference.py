@@ -76,9 +76,15 @@ def quantize_row(x, at, n, group, rows, row, column):
     rows.offsets[groups] = rows.scales[groups] * q.sum(axis=1).astype(np.float32)
 
 
-def narrow(x, n, out):
-    """out[i] = float16(x[i])."""
-    out[:n] = x[:n].astype(np.float16).view(np.uint16)
+def narrow(x, n, out, at):
+    """out[at + i] = float16(x[i]); returns max |x|."""
+    out[at : at + n] = x[:n].astype(np.float16).view(np.uint16)
+    return np.abs(x[:n]).max()
+
+
+def widen(x, n, out):
+    """out[i] = float32(x[i])."""
+    out[:n] = x[:n].view(np.float16)
 
 
 def silu_mul(gate_up, at, panels, out, out_at):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from minilora_kernels.convert import widen_float16
 from minilora_kernels.pack import BFLOAT16, FLOAT16, FLOAT32, widen_bfloat16
 
 from ..errors import FormatError, UnsupportedError
@@ -65,4 +66,6 @@ class TensorFile:
         tensor = self.tensors[name]
         count = int(np.prod(tensor.shape, dtype=np.int64))
         raw = np.frombuffer(self._bytes, _DTYPES[tensor.dtype], count, tensor.start).reshape(tensor.shape)[rows]
-        return widen_bfloat16(raw) if tensor.dtype == "BF16" else raw.astype(np.float32)
+        if tensor.dtype == "BF16":
+            return widen_bfloat16(raw)
+        return widen_float16(raw.view(np.uint16)) if tensor.dtype == "F16" else raw.astype(np.float32)
