@@ -1,0 +1,191 @@
+"""The same mixed-adapter load on minilora and on llama.cpp's llama-server, in turn.
+
+    python bench/llama_server.py --server llama-server --gguf model-q4_0.gguf --repeats 3
+
+Both serve the same GGUF file and the same random adapters (as PEFT folders here, as GGUF adapters there, chosen by each
+request). Closed loop; output tokens per second. minilora runs in a process of its own through bench/serving.py's
+code, without HTTP; llama-server is asked over HTTP on this machine. Last line: one JSON document with the ratio.
+"""
+
+import argparse
+import asyncio
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+from serving import measure
+from workload import adapter_tensors, add_arguments, make_arrivals
+
+from minilora.checkpoint.lock import resolve_model
+from minilora.packed import load_model
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf_adapter(path: Path, config, rank: int, seed: int) -> Path:
+    """The adapter of workload.save_random_adapter as llama.cpp reads it."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    for name, tensor in adapter_tensors(config, rank, seed).items():
+        module, half = name.removeprefix("base_model.model.model.layers.").split(".lora_")
+        layer, _, kind = module.partition(".")
+        if half[0] == "B" and kind.endswith(("q_proj", "k_proj")):
+            heads = config.heads if kind.endswith("q_proj") else config.kv_heads
+            tensor = tensor.reshape(heads, 2, -1, rank).swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"blk.{layer}.{NAMES[kind]}.weight.lora_{half[0].lower()}", np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+class LlamaServer:
+    """A running llama-server."""
+
+    def __init__(self, options: argparse.Namespace, adapters: list[Path]):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [options.server, "-m", options.gguf, "--port", str(self.port), "-np", str(options.concurrency)]
+        command += [
+            "-c",
+            str(options.max_model_len * options.concurrency),
+            "--cache-ram",
+            "0",
+            "-t",
+            str(options.server_threads),
+        ]
+        for path in adapters:
+            command += ["--lora", str(path)]
+        if adapters:
+            command.append("--lora-init-without-apply")
+        command += options.server_arguments.split()
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1).read()
+                return
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(
+                        "llama-server does not start; try its command by hand: " + " ".join(command)
+                    ) from None
+                time.sleep(0.1)
+
+    def complete(self, arrival) -> int:
+        """Tokens that an answer has."""
+        body = {
+            "prompt": list(arrival.prompt),
+            "n_predict": arrival.generate,
+            "temperature": 0,
+            "ignore_eos": True,
+            "lora": [] if arrival.adapter is None else [{"id": arrival.adapter, "scale": 1.0}],
+        }
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)["tokens_predicted"]
+
+    def load(self, arrivals, concurrency: int) -> float:
+        """Output tokens per second in a closed loop."""
+        waiting, lock, tokens = iter(arrivals), threading.Lock(), []
+
+        def client():
+            while True:
+                with lock:
+                    arrival = next(waiting, None)
+                if arrival is None:
+                    return
+                tokens.append(self.complete(arrival))
+
+        self.complete(arrivals[0])
+        clients = [threading.Thread(target=client) for _ in range(concurrency)]
+        started = time.perf_counter()
+        for one in clients:
+            one.start()
+        for one in clients:
+            one.join()
+        return sum(tokens) / (time.perf_counter() - started)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def ours(options: argparse.Namespace) -> float:
+    """The load on minilora, in a fresh process."""
+    settings = json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()})
+    done = subprocess.run([sys.executable, __file__, "--inner", settings], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])["output_tokens_per_s"]
+
+
+def inner(settings: str) -> None:
+    options = argparse.Namespace(**json.loads(settings))
+    options.folder, options.preload, options.trace = Path(options.folder), True, None
+    print(json.dumps(asyncio.run(measure(options))))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--inner"]:
+        inner(sys.argv[2])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--server", required=True, help="llama.cpp's llama-server")
+    parser.add_argument("--gguf", required=True, help="the model that both serve")
+    parser.add_argument("--server-threads", type=int, default=2)
+    parser.add_argument("--server-arguments", default="", help="more of llama-server's own arguments")
+    parser.add_argument("--max-model-len", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    defaults = {
+        "model": options.gguf,
+        "dtype": "auto",
+        "max_num_seqs": 16,
+        "max_step_ms": 100,
+        "kv_cache_dtype": "auto",
+    }
+    options = argparse.Namespace(**defaults, **vars(options), lora_memory=None, threads=None)
+    config = load_model(resolve_model(options.gguf, print), options.gguf).weights.config
+    arrivals = make_arrivals(options, config.vocab_size, options.max_model_len)
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder) / "peft"
+        adapters = [
+            write_gguf_adapter(Path(folder) / f"{i}.gguf", config, options.ranks[i % len(options.ranks)], i)
+            for i in range(options.adapters)
+        ]
+        rows = []
+        for _ in range(options.repeats):
+            mine = ours(options)
+            server = LlamaServer(options, adapters)
+            theirs = server.load(arrivals, options.concurrency)
+            server.close()
+            rows.append({"minilora": mine, "llama_server": round(theirs, 1), "ratio": round(mine / theirs, 2)})
+            print(rows[-1], flush=True)
+    print(json.dumps({"rows": rows, "ratio": statistics.median(row["ratio"] for row in rows)}))
+
+
+if __name__ == "__main__":
+    main()
