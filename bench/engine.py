@@ -16,8 +16,9 @@ from importlib.metadata import version
 
 import numpy as np
 import psutil
+from workload import adapter_tensors
 
-from minilora.adapters import adapter_from_arrays, module_shapes
+from minilora.adapters import adapter_from_arrays
 from minilora.checkpoint.lock import resolve_model
 from minilora.engine import Engine
 from minilora.packed import load_model
@@ -27,18 +28,6 @@ from minilora.weights import Target
 from minilora_kernels import cpu
 
 DEPTH = 128
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
-
-
-def random_adapter(config, rank: int, seed: int):
-    """An adapter on all linear layers, its update about a tenth of the weights' size."""
-    rng, tensors = np.random.default_rng(seed), {}
-    for name, (rows, columns) in module_shapes(config).items():
-        if name.endswith(LINEAR):
-            a, b = rng.standard_normal((rank, columns), np.float32), rng.standard_normal((rows, rank), np.float32)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a * np.float32(0.05 / columns**0.5)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b * np.float32(0.05)
-    return adapter_from_arrays(tensors, {"r": rank, "lora_alpha": rank}, config)
 
 
 class Bench:
@@ -60,12 +49,17 @@ class Bench:
             kv_cache_dtype=options.kv_cache_dtype,
         )
         self.engine = Engine(model.weights, engine)
-        adapters = [random_adapter(self.config, options.rank, seed) for seed in range(max(options.adapters))]
-        self.digests = [self.engine.add_adapter(adapter) for adapter in adapters]
+        settings = {"r": options.rank, "lora_alpha": options.rank}
+        self.versions = [
+            self.engine.add_adapter(
+                adapter_from_arrays(adapter_tensors(self.config, options.rank, seed), settings, self.config)
+            )
+            for seed in range(max(options.adapters))
+        ]
         self.rng = np.random.default_rng(1)
 
     def uses(self, i: int, adapters: int) -> tuple[AdapterUse, ...]:
-        return (AdapterUse(self.digests[i % adapters], 1.0),) if adapters else ()
+        return (AdapterUse(self.versions[i % adapters], 1.0),) if adapters else ()
 
     def tokens(self, count: int) -> list[int]:
         return self.rng.integers(0, self.config.vocab_size, count).tolist()
@@ -148,7 +142,7 @@ def main() -> None:
     machine = {
         "cpu": cpu.target()[1],
         "family": cpu.family(),
-        "threads": bench.engine.team.size,
+        "threads": bench.engine.runner.team.size,
         "platform": platform.platform(),
         "load": psutil.getloadavg()[0],
         **{name: version(name) for name in ("numpy", "numba", "llvmlite")},
