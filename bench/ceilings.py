@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from minilora.engine import usable_cores
+from minilora.runner import usable_cores
 from minilora_kernels.dot import dot4
 from minilora_kernels.jit import program
 from minilora_kernels.simd import hsum_i32, i32x16, load_i32, load_u8, splat_i32, tile

@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--server-arguments", default="", help="more of llama-server's own arguments")
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--theirs-only", action="store_true", help="run llama-server alone")
     options = parser.parse_args()
     defaults = {
         "model": options.gguf,
@@ -178,7 +179,7 @@ def main() -> None:
         ]
         rows = []
         for _ in range(options.repeats):
-            mine = ours(options)
+            mine = 0.0 if options.theirs_only else ours(options)
             server = LlamaServer(options, adapters)
             theirs = server.load(arrivals, options.concurrency)
             server.close()

@@ -147,6 +147,7 @@ def report(found: list[Measured], before, after, seconds: float, used: float, pe
         "adapter_longest_load_ms": round(1000 * adapters.longest_load, 1),
         "adapter_hits": adapters.hits,
         "adapter_swaps": adapters.insertions,
+        "adapter_swap_ms": round(1000 * adapters.swap_seconds / max(adapters.insertions, 1), 1),
         "adapter_evictions": adapters.evictions,
         "adapter_mb": round(adapters.bytes / 2**20, 1),
         "prefix_hit_pages": after.prefix_hits - before.prefix_hits,

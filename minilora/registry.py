@@ -47,12 +47,14 @@ class AdapterVersion:
 
 @dataclass
 class AdapterCounts:
-    """loads: from disk, in load_seconds altogether, the slowest in longest_load; failures: that ended in an error."""
+    """loads: from disk, in load_seconds altogether, the slowest in longest_load; failures: that ended in an error;
+    swap_seconds: spent on putting loaded ones into the pool."""
 
     loads: int = 0
     failures: int = 0
     load_seconds: float = 0.0
     longest_load: float = 0.0
+    swap_seconds: float = 0.0
 
 
 class Loaded(NamedTuple):
@@ -268,8 +270,10 @@ class AdapterRegistry:
             return True
         if version.packed is None or version.digest is None:
             raise AssertionError(f"adapter {version.name!r} is not loaded")
+        started = time.perf_counter()
         if not self.pool.insert(version.digest, version.packed):
             return False
+        self.counts.swap_seconds += time.perf_counter() - started
         self._let_go(version)
         return True
 

@@ -121,7 +121,11 @@ class Sequence:
         return guesses
 
     def page_keys(self, page: int) -> list[bytes]:
-        """The key of each full page: a digest of the adapters, the salt and all tokens up to its end."""
+        """The key of each full page: a digest of the adapters, the salt and all tokens up to its end.
+
+        Adapters enter through the root of the chain alone, so that pages from before an adapter is activated could
+        begin a chain of the base model's.
+        """
         for i in range(len(self._keys), len(self.tokens) // page):
             tokens = self.tokens[i * page : (i + 1) * page]
             before = self._keys[-1] if self._keys else self._root()

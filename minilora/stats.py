@@ -61,7 +61,8 @@ class Traffic:
 @dataclass(frozen=True)
 class AdapterStats:
     """resident: in the pool; in_use: held by requests; bytes: that are resident; hits: starts that found their adapter
-    there; loads, load_seconds, longest_load, failures: reading from disk; evictions: that made room for others."""
+    there; loads, load_seconds, longest_load, failures: reading from disk; insertions, swap_seconds: putting them there;
+    evictions: that made room for others."""
 
     registered: int
     resident: int
@@ -75,6 +76,7 @@ class AdapterStats:
     failures: int
     load_seconds: float
     longest_load: float
+    swap_seconds: float
 
 
 @dataclass(frozen=True)

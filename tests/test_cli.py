@@ -101,6 +101,18 @@ def test_sampling_flags(model):
         answer(model, "--temperature", 0.9, "--seed", 1, *flags)
 
 
+def test_engine_flags(model):
+    plain = answer(model)["text"]
+    for flags in (
+        ["--kv-cache-memory", "1M"],
+        ["--kv-cache-memory", "0.5 MiB", "--block-size", 64, "--no-enable-prefix-caching"],
+        ["--max-num-seqs", 2, "--max-num-batched-tokens", 5, "--max-step-ms", 1],
+        ["--max-loras", 1, "--max-cpu-loras", 2, "--max-lora-rank", 8, "--lora-memory", "100k"],
+    ):
+        assert answer(model, *flags)["text"] == plain
+    answer(model, "--kv-cache-dtype", "int8", "--max-model-len", 200)
+
+
 WRONG_USE = [
     (["generat"], "generate"),
     (["generate", "x", "--temprature", "1"], "--temperature"),
@@ -111,6 +123,9 @@ WRONG_USE = [
     (["generate", "x", "--dtype", "int3"], "int3"),
     (["generate", "x", "--threads", "0"], "threads"),
     (["generate", "x", "--lora", "nonsense"], "NAME=PATH"),
+    (["generate", "x", "--kv-cache-memory", "much"], "512M"),
+    (["generate", "x", "--max-num-seqs", "0"], "max_num_seqs"),
+    (["generate", "x", "--max-loras", "9", "--max-cpu-loras", "3"], "max_cpu_loras"),
     (["show"], "NAME"),
     (["pull"], "NAMES"),
 ]

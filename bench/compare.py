@@ -1,0 +1,251 @@
+"""minilora beside llama.cpp: the same files, the same threads, in alternation.
+
+    python bench/compare.py --llama-bin DIR [--pairs 5] [--only decode] [--results bench/results.json]
+
+DIR holds llama.cpp's llama-bench, llama-batched-bench, llama-quantize and llama-server. Each case takes a model file for
+us and one for llama.cpp, with flash attention on or off, whichever a first run shows to be faster; then both run in turn,
+--pairs times, and the ratio is the median of the pairs'. Beside our figure stands what this machine could do: bytes per
+token over the measured read bandwidth, or multiply-adds over the measured int8 peak. Random weights in larger shapes are
+made under --work. Last line: one JSON document, also written to --results.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import ceilings
+from engine import Bench
+
+from minilora.checkpoint.lock import resolve_model
+from minilora.runner import usable_cores
+from minilora_kernels import cpu
+from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table. ours, theirs: keys of Files; test: what Bench runs; target: the ratio that is asked for.
+
+    cache: both sides' page format; depth: tokens before the first new one.
+    """
+
+    name: str
+    ours: str
+    theirs: str
+    test: str
+    target: float
+    batch: int = 1
+    adapters: int = 0
+    depth: int = 128
+    cache: str = "float16"
+
+
+CASES = [
+    Case("prefill 512, 135M Q4_1, against Q4_0", "small", "small-q4_0", "prefill", 1.8),
+    Case("prefill 512, 135M Q4_1, same file", "small", "small", "prefill", 6),
+    Case("prefill 512, 1.1B int4, against Q4_0", "big-q4_0", "big-q4_0", "prefill", 1.6),
+    Case("prefill 512, 1.1B int8, against Q8_0", "big-q8_0", "big-q8_0", "prefill", 2.8),
+    Case("decode, 135M Q4_1, against Q4_0", "small", "small-q4_0", "decode", 1.5),
+    Case("decode, 135M Q4_1, same file", "small", "small", "decode", 2),
+    Case("decode, 1.1B int4, against Q4_0", "big-q4_0", "big-q4_0", "decode", 1.05),
+    Case("decode batch 8, 135M Q4_1, against Q4_0", "small", "small-q4_0", "decode", 3, batch=8),
+    Case("decode at depth 4096, 135M, float16 pages", "small", "small-q4_0", "decode", 2.5, depth=4096),
+    Case("decode at depth 4096, 135M, int8 pages", "small", "small-q4_0", "decode", 3, depth=4096, cache="int8"),
+    Case("decode batch 8, 8 adapters, against llama-server", "small", "small-q4_0", "decode", 8, batch=8, adapters=8),
+]
+
+
+class Files:
+    """Model files by key, made or fetched when first asked for."""
+
+    def __init__(self, work: Path, binaries: Path):
+        self._work, self._binaries = work, binaries
+        work.mkdir(parents=True, exist_ok=True)
+
+    def __getitem__(self, key: str) -> Path:
+        if key == "small":
+            return Path(resolve_model(SMALL, print))
+        path = self._work / f"{key}.gguf"
+        if not path.exists():
+            kind, part = key.split("-")[1], path.with_suffix(".part")
+            if key.startswith("small"):
+                run([self._binaries / "llama-quantize", "--allow-requantize", self["small"], part, kind.upper(), "2"])
+            else:
+                run([sys.executable, ROOT / "tools" / "random_gguf.py", "tinyllama-1.1b", kind, part])
+            part.rename(path)
+        return path
+
+
+def run(command: list) -> str:
+    """A program's stdout. Ends the benchmark where it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+class Llama:
+    """llama.cpp's speed in a case, tokens per second."""
+
+    def __init__(self, case: Case, file: Path, binaries: Path, threads: int):
+        self.case, self.file, self.binaries, self.threads = case, file, binaries, threads
+        self.flash = max((0, 1), key=self._speed) if case.cache == "float16" and not case.adapters else 1
+
+    def speed(self) -> float:
+        """One measurement with the better setting of flash attention."""
+        return self._speed(self.flash)
+
+    def _speed(self, flash: int) -> float:
+        if self.case.adapters:
+            return self._served()
+        return self._batched(flash) if self.case.batch > 1 else self._single(flash)
+
+    def _single(self, flash: int) -> float:
+        case = self.case
+        command = [self.binaries / "llama-bench", "-m", self.file, "-t", self.threads, "-fa", flash, "-o", "json"]
+        command += ["-p", 512, "-n", 0] if case.test == "prefill" else ["-p", 0, "-n", 48, "-d", case.depth]
+        command += ["-r", 3] + (["-ctk", "q8_0", "-ctv", "q8_0"] if case.cache == "int8" else [])
+        return json.loads(run(command))[0]["avg_ts"]
+
+    def _batched(self, flash: int) -> float:
+        case = self.case
+        command = [self.binaries / "llama-batched-bench", "-m", self.file, "-t", self.threads, "-c", 4096]
+        command += ["-npp", case.depth, "-ntg", 64, "-npl", case.batch, "-fa", "on" if flash else "off"]
+        command += ["--output-format", "jsonl"]
+        rows = [line for line in run(command).splitlines() if line.startswith("{")]
+        return json.loads(rows[-1])["speed_tg"]
+
+    def _served(self) -> float:
+        command = [sys.executable, ROOT / "bench" / "llama_server.py", "--server", self.binaries / "llama-server"]
+        command += ["--gguf", self.file, "--adapters", self.case.adapters, "--concurrency", self.case.batch]
+        found = json.loads(run([*command, "--theirs-only", "--repeats", 1]).splitlines()[-1])
+        return found["rows"][0]["llama_server"]
+
+
+class Ours:
+    """Our speed in a case; the engine stays open between measurements, its threads asleep."""
+
+    def __init__(self, case: Case, file: Path, threads: int):
+        self.case = case
+        self.bench = Bench(
+            argparse.Namespace(
+                model=str(file),
+                dtype="auto",
+                group_size=32,
+                prompt=512,
+                generate=64,
+                depth=case.depth,
+                batch=[case.batch],
+                adapters=[case.adapters],
+                rank=16,
+                budget=512,
+                threads=threads,
+                kv_cache_dtype=case.cache,
+            )
+        )
+        self.speed()
+
+    def speed(self) -> float:
+        """One measurement."""
+        if self.case.test == "prefill":
+            return statistics.median(self.bench.prefill(0) for _ in range(3))
+        return self.bench.decode(self.case.batch, self.case.adapters)
+
+    def ceiling(self, found: ceilings.Ceilings) -> float:
+        """The speed at which the machine's peak would be reached: bytes read, or for prompts multiply-adds."""
+        config, weights, case = self.bench.config, self.bench.weights, self.case
+        ends = {weights.embed, weights.head}
+        if case.test == "prefill":
+            # The head takes one row of a prompt, the embedding is looked up.
+            numbers = sum(int(m[ROWS] * m[COLUMNS]) for i, m in enumerate(weights.matrices) if i not in ends)
+            return found.multiply * 1e9 / numbers
+        token = {"float16": 2, "int8": 1}[case.cache] * 2 * config.layers * config.kv_heads * config.head_dim
+        read = len(weights.arena) + case.batch * token * case.depth + self.bench.engine.runner.adapters.used
+        if weights.embed != weights.head:
+            embed = weights.matrices[weights.embed]
+            read -= int(embed[ROWS] // BLOCK * embed[BLOCK_BYTES])
+        return case.batch * found.read * 1e9 / read
+
+    def close(self) -> None:
+        self.bench.engine.close()
+
+
+def compare(case: Case, files: Files, options: argparse.Namespace, tell: Callable[[str], None]) -> dict:
+    """One row of the table."""
+    ours = Ours(case, files[case.ours], options.threads)
+    theirs = Llama(case, files[case.theirs], options.llama_bin, options.threads)
+    pairs = [(ours.speed(), theirs.speed()) for _ in range(options.pairs)]
+    found = ceilings.measure(options.threads)
+    ratios = sorted(mine / other for mine, other in pairs)
+    mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
+    row = {
+        "case": case.name,
+        "minilora": round(mine, 1),
+        "llama.cpp": round(other, 1),
+        "ratio": round(statistics.median(ratios), 2),
+        "lowest": round(ratios[0], 2),
+        "highest": round(ratios[-1], 2),
+        "target": case.target,
+        "of_ceiling": round(mine / ours.ceiling(found), 3),
+        "flash_attention": bool(theirs.flash),
+    }
+    ours.close()
+    tell(
+        f"{case.name:52} {mine:8.1f} {other:8.1f}  x{row['ratio']:5.2f} ({row['lowest']:.2f} to {row['highest']:.2f}), "
+        f"asked {case.target}, {100 * row['of_ceiling']:.0f}% of the ceiling"
+    )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-bin", type=Path, required=True, help="folder of llama.cpp's programs")
+    parser.add_argument("--work", type=Path, default=Path("bench-models"), help="folder for the files that are made")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--results", type=Path, help="write the JSON document here too")
+    parser.add_argument("--json", action="store_true", help="print the JSON document only")
+    options = parser.parse_args()
+    tell = (lambda line: None) if options.json else lambda line: print(line, flush=True)
+    files = Files(options.work, options.llama_bin)
+    rows = [compare(case, files, options, tell) for case in CASES if re.search(re.escape(options.only), case.name)]
+    document = json.dumps({"about": about(options), "rows": rows})
+    if options.results:
+        options.results.write_text(document + "\n")
+    print(document)
+
+
+def about(options: argparse.Namespace) -> dict:
+    """What the figures depend on."""
+    build = subprocess.run([options.llama_bin / "llama-bench", "--version"], capture_output=True, text=True)
+    named = re.search(r"version: (.*)", build.stdout + build.stderr)
+    peak = ceilings.measure(options.threads)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu.target()[1],
+        "family": cpu.family(),
+        "threads": options.threads,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("minilora", "numpy", "numba", "llvmlite")},
+        "llama.cpp": named[1] if named else "unknown",
+        "read_gb_per_s": round(peak.read, 1),
+        "multiply_g_per_s": round(peak.multiply),
+        "pairs": options.pairs,
+    }
+
+
+if __name__ == "__main__":
+    main()
