@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora_kernels.convert import narrow_float16
-from minilora_kernels.lora import pack_expand, pack_gather, pack_shrink
-from minilora_kernels.pack import BLOCK, FLOAT32, PANEL
+from minilora_kernels.lora import pack_expand, pack_numbers, pack_shrink, panel_bytes
+from minilora_kernels.pack import BLOCK, PANEL
 
 from .checkpoint.folder import read_json
 from .checkpoint.safetensors import TensorFile
@@ -24,6 +23,7 @@ from .config import ModelConfig
 from .errors import AdapterError, FormatError, NotFoundError, UnsupportedError
 from .weights import Weights
 
+LINE = 64
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HIGHEST_RANK = 256
 
@@ -415,37 +415,32 @@ class PackedAdapter(NamedTuple):
 
 
 class _Arena:
-    """Takes float32 arrays as fmt, FLOAT32 or FLOAT16, one after the other, each on a cache line. size: bytes at most."""
+    """Takes panels of float32 numbers as fmt, one array after the other, each on a cache line. size: bytes at most."""
 
     def __init__(self, fmt: int, size: int) -> None:
-        self._data = np.empty(size // 4, np.float32) if fmt == FLOAT32 else np.empty(size // 2, np.uint16)
-        self._count = 0
+        self._fmt, self._data, self._end = fmt, np.empty(size, np.uint8), 0
 
-    def add(self, numbers: np.ndarray) -> int:
-        """The offset of an array's first byte."""
-        start, self._count = self._count, self._count + len(numbers)
-        if self._data.dtype == np.float32:
-            self._data[start : self._count] = numbers
-        else:
-            narrow_float16(numbers, self._data, start)
-        padding = -self._count % (64 // self._data.itemsize)
-        self._data[self._count : self._count + padding] = 0
-        self._count += padding
-        return start * self._data.itemsize
+    def add(self, panels: np.ndarray, inner: int) -> int:
+        """The offset of the first byte of panels of `inner` x 16 numbers."""
+        start = self._end
+        end = pack_numbers(panels, inner, self._fmt, self._data, start)
+        self._end = -(-end // LINE) * LINE
+        self._data[end : self._end] = 0
+        return start
 
     def bytes(self) -> np.ndarray:
         """All of them."""
-        return self._data[: self._count].view(np.uint8)
+        return self._data[: self._end]
 
 
 def _most_bytes(adapter: Adapter, fmt: int) -> int:
     """Bytes of an adapter's packed form at most, padding included."""
-    numbers = sum((len(a) + PANEL) * a.shape[1] + (len(b) + PANEL) * b.shape[1] for a, b in adapter.pairs.values())
-    return (4 if fmt == FLOAT32 else 2) * numbers + 64 * 4 * len(adapter.pairs)
+    panels = [(len(half) // PANEL + 1, half.shape[1]) for pair in adapter.pairs.values() for half in pair]
+    return -(-sum(count * panel_bytes(inner, fmt) + LINE for count, inner in panels) // LINE) * LINE
 
 
 def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapter:
-    """An adapter in the form that the step reads, its numbers as FLOAT32 or FLOAT16.
+    """An adapter in the form that the step reads, its numbers as FLOAT32, FLOAT16 or INT8.
 
     Raises AdapterError where a number is too large for float16.
     """
@@ -459,7 +454,7 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapt
                 _pack_input(adapter, config, layer, source, arena, inputs[layer, source], outputs[layer])
         _pack_ends(adapter, arena, inputs[-1], outputs[-1], embed)
     except OverflowError as error:
-        raise AdapterError(f"the adapter has {error}", "Run with dtype float32.") from None
+        raise AdapterError(f"the adapter has {error}", "Take another lora_dtype.") from None
     data = arena.bytes()
     digest = hashlib.sha256(data.data)
     for table in (inputs, outputs, embed):
@@ -473,12 +468,12 @@ def _pack_ends(
     """The pairs of the head and of the embedding."""
     if HEAD in adapter.pairs:
         a, b = adapter.pairs[HEAD]
-        head_inputs[0] = arena.add(pack_shrink([a])), -(-len(a) // PANEL) * PANEL
+        head_inputs[0] = arena.add(pack_shrink([a]), a.shape[1]), -(-len(a) // PANEL) * PANEL
         padded = np.pad(b, ((0, -len(b) % PANEL), (0, 0)))
-        head_outputs[0] = arena.add(pack_expand(padded)), len(a), 0
+        head_outputs[0] = arena.add(pack_expand(padded), len(a)), len(a), 0
     if EMBED in adapter.pairs:
         a, b = adapter.pairs[EMBED]
-        embed[:] = arena.add(pack_gather(a)), arena.add(pack_expand(b)), len(a)
+        embed[:] = arena.add(pack_shrink([a]), a.shape[1]), arena.add(pack_expand(b), len(a)), len(a)
 
 
 def _pack_input(
@@ -499,12 +494,12 @@ def _pack_input(
         a, b = adapter.pairs[name]
         start = 0
         for out in outs:
-            output_rows_[out] = arena.add(pack_expand(b[start : start + rows[out]])), len(a), column
+            output_rows_[out] = arena.add(pack_expand(b[start : start + rows[out]]), len(a)), len(a), column
             start += rows[out]
         stacked.append(a)
         column += len(a)
     if stacked:
-        input_row[:] = arena.add(pack_shrink(stacked)), -(-column // PANEL) * PANEL
+        input_row[:] = arena.add(pack_shrink(stacked), stacked[0].shape[1]), -(-column // PANEL) * PANEL
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -104,6 +104,7 @@ engine_options = _options(
     click.option("--max-loras", type=int, help="Adapters in use at once."),
     click.option("--max-cpu-loras", type=int, help="Adapters in memory."),
     click.option("--max-lora-rank", type=int, help="Highest rank of an adapter."),
+    click.option("--lora-dtype", type=click.Choice(["auto", "float32", "float16", "int8"]), help="Format of adapters."),
     click.option("--lora-memory", type=Size(), help="Bytes for adapters in memory."),
 )
 
@@ -119,6 +120,7 @@ ENGINE_KEYS = (
     "max_loras",
     "max_cpu_loras",
     "max_lora_rank",
+    "lora_dtype",
     "lora_memory",
 )
 

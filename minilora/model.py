@@ -18,8 +18,8 @@ import numpy as np
 from minilora_kernels.attention import KV, Query, make_attention, merge_parts
 from minilora_kernels.jit import kernel, program
 from minilora_kernels.linear import Rows, make_linear
-from minilora_kernels.lora import make_lora
-from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS, bits
+from minilora_kernels.lora import make_lora, panel_bytes
+from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
 from minilora_kernels.team import barrier, claim, share
 
@@ -171,7 +171,7 @@ class Place(NamedTuple):
 
 def _make_adapters(lora_format):
     shrink, gather, expand = make_lora(lora_format)
-    panel_bytes = PANEL * bits(lora_format) // 8
+    head, size = panel_bytes(0, lora_format), panel_bytes(1, lora_format) - panel_bytes(0, lora_format)
 
     @kernel
     def shrink_all(c, segments, scales, layer, which, columns, x, x_row):
@@ -210,7 +210,7 @@ def _make_adapters(lora_format):
                 s_at = first * b.s_stride + segments[i, 3] + outputs[slot, layer, which, 2]
                 out_at = to.at + (first - row0) * to.stride + low * to.step
                 then = segments[min(i + 1, last), 2]
-                following = outputs[then, layer, which, 0] + low * outputs[then, layer, which, 1] * panel_bytes
+                following = outputs[then, layer, which, 0] + low * (head + outputs[then, layer, which, 1] * size)
                 count = end - first
                 expand(
                     arena,
@@ -239,11 +239,11 @@ def _make_adapters(lora_format):
         for i in range(len(batch.segments)):
             slot, arena = batch.segments[i, 2], c.adapters.arena
             a_at, b_at, ranks = c.adapters.embed[slot, 0], c.adapters.embed[slot, 1], c.adapters.embed[slot, 2]
-            padded = (ranks + PANEL - 1) // PANEL * PANEL
+            panels = (ranks + PANEL - 1) // PANEL
             first, end = max(low, batch.segments[i, 0]), min(high, batch.segments[i, 1])
             for r in range(first, end if ranks > 0 else first):
                 s_at = r * b.s_stride + batch.segments[i, 3]
-                gather(arena, a_at, padded, batch.tokens[r], batch.scales[i], b.s, s_at)
+                gather(arena, a_at, c.shape.vocabulary, panels, batch.tokens[r], batch.scales[i], b.s, s_at)
                 expand(arena, b_at, ranks, 0, width // PANEL, b_at, b.s, s_at, 0, 1, b.x, r * width, 0, PANEL)
         barrier(c.sync, c.size)
 

@@ -139,7 +139,7 @@ class SamplingParams:
                 raise UsageError(f"{name} holds {wrong[0]}, the vocabulary has {size} tokens")
 
 
-KV_DTYPES = ("auto", "float32", "float16", "int8")
+DTYPES = ("auto", "float32", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class EngineConfig:
     prompts in it should take at most while texts decode, None for any. kv_cache_dtype: "auto" is float32 for float32
     weights, else float16. kv_cache_memory: bytes of pages, None for as many as max_num_seqs long texts need, at most
     half of the free memory. block_size: tokens of a page. max_loras: adapters in use at once; max_cpu_loras: adapters
-    in memory, None for 256 or max_loras; max_lora_rank: highest rank; lora_memory: bytes for adapters in memory, None
+    in memory, None for 256 or max_loras; max_lora_rank: highest rank; lora_dtype: "auto" is float32 for float32
+    weights, else int8 with a scale for each row of A and B; lora_memory: bytes for adapters in memory, None
     for a quarter of the free memory. threads: None for all cores that the process may use. enable_prefix_caching:
     keep pages of finished texts for others that begin alike. debug_checks: check all books after each step and fill
     freed pages with NaN; slow.
@@ -167,6 +168,7 @@ class EngineConfig:
     max_loras: int = 16
     max_cpu_loras: int | None = None
     max_lora_rank: int = 256
+    lora_dtype: str = "auto"
     lora_memory: int | None = None
     threads: int | None = None
     enable_prefix_caching: bool = True
@@ -195,5 +197,6 @@ class EngineConfig:
             raise UsageError(f"max_cpu_loras is {self.max_cpu_loras}, less than max_loras, {self.max_loras}")
         if self.block_size % 32:
             raise UsageError(f"block_size must be a multiple of 32, not {self.block_size}")
-        if self.kv_cache_dtype not in KV_DTYPES:
-            raise UsageError(f"kv_cache_dtype {self.kv_cache_dtype!r} is not known", f"Known: {', '.join(KV_DTYPES)}.")
+        for name in ("kv_cache_dtype", "lora_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise UsageError(f"{name} {getattr(self, name)!r} is not known", f"Known: {', '.join(DTYPES)}.")

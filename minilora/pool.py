@@ -32,7 +32,7 @@ class Slot:
 class AdapterPool:
     """Holds up to `slots` adapters in `capacity` bytes, of which `most_used` may be in use at once.
 
-    fmt: FLOAT32 or FLOAT16, the form of their numbers. Memory that no adapter ever took is never taken from the
+    fmt: FLOAT32, FLOAT16 or INT8, the form of their numbers. Memory that no adapter ever took is never taken from the
     system. Raises ResourceError where the address space does not suffice.
     """
 

@@ -7,7 +7,7 @@ import psutil
 
 from minilora_kernels.attention import KV_FLOAT16, KV_FLOAT32, scratch_size
 from minilora_kernels.linear import Rows
-from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, ROWS, padded_rows
+from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
 from minilora_kernels.team import Team
 
 from .batch import ROWS_PER_TILE, Chunk, Packer, split_size
@@ -23,6 +23,7 @@ KV_SHARE, ADAPTER_SHARE = 0.5, 0.25
 MOST_USES = 8
 PROMPT_LOGITS = 64
 AUTOMATIC_SLOTS = 256
+LORA_FORMATS = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
 
 
 def usable_cores() -> int:
@@ -80,7 +81,7 @@ class Runner:
             self.model,
             config.max_cpu_loras or max(config.max_loras, AUTOMATIC_SLOTS),
             config.lora_memory if config.lora_memory is not None else most,
-            FLOAT32 if self._exact else FLOAT16,
+            LORA_FORMATS.get(config.lora_dtype, FLOAT32 if self._exact else INT8),
             config.max_loras,
         )
 

@@ -110,10 +110,12 @@ def crowd(driver, count, seed):
     return found
 
 
-def with_adapters(weights, shelf, **config):
+def with_adapters(weights, shelf, ready=False, **config):
+    """A driver that knows all adapters; ready: they are loaded, so that nothing depends on when that happens."""
     driver = Driver(weights, **config)
     for i, folder in enumerate(shelf):
-        driver.engine.add_adapter(folder, "n" if i == 2 else f"a{i}")
+        registry = driver.engine.adapters
+        registry.add("n" if i == 2 else f"a{i}", folder, loaded=registry.read(folder) if ready else None)
     return driver
 
 
@@ -139,7 +141,7 @@ def test_l8_however_prompts_are_cut(weights, shelf, needle, budget):
 def test_l9_preempted(weights, shelf, needle):
     """Hardly any pages: texts lose theirs and are computed again, seeds kept."""
     page = 2 * 2 * 2 * 32 * 16 * 2
-    driver = with_adapters(weights, shelf, max_num_seqs=12, kv_cache_memory=13 * page)
+    driver = with_adapters(weights, shelf, ready=True, max_num_seqs=12, kv_cache_memory=9 * page)
     sequence = crowd(driver, 12, 4)
     driver.run(sequence)
     assert driver.trace(sequence) == needle

@@ -392,18 +392,18 @@ def _make_merge(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
 # ---------------------------------------------------------------- LoRA
 
 
-def _encoded(x: np.ndarray, dtype: type) -> np.ndarray:
-    return x.astype(dtype).view(np.uint8)
+def _panelled(panels: np.ndarray, inner: int, fmt: int) -> np.ndarray:
+    out = np.zeros(len(panels) // (16 * inner) * lora.panel_bytes(inner, fmt), np.uint8)
+    lora.pack_numbers(panels, inner, fmt, out, 0)
+    return out
 
 
 def _lora_cases(fmt: int) -> list[Case]:
     shrink, gather, expand = lora.make_lora(fmt)
-    dtype = {FLOAT32: np.float32, FLOAT16: np.float16}[fmt]
-    width = np.dtype(dtype).itemsize
-    twin_shrink, twin_gather, twin_expand = reference.make_lora(dtype)
+    twin_shrink, twin_gather, twin_expand = reference.make_lora(fmt)
 
     def make_shrink(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        a = _encoded(lora.pack_shrink([_normal(rng, s["R"] * s["K"]).reshape(s["R"], s["K"])]), dtype)
+        a = _panelled(lora.pack_shrink([_normal(rng, s["R"] * s["K"]).reshape(s["R"], s["K"])]), s["K"], fmt)
         padded = -(-s["R"] // 16) * 16
         return (
             a,
@@ -421,7 +421,7 @@ def _lora_cases(fmt: int) -> list[Case]:
         )
 
     def make_expand(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        b = _encoded(lora.pack_expand(_normal(rng, s["N"] * s["R"]).reshape(s["N"], s["R"])), dtype)
+        b = _panelled(lora.pack_expand(_normal(rng, s["N"] * s["R"]).reshape(s["N"], s["R"])), s["R"], fmt)
         step = s.get("step", 16)
         stride = s["N"] // 16 * step
         return (
@@ -442,9 +442,9 @@ def _lora_cases(fmt: int) -> list[Case]:
         )
 
     def make_gather(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        padded = -(-s["R"] // 16) * 16
-        a = _encoded(lora.pack_gather(_normal(rng, s["R"] * s["V"]).reshape(s["R"], s["V"])), dtype)
-        return a, 0, padded, s["V"] - 1, np.float32(2), np.zeros(padded, np.float32), 0
+        a = _panelled(lora.pack_shrink([_normal(rng, s["R"] * s["V"]).reshape(s["R"], s["V"])]), s["V"], fmt)
+        panels = -(-s["R"] // 16)
+        return a, 0, s["V"], panels, s["V"] - 1, np.float32(2), np.zeros(16 * panels, np.float32), 0
 
     name = FORMAT_NAMES[fmt]
     shrinks = tuple({"R": r, "K": k, "M": m} for r, k, m in ((1, 64, 1), (24, 96, 5), (48, 128, 9)))
@@ -460,7 +460,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             3e-6,
             shrinks,
             ({"R": 16, "K": 2048, "M": 1}, {"R": 16, "K": 2048, "M": 256}),
-            lambda s: 16 * s["K"] * width,
+            lambda s: lora.panel_bytes(s["K"], fmt),
             lambda s: s["M"] * 16 * s["K"],
         ),
         Case(
@@ -471,7 +471,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             3e-6,
             expands,
             ({"R": 16, "N": 2048, "M": 1}, {"R": 16, "N": 2048, "M": 256}),
-            lambda s: s["R"] * s["N"] * width,
+            lambda s: s["N"] // 16 * lora.panel_bytes(s["R"], fmt),
             lambda s: s["M"] * s["R"] * s["N"],
         ),
         Case(
@@ -480,9 +480,9 @@ def _lora_cases(fmt: int) -> list[Case]:
             twin_gather,
             make_gather,
             1e-6,
-            ({"R": 5, "V": 40}, {"R": 16, "V": 3}),
+            ({"R": 5, "V": 40}, {"R": 16, "V": 3}, {"R": 40, "V": 7}),
             ({"R": 16, "V": 4096},),
-            lambda s: s["R"] * width,
+            lambda s: s["R"] * 4,
         ),
     ]
 
@@ -630,7 +630,7 @@ CASES: list[Case] = [
         ({"splits": 16, "size": 64},),
         lambda s: 4 * s["splits"] * s["size"],
     ),
-    *(case for fmt in (FLOAT32, FLOAT16) for case in _lora_cases(fmt)),
+    *(case for fmt in (FLOAT32, FLOAT16, INT8) for case in _lora_cases(fmt)),
     Case("argmax", sample.argmax, reference.argmax, _make_row, 0, ({"V": 16}, {"V": 3008}), _VOCABULARIES, _row_bytes),
     Case(
         "log_sum_exp",
@@ -692,6 +692,22 @@ CASES: list[Case] = [
         ({"n": 16}, {"n": 4096}),
         ({"n": 1 << 22},),
         lambda s: 6 * s["n"],
+    ),
+    Case(
+        "quantize_panels",
+        convert.quantize_panels,
+        reference.quantize_panels,
+        lambda rng, s: (
+            _normal(rng, s["panels"] * s["inner"] * 16),
+            s["panels"],
+            s["inner"],
+            np.zeros(s["panels"] * lora.panel_bytes(s["inner"], INT8), np.uint8),
+            0,
+        ),
+        0,
+        ({"panels": 1, "inner": 1}, {"panels": 5, "inner": 33}),
+        ({"panels": 128, "inner": 2048},),
+        lambda s: 64 * s["panels"] * s["inner"],
     ),
     Case(
         "fit_ranges",

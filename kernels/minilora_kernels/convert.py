@@ -1,13 +1,15 @@
-"""Between float16 in memory and float32: NumPy's own conversions are several times slower."""
+"""Numbers from one form to another, faster than NumPy does it: float16, and panels of int8 with scales."""
 
 from functools import cache
 
 import numpy as np
 
 from .jit import kernel, program
-from .simd import hmax, load_f16, load_f32, splat_f32, store_f16, store_f32, vabs, vmax
+from .simd import hmax, load_f16, load_f32, round_i32, splat_f32, store_f16, store_f32, store_i8, vabs, vmax
 
 LARGEST_FLOAT16 = 65504.0
+LARGEST_INT8 = np.float32(127)
+ZERO, TINY = np.float32(0), np.float32(1e-30)
 
 
 @kernel
@@ -16,7 +18,7 @@ def narrow(x, n, out, at):
 
     x: float32; out: uint16; n a multiple of 16.
     """
-    largest = splat_f32(np.float32(0))
+    largest = splat_f32(ZERO)
     for i in range(0, n, 16):
         v = load_f32(x, i)
         largest = vmax(largest, vabs(v))
@@ -31,9 +33,33 @@ def widen(x, n, out):
         store_f32(out, i, load_f16(x, i))
 
 
+@kernel
+def quantize_panels(x, panels, inner, out, at):
+    """Panels of [inner][16] float32: scale[i] = max over k of |x[k, i]| / 127, q[k, i] = round(x[k, i] / scale[i]).
+
+    out: uint8; each panel from byte `at` on is 16 float32 scales, then int8 [inner][16].
+    """
+    for p in range(panels):
+        first, largest = p * inner * 16, splat_f32(ZERO)
+        for k in range(inner):
+            largest = vmax(largest, vabs(load_f32(x, first + 16 * k)))
+        # A row of zeros: any scale above 0 will do.
+        scale = vmax(largest, splat_f32(TINY)) / splat_f32(LARGEST_INT8)
+        store_f32(out, at, scale)
+        at += 64
+        for k in range(inner):
+            store_i8(out, at + 16 * k, round_i32(load_f32(x, first + 16 * k) / scale))
+        at += 16 * inner
+
+
 @cache
 def _programs():
-    return program(narrow), program(widen)
+    return program(narrow), program(widen), program(quantize_panels)
+
+
+def quantize_panels_int8(x: np.ndarray, inner: int, out: np.ndarray, at: int) -> None:
+    """See quantize_panels; x: float32, flat, a whole number of panels."""
+    _programs()[2](x, len(x) // (16 * inner), inner, out, at)
 
 
 def narrow_float16(x: np.ndarray, out: np.ndarray, at: int) -> None:

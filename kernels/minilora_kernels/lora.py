@@ -2,23 +2,25 @@
 
 All matrices of an adapter that read the same input are shrunk at once: A is stored transposed as
 [R / 16 panels][K][16] with the ranks of those matrices side by side (R: their sum, padded to 16). B of each
-matrix is stored as [N / 16 panels][rank][16], alpha / rank folded in. Both lie in a uint8 arena as float32 or
-float16. Sums run in a fixed order: over k in four interleaved chains, over the rank one by one.
+matrix is stored as [N / 16 panels][rank][16], alpha / rank folded in. Both lie in a uint8 arena as float32, float16
+or int8; a panel of int8 begins with 16 float32 scales, one for each of its 16 rows of A or B. Sums run in a fixed
+order: over k in four interleaved chains, over the rank one by one.
 """
 
 from functools import cache
 
 import numpy as np
 
+from .convert import narrow_float16, quantize_panels_int8
 from .jit import kernel
-from .pack import FLOAT16, FLOAT32, PANEL
-from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch, splat_f32, store_f32, tile
+from .pack import FLOAT16, FLOAT32, INT8, PANEL
+from .simd import f32x16, fma, load_f16, load_f32, load_i8, load_scalar_f32, prefetch, splat_f32, store_f32, tile
 
 CHAINS = 4
 AHEAD = 1024
 PANELS_AHEAD = 8
 
-ZERO = np.float32(0)
+ZERO, ONE = np.float32(0), np.float32(1)
 
 
 def pack_shrink(parts: list[np.ndarray]) -> np.ndarray:
@@ -41,19 +43,44 @@ def pack_expand(b: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(b.reshape(-1, PANEL, b.shape[1]).transpose(0, 2, 1), np.float32).reshape(-1)
 
 
-def pack_gather(a: np.ndarray) -> np.ndarray:
-    """An embedding's A [rank, V], transposed, flat: [V][rank padded to 16]."""
-    padded = np.pad(a, ((0, -len(a) % PANEL), (0, 0)))
-    return np.ascontiguousarray(padded.T, np.float32).reshape(-1)
+def panel_bytes(inner: int, fmt: int) -> int:
+    """Bytes of a panel of 16 rows of `inner` numbers each."""
+    return _head(fmt) + inner * PANEL * _size(fmt)
+
+
+def pack_numbers(panels: np.ndarray, inner: int, fmt: int, out: np.ndarray, at: int) -> int:
+    """Write flat float32 panels of `inner` x 16 numbers as fmt from byte `at` of out; returns the byte after them.
+
+    Raises OverflowError where a number is too large for float16.
+    """
+    end = at + len(panels) // (inner * PANEL) * panel_bytes(inner, fmt)
+    if fmt == INT8:
+        quantize_panels_int8(panels, inner, out, at)
+    elif fmt == FLOAT16:
+        narrow_float16(panels, out.view(np.uint16), at // 2)
+    else:
+        out[at:end] = panels.view(np.uint8)
+    return end
+
+
+def _head(fmt: int) -> int:
+    return 4 * PANEL if fmt == INT8 else 0
+
+
+def _size(fmt: int) -> int:
+    return {FLOAT32: 4, FLOAT16: 2, INT8: 1}[fmt]
 
 
 def _shrink_tile(rows: int, fmt: int):
-    load, size = _loader(fmt)
+    load, size, head, scaled = _loader(fmt), _size(fmt), _head(fmt), fmt == INT8
     new_acc, new_a = tile(f32x16, rows, CHAINS), tile(f32x16, CHAINS)
 
     @kernel
     def multiply(arena, at, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
-        acc, a = new_acc(), new_a()
+        acc, a, lanes = new_acc(), new_a(), splat_f32(scale)
+        if scaled:
+            lanes = lanes * load_f32(arena, at)
+        at += head
         for m in range(rows):
             for c in range(CHAINS):
                 acc[m, c] = splat_f32(ZERO)
@@ -67,18 +94,23 @@ def _shrink_tile(rows: int, fmt: int):
                     acc[m, c] = fma(a[c], splat_f32(load_scalar_f32(x, x_at + m * x_stride + k + c)), acc[m, c])
         for m in range(rows):
             total = (acc[m, 0] + acc[m, 1]) + (acc[m, 2] + acc[m, 3])
-            store_f32(s, s_at + m * s_stride, total * splat_f32(scale))
+            store_f32(s, s_at + m * s_stride, total * lanes)
 
     return multiply
 
 
 def _expand_tile(rows: int, fmt: int):
-    load, size = _loader(fmt)
+    load, size, head, scaled = _loader(fmt), _size(fmt), _head(fmt), fmt == INT8
     new_acc = tile(f32x16, rows)
 
     @kernel
     def multiply(arena, at, ahead, rank, s, s_at, s_stride, out, out_at, out_stride):
-        acc = new_acc()
+        acc, lanes = new_acc(), splat_f32(ONE)
+        if scaled:
+            lanes = load_f32(arena, at)
+            prefetch(arena, ahead)
+        at += head
+        ahead += head
         for m in range(rows):
             acc[m] = splat_f32(ZERO)
         for r in range(rank):
@@ -88,21 +120,24 @@ def _expand_tile(rows: int, fmt: int):
                 acc[m] = fma(b, splat_f32(load_scalar_f32(s, s_at + m * s_stride + r)), acc[m])
         for m in range(rows):
             to = out_at + m * out_stride
-            store_f32(out, to, load_f32(out, to) + acc[m])
+            if scaled:
+                store_f32(out, to, fma(acc[m], lanes, load_f32(out, to)))
+            else:
+                store_f32(out, to, load_f32(out, to) + acc[m])
 
     return multiply
 
 
 def _loader(fmt: int):
-    return {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2)}[fmt]
+    return {FLOAT32: load_f32, FLOAT16: load_f16, INT8: load_i8}[fmt]
 
 
 @cache
 def make_lora(fmt: int):
-    """(shrink, gather, expand) for adapters stored as FLOAT32 or FLOAT16."""
+    """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
     shrink4, shrink1 = _shrink_tile(4, fmt), _shrink_tile(1, fmt)
     expand4, expand1 = _expand_tile(4, fmt), _expand_tile(1, fmt)
-    load, size = _loader(fmt)
+    load, size, head, scaled = _loader(fmt), _size(fmt), _head(fmt), fmt == INT8
 
     @kernel
     def shrink(arena, at, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
@@ -110,7 +145,7 @@ def make_lora(fmt: int):
 
         arena: uint8, A's panels from byte `at`; columns: K, a multiple of 4; x, s: float32, row m at m * stride.
         """
-        at += panel * columns * PANEL * size
+        at += panel * (head + columns * PANEL * size)
         s_at += panel * PANEL
         m = 0
         while rows - m >= 4:
@@ -121,13 +156,17 @@ def make_lora(fmt: int):
             m += 1
 
     @kernel
-    def gather(arena, at, padded, token, scale, s, s_at):
-        """s[i] = scale * A[i, token]: shrink for an embedding, whose input is a token number.
+    def gather(arena, at, columns, panels, token, scale, s, s_at):
+        """s[i] = scale * A[i, token], i < 16 * panels: shrink for an embedding, whose input is a token number.
 
-        arena: uint8, A transposed [vocabulary][padded] from byte `at`; padded: the rank padded to 16.
+        arena: uint8, A's panels from byte `at`; columns: the vocabulary's size.
         """
-        for i in range(0, padded, 16):
-            store_f32(s, s_at + i, load(arena, at + (token * padded + i) * size) * splat_f32(scale))
+        for panel in range(panels):
+            lanes = splat_f32(scale)
+            if scaled:
+                lanes = lanes * load_f32(arena, at)
+            store_f32(s, s_at + panel * PANEL, load(arena, at + head + token * PANEL * size) * lanes)
+            at += head + columns * PANEL * size
 
     @kernel
     def expand(
@@ -139,7 +178,7 @@ def make_lora(fmt: int):
         at out_at + (p - panel0) * panel_step: 16, or 32 where two matrices are interleaved. following: the byte
         that is likely to be read after these panels, for prefetching.
         """
-        panel = rank * PANEL * size
+        panel = head + rank * PANEL * size
         for p in range(panel0, panel1):
             here, to = at + p * panel, out_at + (p - panel0) * panel_step
             ahead = here + PANELS_AHEAD * panel

@@ -6,8 +6,7 @@ Arrays are flat, as in the kernels; each twin first cuts out what its kernel wou
 import numpy as np
 
 from .attention import KV, SUBPAGE, Query
-from .lora import PANEL
-from .pack import BLOCK, COLUMNS, FORMAT, GROUP, is_float, unpack, unpack_quantized, zero
+from .pack import BLOCK, COLUMNS, FLOAT16, FLOAT32, FORMAT, GROUP, INT8, PANEL, is_float, unpack, unpack_quantized, zero
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -85,6 +84,15 @@ def narrow(x, n, out, at):
 def widen(x, n, out):
     """out[i] = float32(x[i])."""
     out[:n] = x[:n].view(np.float16)
+
+
+def quantize_panels(x, panels, inner, out, at):
+    """scale[i] = max over k of |x[k, i]| / 127, q[k, i] = round(x[k, i] / scale[i]) in each panel [inner][16]."""
+    v = _span(x, 0, panels * inner * PANEL).reshape(panels, inner, PANEL)
+    scales = np.maximum(np.abs(v).max(axis=1), np.float32(1e-30)) / np.float32(127)
+    q = np.rint(v / scales[:, None]).astype(np.int8)
+    raw = out[at : at + panels * (64 + inner * PANEL)].reshape(panels, -1)
+    raw[:, :64], raw[:, 64:] = scales.view(np.uint8), q.reshape(panels, -1).view(np.uint8)
 
 
 def silu_mul(gate_up, at, panels, out, out_at):
@@ -214,28 +222,31 @@ def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):
 # ---------------------------------------------------------------- LoRA
 
 
-def _panels(arena, at, panels, inner, dtype):
+def _panels(arena, at, panels, inner, fmt):
     """Panels [panels, inner, 16] at byte `at`, as float32."""
+    if fmt == INT8:
+        raw = arena[at : at + panels * (64 + inner * PANEL)].reshape(panels, -1)
+        scales = np.ascontiguousarray(raw[:, :64]).view(np.float32)
+        return scales[:, None] * raw[:, 64:].view(np.int8).reshape(panels, inner, PANEL)
+    dtype = np.dtype({FLOAT32: np.float32, FLOAT16: np.float16}[fmt])
     count = panels * inner * PANEL
     return arena[at : at + count * dtype.itemsize].view(dtype).astype(np.float32).reshape(panels, inner, PANEL)
 
 
-def make_lora(dtype):
-    """(shrink, gather, expand) for adapters held as this NumPy dtype."""
-    dtype = np.dtype(dtype)
+def make_lora(fmt):
+    """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
 
     def shrink(arena, at, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
-        a = _panels(arena, at, panel + 1, columns, dtype)[panel]
+        a = _panels(arena, at, panel + 1, columns, fmt)[panel]
         _grid(s, s_at + panel * PANEL, s_stride, rows, PANEL)[:] = scale * (_grid(x, x_at, x_stride, rows, columns) @ a)
 
-    def gather(arena, at, padded, token, scale, s, s_at):
-        start = at + token * padded * dtype.itemsize
-        s[s_at : s_at + padded] = scale * arena[start : start + padded * dtype.itemsize].view(dtype).astype(np.float32)
+    def gather(arena, at, columns, panels, token, scale, s, s_at):
+        s[s_at : s_at + panels * PANEL] = scale * _panels(arena, at, panels, columns, fmt)[:, token].reshape(-1)
 
     def expand(
         arena, at, rank, panel0, panel1, following, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step
     ):
-        b = _panels(arena, at, panel1, rank, dtype)
+        b = _panels(arena, at, panel1, rank, fmt)
         shrunk = _grid(s, s_at, s_stride, rows, rank)
         for p in range(panel0, panel1):
             _grid(out, out_at + (p - panel0) * panel_step, out_stride, rows, PANEL)[:] += shrunk @ b[p]
