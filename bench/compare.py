@@ -153,6 +153,7 @@ class Ours:
                 budget=512,
                 threads=threads,
                 kv_cache_dtype=case.cache,
+                lora_dtype="auto",
             )
         )
         self.speed()

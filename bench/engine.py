@@ -47,6 +47,7 @@ class Bench:
             max_lora_rank=options.rank,
             enable_prefix_caching=False,
             kv_cache_dtype=options.kv_cache_dtype,
+            lora_dtype=options.lora_dtype,
         )
         self.engine = Engine(model.weights, engine)
         settings = {"r": options.rank, "lora_alpha": options.rank}
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=512, help="rows of a step")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--lora-dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     options = parser.parse_args()

@@ -134,16 +134,15 @@ class Soak:
         left = stats.pages_held + stats.running + stats.waiting + stats.adapters.in_use
         self.engine.close()
         tenth = max(len(self.memory) // 10, 1)
+        tenths = [
+            round(max(self.memory[i : i + tenth]), 1) for i in range(0, tenth * (len(self.memory) // tenth), tenth)
+        ]
         return {
             **self.counts,
             "repeated": len(self.repeats),
             "left_over": left,
             "seconds": round(seconds, 1),
-            "rss_mb": {
-                "after_a_fifth": round(max(self.memory[: 2 * tenth]), 1),
-                "last_tenth": round(max(self.memory[-tenth:]), 1),
-                "peak": round(max(self.memory), 1),
-            },
+            "rss_mb_by_tenth": tenths[:10],
             "preemptions": stats.preemptions,
             "prefix_hits": stats.prefix_hits,
             "adapter_loads": stats.adapters.loads,

@@ -1,41 +1,58 @@
 """Perplexity of a text under several number formats of one model, and their distance to exact arithmetic.
 
     python tools/perplexity.py TEXTFILE [--model M] [--dtypes auto,int8,int4] [--context 512] [--chunks 8]
+    python tools/perplexity.py TEXTFILE --adapter pirate --lora-dtypes float16,int8
 
 The text is cut into chunks of --context tokens, each read by itself. For every format: perplexity over the second
 and later tokens; and against float32 of the same file: mean KL divergence and how often the best token is the same.
+With an adapter, float32 weights are also read with its numbers in each of --lora-dtypes, to see what those alone cost.
 Last line: one JSON document.
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from minilora.checkpoint.lock import resolve_model
+from minilora.checkpoint.lock import resolve_adapter, resolve_model
 from minilora.engine import Engine
 from minilora.packed import load_model
 from minilora.params import EngineConfig, SamplingParams
 from minilora.runner import PROMPT_LOGITS
+from minilora.sequence import AdapterUse
 from minilora.weights import Target
 
 
 class Reader:
     """Reads chunks with one format; gives log-probabilities of the whole vocabulary at every place."""
 
-    def __init__(self, name: str, dtype: str, group: int, kv: str, context: int):
-        self.model = load_model(resolve_model(name, print), name, Target(dtype, group))
-        config = EngineConfig(max_model_len=context + 2, max_num_seqs=1, enable_prefix_caching=False, kv_cache_dtype=kv)
+    def __init__(self, options: argparse.Namespace, dtype: str, kv: str, lora: str = "auto"):
+        name = options.model
+        self.model = load_model(resolve_model(name, print), name, Target(dtype, options.group_size))
+        config = EngineConfig(
+            max_model_len=options.context + 2,
+            max_num_seqs=1,
+            enable_prefix_caching=False,
+            kv_cache_dtype=kv,
+            lora_dtype=lora,
+        )
         self.engine = Engine(self.model.weights, config)
+        self.uses = ()
+        if options.adapter:
+            self.uses = (AdapterUse(self.engine.add_adapter(resolve_adapter(options.adapter, print)), 1.0),)
 
     def logprobs(self, tokens: list[int]):
         """Pieces [rows, vocabulary], in order, until the chunk is read."""
         engine = self.engine
-        [sequence] = engine.submit(tokens, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
+        [sequence] = engine.submit(tokens, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0), self.uses)
         while engine.busy:
             before = sequence.computed
             engine.step()
+            if engine.stalled:
+                engine.wait()
+                continue
             count = min(PROMPT_LOGITS, len(tokens) - before)
             logits = engine.runner.sampler.logits(count).astype(np.float64)
             logits -= logits.max(axis=1, keepdims=True)
@@ -66,29 +83,28 @@ def main() -> None:
     parser.add_argument("--dtypes", default="auto,int8,int4")
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--adapter", help="read with this adapter")
+    parser.add_argument("--lora-dtypes", default="float16,int8")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=8)
     options = parser.parse_args()
-    exact = Reader(options.model, "float32", options.group_size, "float32", options.context)
+    exact = Reader(options, "float32", "float32")
     tokens = exact.model.tokenizer.encode(options.textfile.read_text(encoding="utf-8"))
     chunks = [tokens[i : i + options.context] for i in range(0, len(tokens), options.context)][: options.chunks]
     chunks = [chunk for chunk in chunks if len(chunk) > 1]
     rows = []
     print(
-        f"{'format':10} {'bytes':>12} {'perplexity':>11} {'KL':>10} {'same best':>10}   ({len(chunks)} chunks of {options.context})"
+        f"{'format':18} {'perplexity':>11} {'KL':>10} {'same best':>10}   ({len(chunks)} chunks of {options.context})"
     )
-    for dtype in ("float32", *options.dtypes.split(",")):
-        reader = (
-            exact
-            if dtype == "float32"
-            else Reader(options.model, dtype, options.group_size, options.kv_cache_dtype, options.context)
-        )
-        found = {"dtype": dtype, "bytes": len(reader.model.weights.arena), **measure(reader, exact, chunks)}
+    readers = {"float32": lambda: exact}
+    for lora in options.lora_dtypes.split(",") if options.adapter else []:
+        readers[f"float32 + {lora}"] = partial(Reader, options, "float32", "float32", lora)
+    for dtype in options.dtypes.split(","):
+        readers[dtype] = partial(Reader, options, dtype, options.kv_cache_dtype)
+    for name, make in readers.items():
+        found = {"format": name, **measure(make(), exact, chunks)}
         rows.append(found)
-        print(
-            f"{dtype:10} {found['bytes']:12} {found['perplexity']:11.3f} {found['kl']:10.2e} {100 * found['same_best']:9.2f}%",
-            flush=True,
-        )
+        print(f"{name:18} {found['perplexity']:11.3f} {found['kl']:10.2e} {100 * found['same_best']:9.2f}%", flush=True)
     print(json.dumps({"model": options.model, "context": options.context, "chunks": len(chunks), "rows": rows}))
 
 
