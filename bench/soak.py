@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -41,16 +42,20 @@ class Soak:
             save_random_adapter(folder / f"r{rank}-{i}", self.config, rank, i)
             for i, rank in enumerate((options.ranks * options.adapters)[: options.adapters])
         ]
-        # What each name stands for now, and what was told of every request that is to be repeated.
+        # What each name stands for, how often that has begun or ended to change, and the answers to be repeated.
         self.meaning: dict[str, Path] = {}
+        self.changes: Counter[str] = Counter()
         self.repeats: list[tuple] = []
         self.counts = dict.fromkeys(("finished", "left", "unloaded", "tokens", "errors", "wrong"), 0)
         self.memory: list[float] = []
         self.errors: list[str] = []
 
     async def register(self, i: int, folder: Path) -> None:
-        self.meaning[f"a{i}"] = folder
-        await self.engine.add_lora(f"a{i}", str(folder), load=self.rng.random() < 0.5)
+        name = f"a{i}"
+        self.changes[name] += 1
+        await self.engine.add_lora(name, str(folder), load=self.rng.random() < 0.5)
+        self.meaning[name] = folder
+        self.changes[name] += 1
 
     def request(self):
         rng, short = self.rng, self.options.short
@@ -68,7 +73,7 @@ class Soak:
 
     async def one(self, leaves: bool) -> None:
         prompt, params, name = self.request()
-        folder = self.meaning.get(name) if name else None
+        folder, changes = (self.meaning.get(name), self.changes[name]) if name else (None, 0)
         lora = LoRARequest(name) if name else None
         stream = self.engine.generate({"prompt_token_ids": prompt}, params, lora)
         tokens: list[int] = []
@@ -90,7 +95,9 @@ class Soak:
             await stream.aclose()
         self.counts["finished"] += 1
         self.counts["tokens"] += len(tokens)
-        if self.counts["finished"] % self.options.check == 0 and folder == self.meaning.get(name or ""):
+        # While a name changes nobody can say which version a request got.
+        settled = name is None or (changes % 2 == 0 and changes == self.changes[name])
+        if self.counts["finished"] % self.options.check == 0 and settled:
             self.repeats.append((prompt, params, folder, tokens))
 
     async def user(self) -> None:
@@ -107,6 +114,7 @@ class Soak:
             i = self.rng.randrange(len(self.folders))
             if self.rng.random() < 0.3 and f"a{i}" in self.meaning:
                 del self.meaning[f"a{i}"]
+                self.changes[f"a{i}"] += 2
                 await self.engine.remove_lora(f"a{i}", force=self.rng.random() < 0.5)
             else:
                 await self.register(i, self.rng.choice(self.folders))
