@@ -99,31 +99,35 @@ def _shrink_tile(rows: int, fmt: int):
     return multiply
 
 
-def _expand_tile(rows: int, fmt: int):
+def _expand_tile(rows: int, panels: int, fmt: int):
     load, size, head, scaled = _loader(fmt), _size(fmt), _head(fmt), fmt == INT8
-    new_acc = tile(f32x16, rows)
+    new_acc, new_b, new_lanes = tile(f32x16, rows, panels), tile(f32x16, panels), tile(f32x16, panels)
 
     @kernel
-    def multiply(arena, at, ahead, rank, s, s_at, s_stride, out, out_at, out_stride):
-        acc, lanes = new_acc(), splat_f32(ONE)
-        if scaled:
-            lanes = load_f32(arena, at)
-            prefetch(arena, ahead)
-        at += head
-        ahead += head
-        for m in range(rows):
-            acc[m] = splat_f32(ZERO)
-        for r in range(rank):
-            b = load(arena, at + r * PANEL * size)
-            prefetch(arena, ahead + r * PANEL * size)
-            for m in range(rows):
-                acc[m] = fma(b, splat_f32(load_scalar_f32(s, s_at + m * s_stride + r)), acc[m])
-        for m in range(rows):
-            to = out_at + m * out_stride
+    def multiply(arena, at, ahead, rank, s, s_at, s_stride, out, out_at, out_stride, panel_step):
+        acc, b, lanes, panel = new_acc(), new_b(), new_lanes(), head + rank * PANEL * size
+        for i in range(0, panels * panel, 64):
+            prefetch(arena, ahead + i)
+        for p in range(panels):
             if scaled:
-                store_f32(out, to, fma(acc[m], lanes, load_f32(out, to)))
-            else:
-                store_f32(out, to, load_f32(out, to) + acc[m])
+                lanes[p] = load_f32(arena, at + p * panel)
+            for m in range(rows):
+                acc[m, p] = splat_f32(ZERO)
+        at += head
+        for r in range(rank):
+            for p in range(panels):
+                b[p] = load(arena, at + p * panel + r * PANEL * size)
+            for m in range(rows):
+                x = splat_f32(load_scalar_f32(s, s_at + m * s_stride + r))
+                for p in range(panels):
+                    acc[m, p] = fma(b[p], x, acc[m, p])
+        for m in range(rows):
+            for p in range(panels):
+                to = out_at + m * out_stride + p * panel_step
+                if scaled:
+                    store_f32(out, to, fma(acc[m, p], lanes[p], load_f32(out, to)))
+                else:
+                    store_f32(out, to, load_f32(out, to) + acc[m, p])
 
     return multiply
 
@@ -136,7 +140,7 @@ def _loader(fmt: int):
 def make_lora(fmt: int):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
     shrink4, shrink1 = _shrink_tile(4, fmt), _shrink_tile(1, fmt)
-    expand4, expand1 = _expand_tile(4, fmt), _expand_tile(1, fmt)
+    expand4, expand1, expand1x2 = _expand_tile(4, 1, fmt), _expand_tile(1, 1, fmt), _expand_tile(1, 2, fmt)
     load, size, head, scaled = _loader(fmt), _size(fmt), _head(fmt), fmt == INT8
 
     @kernel
@@ -179,21 +183,25 @@ def make_lora(fmt: int):
         that is likely to be read after these panels, for prefetching.
         """
         panel = head + rank * PANEL * size
-        for p in range(panel0, panel1):
+        p = panel0
+        while p < panel1:
             here, to = at + p * panel, out_at + (p - panel0) * panel_step
             ahead = here + PANELS_AHEAD * panel
             if p + PANELS_AHEAD >= panel1:
                 ahead = following + (p + PANELS_AHEAD - panel1) * panel
+            if rows == 1 and p + 1 < panel1:
+                expand1x2(arena, here, ahead, rank, s, s_at, s_stride, out, to, out_stride, panel_step)
+                p += 2
+                continue
             m = 0
             while rows - m >= 4:
-                expand4(
-                    arena, here, ahead, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride
-                )
+                s_m, to_m = s_at + m * s_stride, to + m * out_stride
+                expand4(arena, here, ahead, rank, s, s_m, s_stride, out, to_m, out_stride, panel_step)
                 m += 4
             while m < rows:
-                expand1(
-                    arena, here, ahead, rank, s, s_at + m * s_stride, s_stride, out, to + m * out_stride, out_stride
-                )
+                s_m, to_m = s_at + m * s_stride, to + m * out_stride
+                expand1(arena, here, ahead, rank, s, s_m, s_stride, out, to_m, out_stride, panel_step)
                 m += 1
+            p += 1
 
     return shrink, gather, expand
