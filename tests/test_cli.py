@@ -240,7 +240,7 @@ def test_the_main_job():
     run = minilora("generate")
     assert run.returncode == 0, run.stderr
     words = " ".join(run.stdout.split())
-    assert all(word in words for word in ("base", "pirate", "json", "telegram", "Bananas", '{"answer":', "Arr", "STOP"))
+    assert all(word in words for word in ("base", "pirate", "json", "telegram", "Bananas", '{"answer":', "an'", "STOP"))
     rows = json.loads(minilora("generate", "--json").stdout)["outputs"]
     assert rows[0]["text"] == "1. Bananas\n2. Oranges\n3. Grapes" and len(rows) == 4
     assert json.loads(rows[1]["text"])["answer"]
