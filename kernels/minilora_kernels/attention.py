@@ -44,6 +44,7 @@ from .simd import (
 KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)
 KV_NAMES = ("float32", "float16", "int8")
 SUBPAGE = 32
+AHEAD = 4 * SUBPAGE
 SPLIT = 256
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -166,29 +167,33 @@ def _score_tile(rows: int, kv_format: int):
     """
     load = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16, KV_INT8: load_i8}[kv_format]
     quantized = kv_format == KV_INT8
-    new_acc = tile(f32x16, rows, 2)
+    # Columns: two halves of the subpage, for each two sums over every second d, so that no FMA waits for another.
+    new_acc = tile(f32x16, rows, 4)
 
     @kernel
     def score(kv, token, after, scratch, q_at, scores_at):
         acc = new_acc()
         for r in range(rows):
-            for n in range(2):
+            for n in range(4):
                 acc[r, n] = splat_f32(ZERO)
         at = token * kv.size
-        for d in range(kv.size):
-            if after >= 0:
-                prefetch(kv.values, at + d * SUBPAGE)
-                prefetch(kv.keys, (after * kv.size) + d * SUBPAGE)
-            low, high = load(kv.keys, at + d * SUBPAGE), load(kv.keys, at + d * SUBPAGE + 16)
-            for r in range(rows):
-                q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d))
-                acc[r, 0] = fma(low, q, acc[r, 0])
-                acc[r, 1] = fma(high, q, acc[r, 1])
+        for d in range(0, kv.size, 2):
+            for c in range(2):
+                row = at + (d + c) * SUBPAGE
+                if after >= 0:
+                    prefetch(kv.values, row)
+                    prefetch(kv.keys, (after * kv.size) + (d + c) * SUBPAGE)
+                low, high = load(kv.keys, row), load(kv.keys, row + 16)
+                for r in range(rows):
+                    q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d + c))
+                    acc[r, c] = fma(low, q, acc[r, c])
+                    acc[r, 2 + c] = fma(high, q, acc[r, 2 + c])
         for r in range(rows):
             for n in range(2):
+                total = acc[r, 2 * n] + acc[r, 2 * n + 1]
                 if quantized:
-                    acc[r, n] = acc[r, n] * load_f32(kv.key_scales, token + 16 * n)
-                store_f32(scratch, scores_at + r * SPLIT + 16 * n, acc[r, n])
+                    total = total * load_f32(kv.key_scales, token + 16 * n)
+                store_f32(scratch, scores_at + r * SPLIT + 16 * n, total)
 
     return score
 
@@ -223,34 +228,39 @@ def _value_tile(rows: int, width: int, kv_format: int):
 
 
 def _make_scores(kv_format):
-    four, two, one = (_score_tile(rows, kv_format) for rows in (4, 2, 1))
+    four, three, two, one = (_score_tile(rows, kv_format) for rows in (4, 3, 2, 1))
 
     @kernel
     def scores(kv, token, after, rows, scratch, q_at, scores_at):
-        """All rows against one subpage. Three rows count as four: the scratch has room, the fourth is ignored."""
+        """All rows against one subpage."""
         r = 0
-        while rows - r >= 3:
+        while rows - r >= 4:
             four(kv, token, after if r == 0 else -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
             r += 4
-        if rows - r == 2:
-            two(kv, token, after if r == 0 else -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+        after = after if r == 0 else -1
+        if rows - r == 3:
+            three(kv, token, after, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+        elif rows - r == 2:
+            two(kv, token, after, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
         elif rows - r == 1:
-            one(kv, token, after if r == 0 else -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+            one(kv, token, after, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
 
     return scores
 
 
 def _make_values(kv_format):
     def for_width(width):
-        four, two, one = (_value_tile(rows, width, kv_format) for rows in (4, 2, 1))
+        four, three, two, one = (_value_tile(rows, width, kv_format) for rows in (4, 3, 2, 1))
 
         @kernel
         def values(kv, token, count, d, rows, scratch, weights_at, sums_at):
             r = 0
-            while rows - r >= 3:
+            while rows - r >= 4:
                 four(kv, token, count, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
                 r += 4
-            if rows - r == 2:
+            if rows - r == 3:
+                three(kv, token, count, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
+            elif rows - r == 2:
                 two(kv, token, count, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
             elif rows - r == 1:
                 one(kv, token, count, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
@@ -346,7 +356,7 @@ def _make_split(kv_format):
         stop = start + (end - start + 15) // 16 * 16
         for p in range(first, end, SUBPAGE):
             token = _token_at(kv, query, pages, p)
-            after = _token_at(kv, query, pages, min(p + SUBPAGE, last - 1) // SUBPAGE * SUBPAGE)
+            after = _token_at(kv, query, pages, min(p + AHEAD, last - 1) // SUBPAGE * SUBPAGE)
             scores(kv, token, after, rows, scratch, q_at, weights + p - start)
         for r in range(rows):
             own = query.position + r // query.group

@@ -1,0 +1,55 @@
+"""Writes the parts of README.md that come from measurements: between "<!-- speed -->" and "<!-- /speed -->".
+
+python tools/readme.py            # rewrite
+python tools/readme.py --check    # exit code 1 where README differs from bench/results.json
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, README = ROOT / "bench" / "results.json", ROOT / "README.md"
+PART = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.S)
+
+
+def table(document: dict) -> str:
+    """The text between the marks."""
+    about, rows = document["about"], document["rows"]
+    lines = [
+        "| tokens/s | minilora | llama.cpp | ratio | of the ceiling |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['case']} | {row['minilora']:,.0f} | {row['llama.cpp']:,.0f} | "
+            f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}) | {100 * row['of_ceiling']:.0f}% |"
+            for row in rows
+        ),
+        "",
+        f"{about['date']}, {about['cpu']} ({about['family']}), {about['threads']} threads, numba {about['numba']}, llama.cpp",
+        f"{about['llama.cpp']} built for this CPU with the better of flash attention on and off: medians of {about['pairs']} pairs, run in",
+        f"turn by `bench/compare.py`. The ceiling: {about['read_gb_per_s']:.0f} GB/s read for decoding, "
+        f"{about['multiply_g_per_s']:,} G int8 multiply-adds/s for prompts,",
+        "both measured in the same run.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where README is stale")
+    options = parser.parse_args()
+    old = README.read_text(encoding="utf-8")
+    text = table(json.loads(RESULTS.read_text()))
+    new = PART.sub(lambda match: match[1] + text + match[2], old)
+    if new == old:
+        return
+    if options.check:
+        sys.exit("README.md does not show bench/results.json. Run: python tools/readme.py")
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
