@@ -213,6 +213,7 @@ def compare(case: Case, files: Files, options: argparse.Namespace, tell: Callabl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-bin", type=Path, required=True, help="folder of llama.cpp's programs")
+    parser.add_argument("--llama-name", default="", help="which llama.cpp it is, for the report")
     parser.add_argument("--work", type=Path, default=Path("bench-models"), help="folder for the files that are made")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=usable_cores())
@@ -231,8 +232,6 @@ def main() -> None:
 
 def about(options: argparse.Namespace) -> dict:
     """What the figures depend on."""
-    build = subprocess.run([options.llama_bin / "llama-bench", "--version"], capture_output=True, text=True)
-    named = re.search(r"version: (.*)", build.stdout + build.stderr)
     peak = ceilings.measure(options.threads)
     return {
         "date": datetime.date.today().isoformat(),
@@ -241,7 +240,7 @@ def about(options: argparse.Namespace) -> dict:
         "threads": options.threads,
         "python": platform.python_version(),
         **{name: version(name) for name in ("minilora", "numpy", "numba", "llvmlite")},
-        "llama.cpp": named[1] if named else "unknown",
+        "llama.cpp": options.llama_name,
         "read_gb_per_s": round(peak.read, 1),
         "multiply_g_per_s": round(peak.multiply),
         "pairs": options.pairs,

@@ -1,6 +1,7 @@
 """The arrays of an engine, and the compiled step over them: pages, adapters, buffers, threads."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -26,17 +27,29 @@ AUTOMATIC_SLOTS = 256
 LORA_FORMATS = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
 
 
+CGROUP = Path("/sys/fs/cgroup")
+
+
 def usable_cores() -> int:
     """Cores that this process may really use: its affinity, and its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _limits("cpu.max")
+    return min(cores, max(1, quota[0] // quota[1])) if quota else cores
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its control group."""
+    free = psutil.virtual_memory().available
+    limit, used = _limits("memory.max"), _limits("memory.current")
+    return min(free, max(0, limit[0] - used[0])) if limit and used else free
+
+
+def _limits(name: str) -> list[int]:
+    """The numbers in a file of the control group; empty where there is no limit."""
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
+        return [int(word) for word in (CGROUP / name).read_text().split()]
     except (OSError, ValueError):
-        pass
-    return cores
+        return []
 
 
 class Runner:
@@ -49,7 +62,7 @@ class Runner:
         self.weights, self.model, self.config, self.length = weights, weights.config, config, length
         self._exact = weights.formats == (FLOAT32,)
         self.team = Team(config.threads or usable_cores())
-        free = psutil.virtual_memory().available
+        free = free_memory()
         self._setup_pages(int(free * KV_SHARE))
         self._setup_adapters(int(free * ADAPTER_SHARE))
         self._setup_buffers()

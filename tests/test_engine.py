@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from minilora import runner
 from minilora.errors import UsageError
 from minilora.params import EngineConfig, SamplingParams
 from minilora.sequence import AdapterUse
@@ -334,3 +335,17 @@ def test_high_ranks_are_refused_by_name(weights):
     engine = make_engine(weights, max_lora_rank=8)
     with pytest.raises(UsageError, match="max_lora_rank"):
         engine.add_adapter(make_adapter(weights.config, rank=9))
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def test_limits_of_a_control_group_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "CGROUP", tmp_path)
+    cores, memory = runner.usable_cores(), runner.free_memory()
+    for name, text in (("cpu.max", "max 100000\n"), ("memory.max", "max\n"), ("memory.current", "5\n")):
+        (tmp_path / name).write_text(text)
+    assert runner.usable_cores() == cores and runner.free_memory() > memory // 2
+    for name, text in (("cpu.max", "150000 100000\n"), ("memory.max", "1000000\n"), ("memory.current", "400000\n")):
+        (tmp_path / name).write_text(text)
+    assert runner.usable_cores() == 1 and runner.free_memory() == 600000

@@ -147,3 +147,7 @@ def test_importing_is_quick_to_start():
     """`import minilora` loads nothing heavy."""
     code = "import sys, minilora; print([m for m in ('numpy', 'numba', 'tokenizers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_readme_shows_the_last_results():
+    subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], check=True)

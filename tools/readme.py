@@ -27,11 +27,11 @@ def table(document: dict) -> str:
             for row in rows
         ),
         "",
-        f"{about['date']}, {about['cpu']} ({about['family']}), {about['threads']} threads, numba {about['numba']}, llama.cpp",
-        f"{about['llama.cpp']} built for this CPU with the better of flash attention on and off: medians of {about['pairs']} pairs, run in",
-        f"turn by `bench/compare.py`. The ceiling: {about['read_gb_per_s']:.0f} GB/s read for decoding, "
-        f"{about['multiply_g_per_s']:,} G int8 multiply-adds/s for prompts,",
-        "both measured in the same run.",
+        f"{about['date']}, {about['cpu']} ({about['family']}), {about['threads']} threads, numba {about['numba']}; llama.cpp",
+        f"{about['llama.cpp']}, built for this CPU, with flash attention on or off, whichever is faster. Medians of {about['pairs']} pairs run in",
+        "turn by `bench/compare.py`. The ceiling is the machine's own, measured beside each case: "
+        f"{about['read_gb_per_s']:.0f} GB/s read for decoding,",
+        f"{about['multiply_g_per_s']:,} G int8 multiply-adds/s for prompts, when this run began.",
         "",
     ]
     return "\n".join(lines)
