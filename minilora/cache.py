@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilora_kernels.attention import KV, KV_FLOAT16, KV_FLOAT32, KV_INT8
+from minilora_kernels.attention import KV, KV_FLOAT16, KV_FLOAT32, KV_INT8, RUN
 
 from .config import ModelConfig
 
@@ -26,7 +26,7 @@ def page_bytes(config: ModelConfig, kv_format: int, page: int) -> int:
 
 def make_kv(config: ModelConfig, kv_format: int, pages: int, page: int) -> KV:
     """The arrays of a pool; memory that is never written is never taken from the system."""
-    tokens = config.layers * pages * config.kv_heads * page
+    tokens = config.layers * -(-pages // RUN) * RUN * config.kv_heads * page
     scales = tokens if kv_format == KV_INT8 else 1
     return KV(
         np.zeros(tokens * config.head_dim, _DTYPES[kv_format]),
@@ -40,27 +40,27 @@ def make_kv(config: ModelConfig, kv_format: int, pages: int, page: int) -> KV:
     )
 
 
-def by_page(kv: KV) -> list[np.ndarray]:
-    """Views [pages, numbers of a page] of the pool's arrays, without scales where the format has none."""
-    tokens = kv.layers * kv.heads * kv.page
-    views = [kv.keys.reshape(-1, tokens * kv.size), kv.values.reshape(-1, tokens * kv.size)]
-    return views + [scales.reshape(-1, tokens) for scales in (kv.key_scales, kv.value_scales) if len(scales) > 1]
+def _parts(kv: KV, page: int) -> list[np.ndarray]:
+    """Views of one page's numbers in the pool's arrays, without scales where the format has none."""
+    views = [(array, kv.page * kv.size) for array in (kv.keys, kv.values)]
+    views += [(scales, kv.page) for scales in (kv.key_scales, kv.value_scales) if len(scales) > 1]
+    return [a.reshape(-1, kv.layers * kv.heads, RUN, count)[page // RUN, :, page % RUN] for a, count in views]
 
 
 def poison_page(kv: KV, page: int) -> None:
     """Fill a page with what no result may depend on: NaN, or with int8 numbers NaN as their scales."""
-    for view in by_page(kv):
-        view[page] = np.nan if view.dtype == np.float32 else 0x7E00 if view.dtype == np.uint16 else 127
+    for part in _parts(kv, page):
+        part[:] = np.nan if part.dtype == np.float32 else 0x7E00 if part.dtype == np.uint16 else 127
 
 
 def copy_page(kv: KV, source: int, target: int) -> None:
     """Copy one page of every layer."""
-    for view in by_page(kv):
-        view[target] = view[source]
+    for old, new in zip(_parts(kv, source), _parts(kv, target), strict=True):
+        new[:] = old
 
 
 class PagePool:
-    """Hands out page numbers 0 .. pages - 1.
+    """Hands out page numbers 0 .. pages - 1, to one sequence neighbouring ones as long as there are free runs of RUN.
 
     on_free: called with each page whose content is of no use any more. hits, lookups: pages of texts that started,
     found and asked for.
@@ -70,7 +70,10 @@ class PagePool:
         self.pages = pages
         self.hits = self.lookups = 0
         self._on_free = on_free
-        self._free = list(range(pages))[::-1]
+        # Last in, first out: memory that was in use is used again before more is taken from the system.
+        self._free = dict.fromkeys(reversed(range(pages)))
+        # Runs of which all pages are free.
+        self._whole = dict.fromkeys(reversed(range(pages // RUN)))
         self._holders = [0] * pages
         self._key_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
@@ -91,10 +94,12 @@ class PagePool:
         """Pages that sequences hold."""
         return self.pages - self.available
 
-    def take(self) -> int:
-        """A page of one's own. Raises IndexError where none is available: ask first."""
+    def take(self, before: int | None = None) -> int:
+        """A page of one's own, next to page `before` if possible. Raises IndexError where none is available."""
         if self._free:
-            page = self._free.pop()
+            page = self._choose(before)
+            del self._free[page]
+            self._whole.pop(page // RUN, None)
         elif self._idle:
             page, _ = self._idle.popitem(last=False)
             del self._page_of[self._key_of.pop(page)]
@@ -103,6 +108,18 @@ class PagePool:
             raise IndexError("no page is available")
         self._holders[page] = 1
         return page
+
+    def _choose(self, before: int | None) -> int:
+        if before is not None and (before + 1) % RUN and before + 1 in self._free:
+            return before + 1
+        return next(reversed(self._whole)) * RUN if self._whole else next(reversed(self._free))
+
+    def _set_free(self, page: int) -> None:
+        self._free[page] = None
+        run = page // RUN * RUN
+        if all(other in self._free for other in range(run, run + RUN)):
+            self._whole[page // RUN] = None
+        self._freed(page)
 
     def is_held(self, page: int) -> bool:
         """Whether any sequence holds the page."""
@@ -123,8 +140,7 @@ class PagePool:
             if page in self._key_of:
                 self._idle[page] = None
             else:
-                self._free.append(page)
-                self._freed(page)
+                self._set_free(page)
 
     def _freed(self, page: int) -> None:
         if self._on_free is not None:
@@ -151,10 +167,10 @@ class PagePool:
 
     def forget_all(self) -> None:
         """Drop every key: nothing computed so far is found again."""
-        for page in self._idle:
-            self._free.append(page)
-            self._freed(page)
+        idle = list(self._idle)
         self._idle.clear()
+        for page in idle:
+            self._set_free(page)
         self._key_of.clear()
         self._page_of.clear()
 
@@ -162,8 +178,11 @@ class PagePool:
         """Raise AssertionError where the books are wrong; tables: the pages that each sequence holds."""
         free, idle = set(self._free), set(self._idle)
         held = {page for page in range(self.pages) if self._holders[page]}
-        if len(free) != len(self._free) or free & idle or free & held or idle & held:
+        if free & idle or free & held or idle & held:
             raise AssertionError("a page is in two states")
+        whole = [run for run in range(self.pages // RUN) if free.issuperset(range(run * RUN, run * RUN + RUN))]
+        if sorted(self._whole) != whole:
+            raise AssertionError("free runs are counted wrong")
         if len(free) + len(idle) + len(held) != self.pages:
             raise AssertionError("a page is lost")
         if {page: key for key, page in self._page_of.items()} != self._key_of or free & self._key_of.keys():

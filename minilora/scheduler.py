@@ -5,7 +5,7 @@ New texts start in the waiting queue's order. One whose adapter is still being r
 pages or room for its adapter is waited for, so that small requests can't starve a large one.
 """
 
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple, Protocol
 
 from .cache import PagePool
@@ -69,6 +69,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.failed: list[Sequence] = []
         self.preemptions = 0
+        # Of the waiting, those that have run before; of these, those that lost their pages in this step.
+        self._preempted: set[Sequence] = set()
+        self._lost: set[Sequence] = set()
         self._step = 0
         self._changed = False
 
@@ -90,6 +93,7 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         sequence.withdraw()
+        self._preempted.discard(sequence)
         sequence.state, sequence.finish_reason, sequence.error = State.FINISHED, reason, error
         if sequence.holds_adapters:
             self.adapters.release(sequence.adapters)
@@ -112,6 +116,7 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """The next step's work; the pages for it are taken. Empty only where nothing can run."""
         self._step += 1
+        self._lost.clear()
         self._logits_left = self.prompt_logits
         decodes = [sequence for sequence in self.running if sequence.decodes]
         prefills = [sequence for sequence in self.running if not sequence.decodes]
@@ -125,7 +130,7 @@ class Scheduler:
         first = self._grant_all(sorted(prefills, key=_rank), room)
         plan += first + self._admit_all(room - _rows(first))
         self._read_ahead()
-        return [work for work in plan if work.sequence.state is State.RUNNING]
+        return [work for work in plan if work.sequence not in self._lost and work.sequence.state is State.RUNNING]
 
     @property
     def _places_left(self) -> int:
@@ -157,7 +162,8 @@ class Scheduler:
             self.preempt(victim)
             if victim is sequence:
                 return 0
-        sequence.pages += [self.pool.take() for _ in range(needed)]
+        for _ in range(needed):
+            sequence.pages.append(self.pool.take(sequence.pages[-1] if sequence.pages else None))
         sequence.served = self._step
         return count
 
@@ -175,9 +181,13 @@ class Scheduler:
         if room <= 0 or places <= 0 or not self.waiting:
             return plan
         blocked, unread = False, 0
-        for sequence in islice(self.waiting.in_order(), LOOKED_AT * self.most_sequences):
+        first = islice(self.waiting.in_order(), LOOKED_AT * self.most_sequences)
+        # Those that were preempted hold adapters that others may wait for: they are looked at wherever they stand.
+        for sequence in chain(first, sorted(self._preempted, key=_rank)):
             if room <= 0 or self._places_left <= 0:
                 break
+            if sequence.state is not State.WAITING or sequence in self._lost:
+                continue
             # Behind one that waits for room only those may start that already hold some of it.
             if blocked and not sequence.holds_adapters:
                 continue
@@ -209,6 +219,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, found: list[int]) -> None:
         self.waiting.remove(sequence)
+        self._preempted.discard(sequence)
         for page in found:
             self.pool.share(page)
         sequence.holds_adapters = True
@@ -280,6 +291,8 @@ class Scheduler:
         sequence.state = State.WAITING
         sequence.preemptions += 1
         self.preemptions += 1
+        self._preempted.add(sequence)
+        self._lost.add(sequence)
         self._wait(sequence)
 
     def start_copy(self, sequence: Sequence) -> None:
@@ -306,6 +319,8 @@ class Scheduler:
                 raise AssertionError(f"sequence {sequence.number} runs without its adapters")
         if any(sequence.pages or sequence.state is not State.WAITING for sequence in self.waiting):
             raise AssertionError("a waiting sequence holds pages")
+        if {sequence for sequence in self.waiting if sequence.holds_adapters} != self._preempted:
+            raise AssertionError("a preempted sequence is forgotten")
 
 
 def _rows(plan: list[Work]) -> int:

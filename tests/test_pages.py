@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minilora.cache import PagePool
+from minilora_kernels.attention import RUN
 
 PAGES = 6
 
@@ -92,6 +93,30 @@ def test_the_oldest_idle_page_goes_first():
     assert pool.find([b"a"]) == [first]
     assert pool.find([b"b"]) == []
     assert pool.find([b"b", b"a"]) == [], "a prefix is found from its beginning or not at all"
+
+
+def test_a_sequence_gets_neighbours_while_there_are_free_runs():
+    pool = PagePool(5 * RUN - 1)
+    first, second = [pool.take()], [pool.take()]
+    for _ in range(2 * RUN - 1):
+        first.append(pool.take(first[-1]))
+        second.append(pool.take(second[-1]))
+    assert [page % RUN for page in first] == [page % RUN for page in second] == list(range(RUN)) * 2
+    for page in first[:RUN]:
+        pool.drop(page)
+    rest = [pool.take() for _ in range(pool.available)]
+    assert sorted(rest + first[RUN:] + second) == list(range(5 * RUN - 1)), "in the end every page is handed out"
+
+
+def test_memory_in_use_is_used_again():
+    pool = PagePool(100 * RUN)
+    for _ in range(50):
+        pages = [pool.take()]
+        for _ in range(RUN):
+            pages.append(pool.take(pages[-1]))
+        assert max(pages) < 2 * RUN
+        for page in pages:
+            pool.drop(page)
 
 
 def test_misuse_is_noticed():

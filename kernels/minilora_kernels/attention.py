@@ -2,7 +2,8 @@
 
 A page holds `page` tokens of one sequence (a multiple of 32) for every layer and kv head, as subpages of 32
 tokens: keys [D][32], so that the scores of 16 tokens are one vector and need no horizontal sums; values [32][D].
-Number formats: float32, float16, int8 with a float32 scale for each token and head.
+Of RUN pages with neighbouring numbers the parts of one layer and head lie together: a sequence that holds such
+pages is read in longer runs. Number formats: float32, float16, int8 with a float32 scale for each token and head.
 
 The positions of a sequence are cut into *splits* of 256. Inside a split: scores, softmax, weighted sum of
 values. Splits are merged in order by their maxima and sums (Milakov and Gimelshein 2018, arXiv:1805.02867;
@@ -44,6 +45,7 @@ from .simd import (
 KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)
 KV_NAMES = ("float32", "float16", "int8")
 SUBPAGE = 32
+RUN = 4
 AHEAD = 4 * SUBPAGE
 SPLIT = 256
 
@@ -105,7 +107,8 @@ _padded_rows = kernel(_padded)
 @kernel
 def _first_token(kv, layer, page, head):
     """Number of tokens of one kv head stored before this page's."""
-    return ((page * kv.layers + layer) * kv.heads + head) * kv.page
+    run = (page // RUN * kv.layers + layer) * kv.heads + head
+    return (run * RUN + page % RUN) * kv.page
 
 
 # ---------------------------------------------------------------- write

@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 
 from . import attention, convert, lora, pointwise, reference, sample
-from .attention import KV, KV_FLOAT16, KV_FLOAT32, KV_INT8, KV_NAMES, Query, make_attention, partial_size, scratch_size
+from .attention import (
+    KV,
+    KV_FLOAT16,
+    KV_FLOAT32,
+    KV_INT8,
+    KV_NAMES,
+    RUN,
+    Query,
+    make_attention,
+    partial_size,
+    scratch_size,
+)
 from .jit import program
 from .linear import Rows, make_linear
 from .pack import (
@@ -256,7 +267,7 @@ def make_pool(
     rng: np.random.Generator, kv_format: int, tokens: int, heads: int, size: int, page: int = 32
 ) -> tuple[KV, np.ndarray]:
     """A pool of two layers with random content in its second, and a shuffled page table for `tokens` tokens."""
-    pages = -(-tokens // page) + 2
+    pages = (-(-tokens // page) + 2 + RUN - 1) // RUN * RUN
     count = 2 * pages * heads * page
     dtype = {KV_FLOAT32: np.float32, KV_FLOAT16: np.uint16, KV_INT8: np.int8}[kv_format]
     scales = count if kv_format == KV_INT8 else 1

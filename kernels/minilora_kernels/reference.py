@@ -5,7 +5,7 @@ Arrays are flat, as in the kernels; each twin first cuts out what its kernel wou
 
 import numpy as np
 
-from .attention import KV, SUBPAGE, Query
+from .attention import KV, RUN, SUBPAGE, Query
 from .pack import BLOCK, COLUMNS, FLOAT16, FLOAT32, FORMAT, GROUP, INT8, PANEL, is_float, unpack, unpack_quantized, zero
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -122,19 +122,22 @@ def embed(weights, matrices, matrix, token, out, out_at):
 # ---------------------------------------------------------------- attention
 
 
+def _pages(kv: KV, array, pages, layer, head, *shape):
+    """The parts of one layer and head of some pages: a view for one page, a copy for an array of them."""
+    return array.reshape(-1, kv.layers, kv.heads, RUN, *shape)[pages // RUN, layer, head, pages % RUN]
+
+
 def _tokens(kv: KV, layer, head, pages, pages_at, count):
     """Keys and values [count, size] of a sequence's first tokens, as float32."""
-    shape = (-1, kv.layers, kv.heads, kv.page // SUBPAGE)
-    keys = kv.keys.reshape(*shape, kv.size, SUBPAGE)[:, layer]
-    values = kv.values.reshape(*shape, SUBPAGE, kv.size)[:, layer]
-    table = pages[pages_at : pages_at + -(-count // kv.page)]
-    k = np.moveaxis(keys[table, head], -2, -1).reshape(-1, kv.size)[:count]
-    v = values[table, head].reshape(-1, kv.size)[:count]
+    table, subpages = pages[pages_at : pages_at + -(-count // kv.page)], kv.page // SUBPAGE
+    keys = _pages(kv, kv.keys, table, layer, head, subpages, kv.size, SUBPAGE)
+    k = np.moveaxis(keys, -2, -1).reshape(-1, kv.size)[:count]
+    v = _pages(kv, kv.values, table, layer, head, kv.page, kv.size).reshape(-1, kv.size)[:count]
     if kv.keys.dtype == np.uint16:
         return k.view(np.float16).astype(np.float32), v.view(np.float16).astype(np.float32)
     if kv.keys.dtype == np.int8:
         scales = (
-            s.reshape(-1, kv.layers, kv.heads, kv.page)[table, layer, head].reshape(-1)[:count, None]
+            _pages(kv, s, table, layer, head, kv.page).reshape(-1)[:count, None]
             for s in (kv.key_scales, kv.value_scales)
         )
         return tuple(x * s for x, s in zip((k, v), scales, strict=True))
@@ -153,24 +156,22 @@ def _write(kv: KV, array, scales, x, at):
     return v
 
 
+def _scales(kv: KV, array, page, layer, head, slot):
+    return _pages(kv, array, page, layer, head, kv.page)[slot : slot + 1] if _has_scales(kv) else array
+
+
 def write_key(kv, layer, page, slot, head, x, at):
     """Store a token's key of one kv head."""
-    keys = kv.keys.reshape(-1, kv.layers, kv.heads, kv.page // SUBPAGE, kv.size, SUBPAGE)
-    scales = (
-        kv.key_scales.reshape(-1, kv.layers, kv.heads, kv.page)[page, layer, head] if _has_scales(kv) else kv.key_scales
-    )
-    keys[page, layer, head, slot // SUBPAGE, :, slot % SUBPAGE] = _write(kv, kv.keys, scales[slot : slot + 1], x, at)
+    keys = _pages(kv, kv.keys, page, layer, head, kv.page // SUBPAGE, kv.size, SUBPAGE)
+    scales = _scales(kv, kv.key_scales, page, layer, head, slot)
+    keys[slot // SUBPAGE, :, slot % SUBPAGE] = _write(kv, kv.keys, scales, x, at)
 
 
 def write_value(kv, layer, page, slot, head, x, at):
     """Store a token's value of one kv head."""
-    values = kv.values.reshape(-1, kv.layers, kv.heads, kv.page, kv.size)
-    scales = (
-        kv.value_scales.reshape(-1, kv.layers, kv.heads, kv.page)[page, layer, head]
-        if _has_scales(kv)
-        else kv.value_scales
-    )
-    values[page, layer, head, slot] = _write(kv, kv.values, scales[slot : slot + 1], x, at)
+    values = _pages(kv, kv.values, page, layer, head, kv.page, kv.size)
+    scales = _scales(kv, kv.value_scales, page, layer, head, slot)
+    values[slot] = _write(kv, kv.values, scales, x, at)
 
 
 def _has_scales(kv: KV) -> bool:
