@@ -187,8 +187,10 @@ def compare(case: Case, files: Files, options: argparse.Namespace, tell: Callabl
     """One row of the table."""
     ours = Ours(case, files[case.ours], options.threads)
     theirs = Llama(case, files[case.theirs], options.llama_bin, options.threads)
+    before = ceilings.measure(options.threads)
     pairs = [(ours.speed(), theirs.speed()) for _ in range(options.pairs)]
-    found = ceilings.measure(options.threads)
+    after = ceilings.measure(options.threads)
+    found = ceilings.Ceilings(options.threads, max(before.read, after.read), max(before.multiply, after.multiply))
     ratios = sorted(mine / other for mine, other in pairs)
     mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
     row = {

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from .chat import Message, encode_chat
-from .errors import EngineDeadError, MiniloraError, RequestError
+from .errors import EngineDeadError, RequestError
 from .llm_engine import DEFAULT_MODEL, LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
 from .outputs import CompletionOutput, LoRARequest, RequestOutput
 from .params import SamplingParams
@@ -211,8 +211,6 @@ class AsyncEngine:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(act())
-                except MiniloraError as error:
-                    future.set_exception(error)
                 except Exception as error:
                     future.set_exception(error)
 

@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import click
+
+from .params import ENGINE_DTYPES, EngineConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
@@ -95,34 +98,19 @@ engine_options = _options(
     click.option("--max-num-seqs", type=int, help="Texts that run at once."),
     click.option("--max-num-batched-tokens", type=int, help="Rows of a step."),
     click.option("--max-step-ms", type=int, help="Longest step beside running texts, for pieces of prompts."),
-    click.option(
-        "--kv-cache-dtype", type=click.Choice(["auto", "float32", "float16", "int8"]), help="Format of pages."
-    ),
+    click.option("--kv-cache-dtype", type=click.Choice(ENGINE_DTYPES), help="Format of pages."),
     click.option("--kv-cache-memory", type=Size(), help="Bytes of pages, as 512M; half of the free memory at most."),
     click.option("--block-size", type=int, help="Tokens of a page."),
     click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="Keep pages of old texts."),
     click.option("--max-loras", type=int, help="Adapters in use at once."),
     click.option("--max-cpu-loras", type=int, help="Adapters in memory."),
     click.option("--max-lora-rank", type=int, help="Highest rank of an adapter."),
-    click.option("--lora-dtype", type=click.Choice(["auto", "float32", "float16", "int8"]), help="Format of adapters."),
+    click.option("--lora-dtype", type=click.Choice(ENGINE_DTYPES), help="Format of adapters."),
     click.option("--lora-memory", type=Size(), help="Bytes for adapters in memory."),
 )
 
-ENGINE_KEYS = (
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_step_ms",
-    "kv_cache_dtype",
-    "kv_cache_memory",
-    "block_size",
-    "enable_prefix_caching",
-    "max_loras",
-    "max_cpu_loras",
-    "max_lora_rank",
-    "lora_dtype",
-    "lora_memory",
-)
+# --threads belongs to the model's options, and debug_checks is for tests and programs.
+ENGINE_KEYS = {f.name for f in fields(EngineConfig)} - {"threads", "debug_checks"}
 
 
 def split_engine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

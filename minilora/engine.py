@@ -190,8 +190,9 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is left to do."""
-        return bool(self.scheduler.running or self.scheduler.waiting or self.scheduler.failed)
+        """Whether anything is left to do, if only to take in an adapter that is being read."""
+        scheduler = self.scheduler
+        return bool(scheduler.running or scheduler.waiting or scheduler.failed or self.adapters.loading)
 
     def wait(self, timeout: float | None = None) -> None:
         """After a step that had nothing to do: until an adapter was read from disk, if any is being read."""
@@ -292,28 +293,32 @@ class Engine:
     def _answer(self, answers: list[_Answer]) -> list[Output]:
         """Draw tokens; a guess that was drawn is right, and the token after it counts too."""
         draws = [self._draw(answer, i) for answer in answers for i in range(1 + len(answer.guesses))]
-        tokens = iter(self.runner.sampler.draw(draws) if draws else [])
-        kept: list[tuple[Sequence, int, int]] = []
+        # All that can fail comes before the first token is kept: what a text was given is also told.
+        tokens = self.runner.sampler.draw(draws) if draws else []
+        drawn = zip(tokens, self._logprobs(draws, tokens), strict=True)
+        outputs: list[Output] = []
         for answer in answers:
-            drawn = [next(tokens) for _ in range(1 + len(answer.guesses))]
-            kept += self._keep(answer, drawn)
-        asked = [(row, token, s.params.logprobs) for s, row, token in kept if s.params.logprobs is not None]
-        found = iter(self.runner.sampler.look_up(asked))
-        ends = {s: i for i, (s, *_) in enumerate(kept) if s.state is State.FINISHED}
-        return [
-            Output(s, token, None if s.params.logprobs is None else next(found), ends.get(s) == i)
-            for i, (s, _, token) in enumerate(kept)
-        ]
+            outputs += self._keep(answer, [next(drawn) for _ in range(1 + len(answer.guesses))])
+        return outputs
 
-    def _keep(self, answer: _Answer, drawn: list[int | Exception]) -> list[tuple[Sequence, int, int]]:
-        """Append the drawn tokens that count; returns (sequence, row, token) for each."""
+    def _logprobs(self, draws: list[Draw], tokens: list[int | Exception]) -> list[TokenLogprobs | None]:
+        """For each draw whose text asks for them."""
+        wanted = [
+            None if d.params.logprobs is None or isinstance(token, Exception) else (d.row, token, d.params.logprobs)
+            for d, token in zip(draws, tokens, strict=True)
+        ]
+        found = iter(self.runner.sampler.look_up([question for question in wanted if question is not None]))
+        return [None if question is None else next(found) for question in wanted]
+
+    def _keep(self, answer: _Answer, drawn: list[tuple[int | Exception, TokenLogprobs | None]]) -> list[Output]:
+        """Append the drawn tokens that count."""
         sequence, kept = answer.sequence, []
-        for i, token in enumerate(drawn):
+        for i, (token, logprobs) in enumerate(drawn):
             if isinstance(token, Exception):
                 self.scheduler.fail(sequence, token)
                 break
             self._append(sequence, token)
-            kept.append((sequence, answer.row + i, token))
+            kept.append(Output(sequence, token, logprobs, sequence.state is State.FINISHED))
             if sequence.state is State.FINISHED or i == len(answer.guesses) or token != answer.guesses[i]:
                 break
             # The guess was right, so the step has computed this token already.

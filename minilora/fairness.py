@@ -14,6 +14,8 @@ from .sequence import Sequence
 
 # What a generated token costs relative to one of a prompt.
 GENERATED_COST = 2.0
+# Counters of idle tenants that are kept without a look at whether they still matter.
+KEPT = 64
 
 _Key = tuple[int, str]
 
@@ -57,11 +59,13 @@ class FairQueue:
         self._active[sequence.tenant] -= 1
         if not self._active[sequence.tenant]:
             del self._active[sequence.tenant]
-            # Whoever is not ahead of those at work starts where they are when it comes back.
-            if self._served[sequence.tenant] <= self._floor():
-                del self._served[sequence.tenant]
-            if not self._active:
-                self._served.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop counters that say nothing: whoever is not ahead of those at work will start where they are."""
+        floor = self._floor() if self._active else float("inf")
+        if not self._active or len(self._served) > 2 * len(self._active) + KEPT:
+            self._served = {t: n for t, n in self._served.items() if t in self._active or n > floor}
 
     def _floor(self) -> float:
         return min((self._served[tenant] for tenant in self._active), default=0.0)
@@ -69,10 +73,6 @@ class FairQueue:
     def charge(self, sequence: Sequence, tokens: float) -> None:
         """Note that a sequence's tenant was given something."""
         self._served[sequence.tenant] += tokens / sequence.weight
-
-    def served(self, tenant: str) -> float:
-        """The tenant's counter."""
-        return self._served.get(tenant, 0.0)
 
     # ------------------------------------------------------------ waiting
 

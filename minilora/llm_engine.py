@@ -119,7 +119,7 @@ class LLMEngine:
         self._sources.pop(name, None)
 
     def knows(self, lora: LoRARequest) -> bool:
-        """Whether its name stands for its path, if it has one. Raises NotFoundError where it has none and no meaning."""
+        """Whether its name stands for its path already. Without a path: True, or NotFoundError for an unknown name."""
         if lora.lora_path is None:
             self.engine.adapters.get(lora.lora_name)
             return True

@@ -139,7 +139,7 @@ class SamplingParams:
                 raise UsageError(f"{name} holds {wrong[0]}, the vocabulary has {size} tokens")
 
 
-DTYPES = ("auto", "float32", "float16", "int8")
+ENGINE_DTYPES = ("auto", "float32", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -198,5 +198,5 @@ class EngineConfig:
         if self.block_size % 32:
             raise UsageError(f"block_size must be a multiple of 32, not {self.block_size}")
         for name in ("kv_cache_dtype", "lora_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise UsageError(f"{name} {getattr(self, name)!r} is not known", f"Known: {', '.join(DTYPES)}.")
+            if getattr(self, name) not in ENGINE_DTYPES:
+                raise UsageError(f"{name} {getattr(self, name)!r} is not known", f"Known: {', '.join(ENGINE_DTYPES)}.")

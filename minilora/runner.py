@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from minilora_kernels.attention import KV_FLOAT16, KV_FLOAT32, scratch_size
+from minilora_kernels.attention import KV_FLOAT16, KV_FLOAT32, SPLIT, scratch_size
 from minilora_kernels.linear import Rows
 from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
 from minilora_kernels.team import Team
@@ -25,8 +25,6 @@ MOST_USES = 8
 PROMPT_LOGITS = 64
 AUTOMATIC_SLOTS = 256
 LORA_FORMATS = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
-
-
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -103,7 +101,7 @@ class Runner:
         padded = int(self.weights.matrices[self.weights.head, ROWS])
         logits = config.max_num_seqs + PROMPT_LOGITS
         part = split_size(model.heads, model.head_dim)
-        parts = part * -(-self.length // 256) * max(1, 4 * threads // model.kv_heads)
+        parts = part * -(-self.length // SPLIT) * max(1, 4 * threads // model.kv_heads)
         rows = config.max_num_batched_tokens
         scratch = max(scratch_size(max(ROWS_PER_TILE, model.group), model.head_dim), MOST_ROWS * CHUNK_BLOCKS * BLOCK)
         qkv = padded_rows(model.qkv_rows)

@@ -41,10 +41,9 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass
 class Times:
-    """Seconds on the engine's clock: when a text was submitted, got its first and its last token."""
+    """Seconds on the engine's clock: when a text was submitted, and got its last token so far."""
 
     submitted: float = 0.0
-    first_token: float | None = None
     last_token: float | None = None
 
 

@@ -133,7 +133,6 @@ class Recorder:
                 traffic.time_to_first_token.add(now - times.submitted)
             else:
                 traffic.inter_token_time.add(now - times.last_token)
-        times.first_token = times.first_token if times.first_token is not None else now
         times.last_token = now
 
     def finished(self, sequence: Sequence, now: float) -> None:

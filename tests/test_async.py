@@ -120,6 +120,24 @@ def test_leaving_early_and_cancelling_free_everything(serve, expected):
     serve(main)
 
 
+def test_cancelled_while_its_adapter_is_read_leaves_no_bytes(serve, shelf):
+    async def main(engine):
+        for i, path in enumerate(shelf):
+            await engine.add_lora(f"a{i}", path, load=False)
+        tasks = [asyncio.create_task(engine.complete(PROMPT, GREEDY, LoRARequest(f"a{i}"))) for i in range(4)]
+        while not engine._llm.engine.adapters.loading:
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        registry = engine._llm.engine.adapters
+        while registry.loading:
+            await asyncio.sleep(0.001)
+        assert all(version.packed is None for version in registry.names.values())
+
+    serve(main)
+
+
 def test_wrong_requests_are_told_at_once(serve):
     async def main(engine):
         for error, prompt, params, lora in (

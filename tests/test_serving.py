@@ -375,6 +375,40 @@ def test_a_failing_step_ends_its_requests_and_leaves_a_usable_engine(weights, sh
     driver.idle()
 
 
+def test_a_failure_after_the_step_is_told_to_everybody(weights, monkeypatch):
+    """Log-probabilities can't be had in the very step in which texts end: nobody waits for ever."""
+    driver = Driver(weights)
+    params = SamplingParams(max_tokens=3, logprobs=1, temperature=0, ignore_eos=True, n=2)
+    sequences = driver.engine.submit(PROMPT, params) + driver.engine.submit(PROMPT[:20], SHORT)
+    while sequences[0].generated != 2:
+        driver.step()
+
+    def fail(wanted):
+        if wanted:
+            raise MemoryError("on purpose")
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.engine.runner.sampler, "look_up", fail)
+        driver.step()
+    for sequence in sequences:
+        assert sequence.finish_reason == "error" and isinstance(sequence.error.__cause__, MemoryError)
+        assert driver.outputs[sequence][-1] == (None, None), "its end is told"
+    driver.idle()
+
+
+@pytest.mark.parametrize("kind", ["int8", "float32"])
+def test_other_page_formats_are_as_independent(weights, shelf, kind):
+    def run(count):
+        driver = with_adapters(weights, shelf, kv_cache_dtype=kind, max_num_seqs=6, max_num_batched_tokens=50)
+        sequence = crowd(driver, count, 7) if count else driver.submit("n", scale=0.75)
+        found = driver.run().trace(sequence)
+        driver.idle()
+        return found
+
+    assert run(0) == run(10)
+
+
 def test_an_interrupt_in_a_step_loses_nothing(weights, shelf, needle, monkeypatch):
     driver = with_adapters(weights, shelf)
     sequence = driver.submit("n", scale=0.75)

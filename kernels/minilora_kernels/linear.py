@@ -164,64 +164,21 @@ def _block(fmt: int):
     def multiply(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         m = 0
         while rows - m >= 8:
-            eight(
-                weights,
-                at,
-                ahead if m == 0 else 0,
-                columns,
-                group,
-                x,
-                x_row + m,
-                out,
-                out_at + m * out_stride,
-                out_stride,
-                add,
-            )
+            # Only the first tile fetches the next block: the others find it there.
+            soon, to = ahead if m == 0 else 0, out_at + m * out_stride
+            eight(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
             m += 8
         if rows - m >= 4:
-            four(
-                weights,
-                at,
-                ahead if m == 0 else 0,
-                columns,
-                group,
-                x,
-                x_row + m,
-                out,
-                out_at + m * out_stride,
-                out_stride,
-                add,
-            )
+            soon, to = ahead if m == 0 else 0, out_at + m * out_stride
+            four(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
             m += 4
         if rows - m >= 2:
-            two(
-                weights,
-                at,
-                ahead if m == 0 else 0,
-                columns,
-                group,
-                x,
-                x_row + m,
-                out,
-                out_at + m * out_stride,
-                out_stride,
-                add,
-            )
+            soon, to = ahead if m == 0 else 0, out_at + m * out_stride
+            two(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
             m += 2
         if rows - m >= 1:
-            one(
-                weights,
-                at,
-                ahead if m == 0 else 0,
-                columns,
-                group,
-                x,
-                x_row + m,
-                out,
-                out_at + m * out_stride,
-                out_stride,
-                add,
-            )
+            soon, to = ahead if m == 0 else 0, out_at + m * out_stride
+            one(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
 
     return multiply
 
