@@ -6,9 +6,11 @@ import numpy as np
 
 from minilora_kernels.attention import SPLIT, partial_size
 
-# Columns of tiles. A tile is a few consecutive tokens of one sequence; TILE_SPLIT is -1, or the one split of 256
-# positions that it covers of TILE_SPLITS, with room for all of them in `parts` from TILE_PARTS on.
-TILE_ROW, TILE_TOKENS, TILE_POSITION, TILE_PAGES, TILE_SPLIT, TILE_SPLITS, TILE_PARTS = range(7)
+# Columns of tiles: a tile is a few consecutive tokens of one sequence.
+TILE_ROW, TILE_TOKENS, TILE_POSITION, TILE_PAGES = range(4)
+# Columns of long: a token whose positions are shared out in splits of 256, with room for all of them in `parts` from
+# LONG_PARTS on.
+LONG_ROW, LONG_POSITION, LONG_PAGES, LONG_SPLITS, LONG_PARTS = range(5)
 
 ROWS_PER_TILE = 32
 
@@ -16,8 +18,8 @@ ROWS_PER_TILE = 32
 class StepInput(NamedTuple):
     """What one step computes, int64 but for scales. T rows, rows of a sequence together.
 
-    tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 7]; merges:
-    the tiles (first split of each) whose splits must be merged. segments: [S, 4], first row, end row, slot and
+    tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 4] and
+    long: [n, 5], what attention has to do, each row in one of them. segments: [S, 4], first row, end row, slot and
     first column in the shrunk rows of each run of rows with one adapter; scales: float32 [S]. out_rows: rows whose logits are wanted; out_segments,
     out_scales: like segments, counted in out_rows.
     """
@@ -27,7 +29,7 @@ class StepInput(NamedTuple):
     pages_at: np.ndarray
     pages: np.ndarray
     tiles: np.ndarray
-    merges: np.ndarray
+    long: np.ndarray
     segments: np.ndarray
     scales: np.ndarray
     out_rows: np.ndarray
@@ -85,7 +87,7 @@ class Packer:
         counts = [c.length for c in chunks]
         pages_at = np.cumsum([0] + [len(c.pages) for c in chunks])
         rows = np.cumsum([0, *counts]).tolist()
-        tiles, merges = self._tiles(chunks, rows, pages_at.tolist())
+        tiles, long = self._tiles(chunks, rows, pages_at.tolist())
         wanted = [
             range(row + max(c.first_logits - c.start, 0), row + c.length) for c, row in zip(chunks, rows, strict=False)
         ]
@@ -97,7 +99,7 @@ class Packer:
             np.repeat(pages_at[:-1], counts).astype(np.int64),
             _numbers([page for c in chunks for page in c.pages]),
             tiles,
-            merges,
+            long,
             segments,
             scales,
             _numbers([row for w in wanted for row in w]),
@@ -107,24 +109,26 @@ class Packer:
 
     def _tiles(self, chunks: list[Chunk], rows: list[int], pages_at: list[int]) -> tuple[np.ndarray, np.ndarray]:
         tiles: list[tuple[int, ...]] = []
-        merges: list[int] = []
+        long: list[tuple[int, ...]] = []
         parts = 0
         spare = len(chunks) * self._kv_heads < self._workers
         for chunk, row, pages in zip(chunks, rows, pages_at, strict=False):
             splits = (chunk.start + chunk.length + SPLIT - 1) // SPLIT
             room = parts + splits * self._part <= self._most_parts
             if spare and chunk.length == 1 and splits > 1 and room:
-                merges.append(len(tiles))
-                tiles += [(row, 1, chunk.start, pages, split, splits, parts) for split in range(splits)]
+                long.append((row, chunk.start, pages, splits, parts))
                 parts += splits * self._part
                 continue
             for first in range(0, chunk.length, self._per_tile):
                 count = min(self._per_tile, chunk.length - first)
-                tiles.append((row + first, count, chunk.start + first, pages, -1, 0, 0))
+                tiles.append((row + first, count, chunk.start + first, pages))
         # Long tiles first, so that threads come free together at the end.
-        if not merges:
-            tiles.sort(key=lambda tile: -tile[TILE_POSITION])
-        return np.array(tiles, np.int64).reshape(-1, 7), _numbers(merges)
+        tiles.sort(key=lambda tile: -tile[TILE_POSITION])
+        return _table(tiles, 4), _table(long, 5)
+
+
+def _table(rows: list[tuple[int, ...]], columns: int) -> np.ndarray:
+    return np.array(rows, np.int64).reshape(-1, columns)
 
 
 def _numbers(values: list[int]) -> np.ndarray:
@@ -144,4 +148,4 @@ def _segments(chunks: list[Chunk], rows: list[int], ranks: int) -> tuple[np.ndar
             segments += [(rows[at], rows[end], use.slot, i * ranks) for i, use in enumerate(chunks[at].uses)]
             scales += [use.scale for use in chunks[at].uses]
         at = end
-    return np.array(segments, np.int64).reshape(-1, 4), np.array(scales, np.float32)
+    return _table(segments, 4), np.array(scales, np.float32)

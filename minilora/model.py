@@ -24,7 +24,18 @@ from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, r
 from minilora_kernels.team import barrier, claim, share
 
 from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN, AdapterArrays
-from .batch import TILE_PAGES, TILE_PARTS, TILE_POSITION, TILE_ROW, TILE_SPLIT, TILE_SPLITS, TILE_TOKENS, StepInput
+from .batch import (
+    LONG_PAGES,
+    LONG_PARTS,
+    LONG_POSITION,
+    LONG_ROW,
+    LONG_SPLITS,
+    TILE_PAGES,
+    TILE_POSITION,
+    TILE_ROW,
+    TILE_TOKENS,
+    StepInput,
+)
 from .weights import (
     DOWN,
     DOWN_BIAS,
@@ -321,44 +332,63 @@ def _make_projection(linear, expand_all, write_key, write_value):
     return project_heads
 
 
-def _make_attention(attend, attend_part):
+def _make_attention(attend, attend_parts):
     @kernel
     def attend_all(c, layer):
-        """Attention of all heads, tile by tile as threads come free; results are rows of buffers.a. Ends with a barrier."""
-        shape, batch, b = c.shape, c.batch, c.buffers
-        group, window, scratch_at = shape.heads // shape.kv_heads, c.w.layers[layer, WINDOW], c.rank * b.scratch_stride
-        item = claim(c.sync)
-        while item < len(batch.tiles) * shape.kv_heads:
-            tile, head = item // shape.kv_heads, item % shape.kv_heads
-            row, split = batch.tiles[tile, TILE_ROW], batch.tiles[tile, TILE_SPLIT]
-            position, tokens = batch.tiles[tile, TILE_POSITION], batch.tiles[tile, TILE_TOKENS]
-            query = Query(layer, head, group, position, tokens, window, batch.tiles[tile, TILE_PAGES])
-            column = head * group * shape.head_dim
-            q_at, out_at = row * b.qkv_stride + column, row * b.a.stride + column
-            if split < 0:
-                out, stride = b.a.values, b.a.stride
-                attend(c.kv, query, batch.pages, b.qkv, q_at, b.qkv_stride, out, out_at, stride, b.scratch, scratch_at)
-            else:
-                splits = batch.tiles[tile, TILE_SPLITS]
-                part = batch.tiles[tile, TILE_PARTS] + (head * splits + split) * group * (shape.head_dim + 2)
-                attend_part(
-                    c.kv, query, batch.pages, split, b.qkv, q_at, b.qkv_stride, b.parts, part, b.scratch, scratch_at
-                )
-            item = claim(c.sync)
+        """Attention of all heads; results are rows of buffers.a. Ends with a barrier."""
+        group = c.shape.heads // c.shape.kv_heads
+        for i in range(len(c.batch.long)):
+            attend_long(c, layer, i, group)
+        attend_tiles(c, layer, group)
         barrier(c.sync, c.size)
-        if len(batch.merges) > 0:
-            merge_all(c, group)
+        if len(c.batch.long) > 0:
+            merge_long(c, group)
             barrier(c.sync, c.size)
 
     @kernel
-    def merge_all(c, group):
-        """Join the splits of tokens that were attended to split by split."""
+    def attend_tiles(c, layer, group):
+        """Tile by tile, as threads come free."""
+        shape, batch, b = c.shape, c.batch, c.buffers
+        window, scratch_at = c.w.layers[layer, WINDOW], c.rank * b.scratch_stride
+        item = claim(c.sync)
+        while item < len(batch.tiles) * shape.kv_heads:
+            tile, head = item // shape.kv_heads, item % shape.kv_heads
+            row, tokens = batch.tiles[tile, TILE_ROW], batch.tiles[tile, TILE_TOKENS]
+            position, pages_at = batch.tiles[tile, TILE_POSITION], batch.tiles[tile, TILE_PAGES]
+            query = Query(layer, head, group, position, tokens, window, pages_at)
+            column = head * group * shape.head_dim
+            q_at, out_at = row * b.qkv_stride + column, row * b.a.stride + column
+            out, stride = b.a.values, b.a.stride
+            attend(c.kv, query, batch.pages, b.qkv, q_at, b.qkv_stride, out, out_at, stride, b.scratch, scratch_at)
+            item = claim(c.sync)
+
+    @kernel
+    def attend_long(c, layer, i, group):
+        """This thread's part of one long token: neighbouring splits, head by head."""
+        shape, batch, b = c.shape, c.batch, c.buffers
+        row, position, splits = batch.long[i, LONG_ROW], batch.long[i, LONG_POSITION], batch.long[i, LONG_SPLITS]
+        window, pages_at, scratch_at = c.w.layers[layer, WINDOW], batch.long[i, LONG_PAGES], c.rank * b.scratch_stride
+        low, high = _share(c, shape.kv_heads * splits)
+        while low < high:
+            head, split = low // splits, low % splits
+            end = min(splits, split + high - low)
+            query = Query(layer, head, group, position, 1, window, pages_at)
+            q_at = row * b.qkv_stride + head * group * shape.head_dim
+            part = batch.long[i, LONG_PARTS] + low * group * (shape.head_dim + 2)
+            attend_parts(
+                c.kv, query, batch.pages, split, end, b.qkv, q_at, b.qkv_stride, b.parts, part, b.scratch, scratch_at
+            )
+            low += end - split
+
+    @kernel
+    def merge_long(c, group):
+        """Join the splits of the long tokens."""
         batch, b, heads, size = c.batch, c.buffers, c.shape.heads, c.shape.head_dim
-        low, high = _share(c, len(batch.merges) * heads)
-        for i in range(low, high):
-            tile, head = batch.merges[i // heads], i % heads
-            splits, row = batch.tiles[tile, TILE_SPLITS], batch.tiles[tile, TILE_ROW]
-            part = batch.tiles[tile, TILE_PARTS] + head // group * splits * group * (size + 2)
+        low, high = _share(c, len(batch.long) * heads)
+        for item in range(low, high):
+            i, head = item // heads, item % heads
+            splits, row = batch.long[i, LONG_SPLITS], batch.long[i, LONG_ROW]
+            part = batch.long[i, LONG_PARTS] + head // group * splits * group * (size + 2)
             merge_parts(b.parts, part, splits, group, head % group, size, b.a.values, row * b.a.stride + head * size)
 
     return attend_all
@@ -462,10 +492,10 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
     Everything else is a runtime value, so models that share formats share the machine code.
     """
     linear = make_linear(formats)
-    write_key, write_value, attend, attend_part = make_attention(kv_format)
+    write_key, write_value, attend, attend_parts = make_attention(kv_format)
     shrink_all, expand_all, embed_rows = _make_adapters(lora_format)
     project_heads = _make_projection(linear, expand_all, write_key, write_value)
-    attend_all = _make_attention(attend, attend_part)
+    attend_all = _make_attention(attend, attend_parts)
     add_product = _make_output(linear, shrink_all, expand_all)
     gate_up = _make_gate_up(linear, expand_all)
     logits = _make_head(linear, shrink_all, expand_all)

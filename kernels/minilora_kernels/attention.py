@@ -49,6 +49,10 @@ RUN = 4
 AHEAD = 4 * SUBPAGE
 SPLIT = 256
 
+_LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16, KV_INT8: load_i8}
+# Numbers in a cache line.
+_LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32, KV_INT8: 64}
+
 ZERO, ONE = np.float32(0), np.float32(1)
 LOWEST = np.float32(-np.inf)
 LARGEST_INT8 = np.float32(127)
@@ -166,15 +170,14 @@ def _make_write(kv_format):
 def _score_tile(rows: int, kv_format: int):
     """scores[r, t] = q[r] . key[t] for `rows` rows and the 32 tokens of a subpage.
 
-    With after >= 0 the subpage's values and the keys of the one that begins with token `after` are prefetched.
+    With values >= 0 the values of token `values` and its subpage are prefetched, with keys >= 0 the keys likewise.
     """
-    load = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16, KV_INT8: load_i8}[kv_format]
-    quantized = kv_format == KV_INT8
+    load, quantized, line = _LOAD[kv_format], kv_format == KV_INT8, _LINE[kv_format]
     # Columns: two halves of the subpage, for each two sums over every second d, so that no FMA waits for another.
     new_acc = tile(f32x16, rows, 4)
 
     @kernel
-    def score(kv, token, after, scratch, q_at, scores_at):
+    def score(kv, token, values, keys, scratch, q_at, scores_at):
         acc = new_acc()
         for r in range(rows):
             for n in range(4):
@@ -182,11 +185,13 @@ def _score_tile(rows: int, kv_format: int):
         at = token * kv.size
         for d in range(0, kv.size, 2):
             for c in range(2):
-                row = at + (d + c) * SUBPAGE
-                if after >= 0:
-                    prefetch(kv.values, row)
-                    prefetch(kv.keys, (after * kv.size) + (d + c) * SUBPAGE)
-                low, high = load(kv.keys, row), load(kv.keys, row + 16)
+                row = (d + c) * SUBPAGE
+                for n in range(0, SUBPAGE, line):
+                    if values >= 0 and (c + 1) * SUBPAGE % line == 0:
+                        prefetch(kv.values, values * kv.size + row + n)
+                    if keys >= 0 and (c + 1) * SUBPAGE % line == 0:
+                        prefetch(kv.keys, keys * kv.size + row + n)
+                low, high = load(kv.keys, at + row), load(kv.keys, at + row + 16)
                 for r in range(rows):
                     q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d + c))
                     acc[r, c] = fma(low, q, acc[r, c])
@@ -202,13 +207,15 @@ def _score_tile(rows: int, kv_format: int):
 
 
 def _value_tile(rows: int, width: int, kv_format: int):
-    """sums[r] += sum over t of weight[r, t] * value[t] for `rows` rows, 16 * width columns, `count` tokens."""
-    load = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16, KV_INT8: load_i8}[kv_format]
-    quantized = kv_format == KV_INT8
+    """sums[r] += sum over t of weight[r, t] * value[t] for `rows` rows, 16 * width columns, `count` tokens.
+
+    With keys >= 0 the keys of token `keys` and its subpage are prefetched.
+    """
+    load, line = _LOAD[kv_format], _LINE[kv_format]
     new_acc, new_value = tile(f32x16, rows, width), tile(f32x16, width)
 
     @kernel
-    def accumulate(kv, token, count, d, scratch, weights_at, sums_at):
+    def accumulate(kv, token, count, keys, d, scratch, weights_at, sums_at):
         acc, value = new_acc(), new_value()
         for r in range(rows):
             for j in range(width):
@@ -216,13 +223,13 @@ def _value_tile(rows: int, width: int, kv_format: int):
         for t in range(count):
             at = (token + t) * kv.size + d
             for j in range(width):
+                if keys >= 0 and 16 * j % line == 0:
+                    prefetch(kv.keys, (keys + t) * kv.size + d + 16 * j)
                 value[j] = load(kv.values, at + 16 * j)
             for r in range(rows):
-                weight = load_scalar_f32(scratch, weights_at + r * SPLIT + t)
-                if quantized:
-                    weight *= kv.value_scales[token + t]
+                weight = splat_f32(load_scalar_f32(scratch, weights_at + r * SPLIT + t))
                 for j in range(width):
-                    acc[r, j] = fma(value[j], splat_f32(weight), acc[r, j])
+                    acc[r, j] = fma(value[j], weight, acc[r, j])
         for r in range(rows):
             for j in range(width):
                 store_f32(scratch, sums_at + r * kv.size + d + 16 * j, acc[r, j])
@@ -234,52 +241,58 @@ def _make_scores(kv_format):
     four, three, two, one = (_score_tile(rows, kv_format) for rows in (4, 3, 2, 1))
 
     @kernel
-    def scores(kv, token, after, rows, scratch, q_at, scores_at):
-        """All rows against one subpage."""
-        r = 0
+    def scores(kv, token, keys, rows, scratch, q_at, scores_at):
+        """All rows against one subpage; meanwhile its values and the keys of token `keys` come nearer."""
+        r, values = 0, token
         while rows - r >= 4:
-            four(kv, token, after if r == 0 else -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
-            r += 4
-        after = after if r == 0 else -1
+            four(kv, token, values, keys, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+            r, values, keys = r + 4, -1, -1
         if rows - r == 3:
-            three(kv, token, after, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+            three(kv, token, values, keys, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
         elif rows - r == 2:
-            two(kv, token, after, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+            two(kv, token, values, keys, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
         elif rows - r == 1:
-            one(kv, token, after, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+            one(kv, token, values, keys, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
 
     return scores
 
 
 def _make_values(kv_format):
+    quantized = kv_format == KV_INT8
+
     def for_width(width):
         four, three, two, one = (_value_tile(rows, width, kv_format) for rows in (4, 3, 2, 1))
 
         @kernel
-        def values(kv, token, count, d, rows, scratch, weights_at, sums_at):
+        def values(kv, token, count, keys, d, rows, scratch, weights_at, sums_at):
             r = 0
             while rows - r >= 4:
-                four(kv, token, count, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
-                r += 4
+                four(kv, token, count, keys, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
+                r, keys = r + 4, -1
             if rows - r == 3:
-                three(kv, token, count, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
+                three(kv, token, count, keys, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
             elif rows - r == 2:
-                two(kv, token, count, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
+                two(kv, token, count, keys, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
             elif rows - r == 1:
-                one(kv, token, count, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
+                one(kv, token, count, keys, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
 
         return values
 
     wide, narrow = for_width(4), for_width(1)
 
     @kernel
-    def values(kv, token, count, rows, scratch, weights_at, sums_at):
-        """All rows, all columns: 64 at a time, the rest 16 at a time."""
+    def values(kv, token, count, keys, rows, scratch, weights_at, sums_at):
+        """All rows, all columns: 64 at a time, the rest 16 at a time; meanwhile the keys of token `keys` come nearer."""
+        if quantized:
+            for r in range(rows):
+                for t in range(weights_at + r * SPLIT, weights_at + r * SPLIT + SUBPAGE, 16):
+                    scale = load_f32(kv.value_scales, token + t - weights_at - r * SPLIT)
+                    store_f32(scratch, t, load_f32(scratch, t) * scale)
         whole = kv.size // 64 * 64
         for d in range(0, whole, 64):
-            wide(kv, token, count, d, rows, scratch, weights_at, sums_at)
+            wide(kv, token, count, keys, d, rows, scratch, weights_at, sums_at)
         for d in range(whole, kv.size, 16):
-            narrow(kv, token, count, d, rows, scratch, weights_at, sums_at)
+            narrow(kv, token, count, keys, d, rows, scratch, weights_at, sums_at)
 
     return values
 
@@ -351,16 +364,19 @@ def _make_split(kv_format):
     scores, values = _make_scores(kv_format), _make_values(kv_format)
 
     @kernel
-    def attend_split(kv, query, pages, split, scratch, q_at, weights, sums, state):
-        """One split for all rows: sums of values and, in state, each row's maximum and total weight."""
+    def attend_split(kv, query, pages, split, begins, goes_on, scratch, q_at, weights, sums, state):
+        """One split for all rows: sums of values and, in state, each row's maximum and total weight.
+
+        begins: this thread did not attend to the split before; goes_on: it will to the next. Memory is asked for
+        evenly: the values of a split beside its scores, the keys of the next one beside its sums.
+        """
         rows, last = query.tokens * query.group, query.position + query.tokens
         start, end = split * SPLIT, min(split * SPLIT + SPLIT, last)
         first = _first_seen(query, start)
         stop = start + (end - start + 15) // 16 * 16
         for p in range(first, end, SUBPAGE):
-            token = _token_at(kv, query, pages, p)
-            after = _token_at(kv, query, pages, min(p + AHEAD, last - 1) // SUBPAGE * SUBPAGE)
-            scores(kv, token, after, rows, scratch, q_at, weights + p - start)
+            keys = _token_at(kv, query, pages, p + AHEAD) if begins and p + AHEAD < end else -1
+            scores(kv, _token_at(kv, query, pages, p), keys, rows, scratch, q_at, weights + p - start)
         for r in range(rows):
             own = query.position + r // query.group
             low = max(first, own - query.window + 1) if query.window > 0 else first
@@ -371,14 +387,15 @@ def _make_split(kv_format):
             store_f32(scratch, sums + i, splat_f32(ZERO))
         for p in range(first, end, SUBPAGE):
             token = _token_at(kv, query, pages, p)
-            values(kv, token, min(SUBPAGE, end - p), rows, scratch, weights + p - start, sums)
+            keys = _token_at(kv, query, pages, p + SPLIT) if goes_on and p + SPLIT < last else -1
+            values(kv, token, min(SUBPAGE, end - p), keys, rows, scratch, weights + p - start, sums)
 
     return attend_split
 
 
 @cache
 def make_attention(kv_format: int):
-    """(write_key, write_value, attend, attend_part) for a pool of this format; merge_parts serves all."""
+    """(write_key, write_value, attend, attend_parts) for a pool of this format; merge_parts serves all."""
     attend_split = _make_split(kv_format)
 
     @kernel
@@ -402,12 +419,12 @@ def make_attention(kv_format: int):
         weights = sums + padded * kv.size
         state = weights + padded * SPLIT
         load_queries(kv, query, q, q_at, q_stride, scratch, scratch_at)
-        last = query.position + query.tokens
+        splits = (query.position + query.tokens + SPLIT - 1) // SPLIT
         split0 = max(0, query.position - query.window + 1) // SPLIT if query.window > 0 else 0
-        attend_split(kv, query, pages, split0, scratch, scratch_at, weights, sums, state)
+        attend_split(kv, query, pages, split0, True, True, scratch, scratch_at, weights, sums, state)
         more_state = state + 2 * padded
-        for split in range(split0 + 1, (last + SPLIT - 1) // SPLIT):
-            attend_split(kv, query, pages, split, scratch, scratch_at, weights, more, more_state)
+        for split in range(split0 + 1, splits):
+            attend_split(kv, query, pages, split, False, True, scratch, scratch_at, weights, more, more_state)
             for r in range(rows):
                 mine, other = state + 2 * r, more_state + 2 * r
                 scratch[mine], scratch[mine + 1] = _merge_row(
@@ -426,26 +443,31 @@ def make_attention(kv_format: int):
             _divide_row(scratch, sums + r * kv.size, kv.size, scratch[state + 2 * r + 1], out, to)
 
     @kernel
-    def attend_part(kv, query, pages, split, q, q_at, q_stride, parts, parts_at, scratch, scratch_at):
-        """One split of `attend`, not merged: row r's sums, maximum and total from parts_at + r * (size + 2)."""
+    def attend_parts(kv, query, pages, split0, split1, q, q_at, q_stride, parts, parts_at, scratch, scratch_at):
+        """Splits split0 .. split1 of `attend`, not merged: rows x (size + 2) numbers each, from parts_at on.
+
+        Row r's sums, maximum and total are at r * (size + 2).
+        """
         rows, padded = query.tokens * query.group, _padded_rows(query.tokens * query.group)
         sums = scratch_at + padded * kv.size
         weights = sums + padded * kv.size
-        state = weights + padded * SPLIT
+        state, to = weights + padded * SPLIT, parts_at
         load_queries(kv, query, q, q_at, q_stride, scratch, scratch_at)
-        attend_split(kv, query, pages, split, scratch, scratch_at, weights, sums, state)
-        for r in range(rows):
-            to = parts_at + r * (kv.size + 2)
-            for d in range(0, kv.size, 16):
-                store_f32(parts, to + d, load_f32(scratch, sums + r * kv.size + d))
-            parts[to + kv.size], parts[to + kv.size + 1] = scratch[state + 2 * r], scratch[state + 2 * r + 1]
+        for split in range(split0, split1):
+            begins, goes_on = split == split0, split + 1 < split1
+            attend_split(kv, query, pages, split, begins, goes_on, scratch, scratch_at, weights, sums, state)
+            for r in range(rows):
+                for d in range(0, kv.size, 16):
+                    store_f32(parts, to + d, load_f32(scratch, sums + r * kv.size + d))
+                parts[to + kv.size], parts[to + kv.size + 1] = scratch[state + 2 * r], scratch[state + 2 * r + 1]
+                to += kv.size + 2
 
-    return *_make_write(kv_format), attend, attend_part
+    return *_make_write(kv_format), attend, attend_parts
 
 
 @kernel
 def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):
-    """Merge row `row` of `splits` results of attend_part, in order, into `size` float32 from out_at.
+    """Merge row `row` of `splits` results of attend_parts, in order, into `size` float32 from out_at.
 
     The first split's sums are overwritten. The bits are those that `attend` gives.
     """

@@ -311,7 +311,7 @@ def _make_attend(kv_format: int) -> Make:
     return make
 
 
-def _make_attend_part(kv_format: int) -> Make:
+def _make_attend_parts(kv_format: int) -> Make:
     def make(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         kv, pages, query, q, stride = _attention_arguments(rng, kv_format, s)
         rows = s["tokens"] * s["group"]
@@ -319,11 +319,12 @@ def _make_attend_part(kv_format: int) -> Make:
             kv,
             query,
             pages,
-            s["split"],
+            s["first"],
+            s["end"],
             q,
             0,
             stride,
-            np.zeros(rows * partial_size(s["size"]), np.float32),
+            np.zeros((s["end"] - s["first"]) * rows * partial_size(s["size"]), np.float32),
             0,
             _scratch(scratch_size(rows, s["size"])),
             0,
@@ -333,7 +334,7 @@ def _make_attend_part(kv_format: int) -> Make:
 
 
 def _attention_cases(kv_format: int) -> list[Case]:
-    write_key, write_value, attend, attend_part = make_attention(kv_format)
+    write_key, write_value, attend, attend_parts = make_attention(kv_format)
     name, width = KV_NAMES[kv_format], {KV_FLOAT32: 4, KV_FLOAT16: 2, KV_INT8: 1}[kv_format]
     small = (
         {"position": 0, "tokens": 1, "heads": 1, "group": 1, "size": 16},
@@ -342,7 +343,7 @@ def _attention_cases(kv_format: int) -> list[Case]:
         {"position": 600, "tokens": 4, "heads": 1, "group": 2, "size": 128, "window": 290},
     )
     large = tuple({"position": p, "tokens": t, "heads": 1, "group": 4, "size": 64} for p, t in ((4095, 1), (504, 8)))
-    part = tuple({**s, "split": split} for s in small[1:] for split in (0, 1))
+    part = tuple({**s, "first": first, "end": 2} for s in small[1:] for first in (0, 1))
     write = tuple({"size": d, "slot": i, "page": 64} for d, i in ((16, 0), (80, 37)))
 
     def make_write(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
@@ -359,10 +360,10 @@ def _attention_cases(kv_format: int) -> list[Case]:
     return [
         Case(f"attend {name}", attend, reference.attend, _make_attend(kv_format), tolerance, small, large, cost, work),
         Case(
-            f"attend_part {name}",
-            attend_part,
-            reference.attend_part,
-            _make_attend_part(kv_format),
+            f"attend_parts {name}",
+            attend_parts,
+            reference.attend_parts,
+            _make_attend_parts(kv_format),
             tolerance,
             part,
             (),

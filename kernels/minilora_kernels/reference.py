@@ -192,10 +192,12 @@ def attend(kv, query: Query, pages, q, q_at, q_stride, out, out_at, out_stride, 
         _grid(out, out_at + t * out_stride, kv.size, query.group, kv.size)[:] = weights @ values[first:end]
 
 
-def attend_part(kv, query: Query, pages, split, q, q_at, q_stride, parts, parts_at, scratch, scratch_at):
-    """One split of 256 positions, not merged: each row's sums, maximum and total."""
+def attend_parts(kv, query: Query, pages, split0, split1, q, q_at, q_stride, parts, parts_at, scratch, scratch_at):
+    """Splits of 256 positions, not merged: each row's sums, maximum and total."""
     keys, values = _tokens(kv, query.layer, query.head, pages, query.pages_at, query.position + query.tokens)
-    for r in range(query.tokens * query.group):
+    rows, width = query.tokens * query.group, kv.size + 2
+    for i in range((split1 - split0) * rows):
+        split, r = split0 + i // rows, i % rows
         t, g = divmod(r, query.group)
         end = query.position + t + 1
         first = max(0, end - query.window) if query.window else 0
@@ -204,13 +206,12 @@ def attend_part(kv, query: Query, pages, split, q, q_at, q_stride, parts, parts_
         scores = keys[chosen] @ row / np.sqrt(np.float32(kv.size))
         maximum = scores.max(initial=-np.inf)
         weights = np.exp(scores - maximum)
-        to = parts_at + r * (kv.size + 2)
-        parts[to : to + kv.size] = weights @ values[chosen]
-        parts[to + kv.size : to + kv.size + 2] = maximum, weights.sum()
+        found = np.concatenate([weights @ values[chosen], [maximum, weights.sum()]])
+        parts[parts_at + i * width : parts_at + (i + 1) * width] = found
 
 
 def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):
-    """Merge `splits` results of attend_part."""
+    """Merge `splits` results of attend_parts."""
     found = (
         parts[parts_at : parts_at + splits * rows * (size + 2)]
         .reshape(splits, rows, size + 2)[:, row]
@@ -335,7 +336,7 @@ __all__ = [
     "add_row",
     "argmax",
     "attend",
-    "attend_part",
+    "attend_parts",
     "dot4",
     "embed",
     "fit_ranges",
