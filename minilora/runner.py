@@ -1,6 +1,7 @@
 """The arrays of an engine, and the compiled step over them: pages, adapters, buffers, threads."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from minilora_kernels.team import Team
 
 from .batch import ROWS_PER_TILE, Chunk, Packer, split_size
 from .cache import KV_FORMATS, copy_page, make_kv, page_bytes, poison_page
+from .crew import Crew
 from .errors import ResourceError
 from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Shape, make_step
 from .params import EngineConfig
@@ -60,6 +62,7 @@ class Runner:
         self.weights, self.model, self.config, self.length = weights, weights.config, config, length
         self._exact = weights.formats == (FLOAT32,)
         self.team = Team(config.threads or usable_cores())
+        self._crew = Crew(self.team.size)
         free = free_memory()
         self._setup_pages(int(free * KV_SHARE))
         self._setup_adapters(int(free * ADAPTER_SHARE))
@@ -145,7 +148,10 @@ class Runner:
 
         Chunks with equal adapters must be neighbours.
         """
+        started = time.perf_counter()
         self.team.run(self._step, *self._arguments(chunks))
+        self._crew.observe(time.perf_counter() - started, self.team.lost)
+        self.team.active = self._crew.size
 
     def make_room(self, rank: int) -> None:
         """Let the buffer of shrunk rows hold the columns of adapters of this rank."""

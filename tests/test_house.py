@@ -20,7 +20,7 @@ LAYERS = [
     {"minilora_kernels"},
     {"errors", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "chat", "checkpoint"},
     {"weights", "packed", "adapters", "pool", "registry", "cache", "batch", "sequence"},
-    {"model", "reference", "sampler", "runner", "pace", "stats"},
+    {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
     {"fairness", "scheduler", "engine"},
     {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},
     {"cli", "cli_options", "__main__"},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minilora_kernels.jit import kernel, program
-from minilora_kernels.team import Team, barrier, claim, share
+from minilora_kernels.team import Each, Team, barrier, claim, clock_in, clock_out, share
 
 
 @kernel
@@ -40,7 +40,20 @@ def _shares(rank, size, sync, taken):
         taken[i] += 1
 
 
+@kernel
+def _timed_rounds(rank, size, sync, marks, late):
+    clock_in(sync, rank)
+    _rounds(rank, size, sync, marks, late)
+    clock_out(sync, rank)
+
+
+@kernel
+def _own(rank, size, sync, number, shared):
+    shared[rank] = number
+
+
 ROUNDS, CLAIMS, SHARES = program(_rounds), program(_claims), program(_shares)
+TIMED, OWN = program(_timed_rounds), program(_own)
 
 
 class Odd:
@@ -134,3 +147,37 @@ def test_closing_ends_the_threads():
     for thread in made:
         thread.join(10)
     assert not any(thread.is_alive() for thread in made)
+
+
+def test_fewer_threads_may_take_part():
+    team = Team(3)
+    for team.active in (2, 1, 3):
+        taken = np.zeros(7, np.int64)
+        team.run(SHARES, taken)
+        assert (taken == 1).all()
+    team.close()
+
+
+def test_each_thread_has_arguments_of_its_own():
+    team, seen = Team(3), np.zeros(3, np.int64)
+    team.run(OWN, Each([5, 6, 7]), seen)
+    assert seen.tolist() == [5, 6, 7]
+    team.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads can't be bound to cores here")
+def test_time_lost_to_others_is_known():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        team = Team(2)
+        marks, late = np.zeros((2000, 2), np.int64), np.zeros(2, np.int64)
+        started = time.perf_counter()
+        team.run(TIMED, marks, late)
+        seconds = time.perf_counter() - started
+        assert 0.2 * seconds < team.lost < 2 * seconds, "two threads that wait for each other on one core"
+        team.run(ROUNDS, marks, late)
+        assert team.lost == 0
+        team.close()
+    finally:
+        os.sched_setaffinity(0, before)

@@ -6,6 +6,7 @@ Inside a run, threads meet at `barrier`, split work with `share`, or take it pie
 
 import sys
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,8 @@ from numba.extending import intrinsic
 from . import cpu
 from .jit import kernel
 
-# Places in the sync array, each on a cache line of its own (8 int64).
-_ARRIVED, _GENERATION, _ABORT, _CLAIMED = 0, 8, 16, 24
-SYNC_SIZE = 32
+# Places in the sync array, each on a cache line of its own (8 int64); then one for each thread's clock.
+_ARRIVED, _GENERATION, _ABORT, _CLAIMED, _CLOCKS, _LINE = 0, 8, 16, 24, 32, 8
 
 # About 10 to 40 us of pauses, then the core is offered to other threads at every look.
 _PATIENCE = 1000
@@ -85,6 +85,38 @@ def _yield_core(typing_context):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def _nanoseconds(typing_context, clock):
+    """What one of the system's clocks shows; 0 where there is no such clock."""
+
+    def codegen(context, builder, sig, args):
+        if not binding.address_of_symbol("clock_gettime"):
+            return ir.Constant(ir.IntType(64), 0)
+        now = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), 2))
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), now.type])
+        call = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        builder.call(call, [builder.trunc(args[0], ir.IntType(32)), now])
+        seconds, rest = (builder.extract_value(builder.load(now), i) for i in range(2))
+        return builder.add(builder.mul(seconds, ir.Constant(seconds.type, 10**9)), rest)
+
+    return types.int64(types.int64), codegen
+
+
+_WALL, _CPU = getattr(time, "CLOCK_MONOTONIC", 0), getattr(time, "CLOCK_THREAD_CPUTIME_ID", 0)
+
+
+@kernel
+def clock_in(sync, rank):
+    """The first thing that a program does which wants Team.lost to be known."""
+    sync[_CLOCKS + _LINE * rank] = _nanoseconds(_CPU) - _nanoseconds(_WALL)
+
+
+@kernel
+def clock_out(sync, rank):
+    """The last thing that such a program does."""
+    sync[_CLOCKS + _LINE * rank] += _nanoseconds(_WALL) - _nanoseconds(_CPU)
 
 
 @kernel
@@ -165,24 +197,29 @@ class _Worker:
             self._done.release()
 
 
+class Each(list):
+    """An argument of which every thread of a team gets its own: one value for each."""
+
+
 class Team:
     """`size` threads that run compiled functions together.
 
-    size: number of threads, the caller's included. Raises ValueError where it is below 1.
+    size: number of threads, the caller's included. active: how many of them take part in a run, may be changed between
+    two. Raises ValueError where size is below 1.
     """
 
     def __init__(self, size: int):
         if size < 1:
             raise ValueError(f"a team needs at least one thread, not {size}")
-        self.size = size
+        self.size = self.active = size
         self.job: tuple | None = None
-        self._sync = np.zeros(SYNC_SIZE, np.int64)
+        self._sync = np.zeros(_CLOCKS + _LINE * size, np.int64)
         self._lock = threading.Lock()
         self._compiled: set[Any] = set()
         self._workers = [_Worker(self, rank) for rank in range(1, size)]
 
     def run(self, program, *args: Any) -> None:
-        """program(rank, size, sync, *args) on every thread; returns when all are done.
+        """program(rank, active, sync, *args) on every active thread; returns when all are done.
 
         An exception in any thread, Ctrl-C included, frees the others from their barriers and is raised here.
         """
@@ -193,7 +230,7 @@ class Team:
             started: list[_Worker] = []
             error: BaseException | None = None
             try:
-                for worker in self._workers:
+                for worker in self._workers[: self.active - 1]:
                     worker.start()
                     started.append(worker)
                 self.call(0)
@@ -208,14 +245,21 @@ class Team:
     def prepare(self, program, *args: Any) -> None:
         """Compile a program for arguments like these, unless it is; in this thread, whose memory serves again."""
         if program not in self._compiled:
-            program.compile(tuple(typeof(arg) for arg in (0, self.size, self._sync, *args)))
+            own = (arg[0] if isinstance(arg, Each) else arg for arg in args)
+            program.compile(tuple(typeof(arg) for arg in (0, self.size, self._sync, *own)))
             self._compiled.add(program)
 
     def call(self, rank: int) -> None:
         """Thread `rank`'s part of the running job."""
         if self.job is not None:
             program, args = self.job
-            program(rank, self.size, self._sync, *args)
+            own = (arg[rank] if isinstance(arg, Each) else arg for arg in args)
+            program(rank, self.active, self._sync, *own)
+
+    @property
+    def lost(self) -> float:
+        """Seconds of the last run that its threads, all together, could not run: others had their cores."""
+        return float(self._sync[_CLOCKS::_LINE].sum()) / 1e9
 
     def abort(self) -> None:
         """Open every barrier of the running job: its results are void."""
