@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minilora_kernels import reference
-from minilora_kernels.dot import dot4, dot4_small
+from minilora_kernels.dot import dot4, dot4_bytes, dot4_small, start_bytes
 from minilora_kernels.jit import kernel, program
 from minilora_kernels.simd import (
     count_above,
@@ -24,7 +24,6 @@ from minilora_kernels.simd import (
     store_f32,
     store_i8,
     times8,
-    times128,
     to_f32,
 )
 
@@ -72,13 +71,20 @@ def _dots(small, acc, u, s, out):
 
 
 @kernel
+def _byte_dots(minus_sums, u, s, out):
+    for i in range(0, len(minus_sums), 16):
+        start = start_bytes(load_i32(minus_sums, i))
+        store_f32(out, i, to_f32(dot4_bytes(start, load_u8(u, 4 * i), load_u8(s, 4 * i))))
+
+
+@kernel
 def _odds_and_ends(x, out, small):
     v = load_f32(x, 0)
     out[0], out[1], out[2] = hsum(v), hmax(v), count_above(v, load_f32(x, 16))
     store_f32(out, 16, keep_lanes(v, 3, 9, np.float32(-7)))
     store_f32(out, 32, fma(v, v, load_f32(x, 16)))
     store_i8(small, 0, round_i32(v))
-    store_f32(out, 48, to_f32(times8(round_i32(v)) + times128(round_i32(v))))
+    store_f32(out, 48, to_f32(times8(round_i32(v))))
 
 
 def test_every_float16_widens_exactly():
@@ -143,6 +149,17 @@ def test_dot4_is_exact(small):
     assert np.array_equal(out, reference.dot4(acc, u, s).astype(np.float32))
 
 
+def test_dot4_bytes_is_exact():
+    rng = np.random.default_rng(3)
+    u = np.concatenate([rng.integers(0, 256, 4096), np.zeros(64), np.full(64, 255)]).astype(np.uint8)
+    s = np.concatenate([rng.integers(-127, 128, 4096), np.full(64, -127), np.full(64, 127)]).astype(np.int8)
+    minus_sums = -s.astype(np.int32).reshape(-1, 4).sum(axis=1, dtype=np.int32)
+    out = np.zeros(len(minus_sums), np.float32)
+    program(_byte_dots)(minus_sums, u, s.view(np.uint8), out)
+    expected = ((u.astype(np.int32) - 128) * s).reshape(-1, 4).sum(axis=1)
+    assert np.array_equal(out, expected.astype(np.float32))
+
+
 def test_odds_and_ends():
     rng = np.random.default_rng(1)
     x = np.round(rng.standard_normal(32) * 20 + 0.25).astype(np.float32) + np.float32(0.5)
@@ -152,4 +169,4 @@ def test_odds_and_ends():
     assert out[0] == v.sum() and out[1] == v.max() and out[2] == (v > x[16:]).sum()
     assert np.array_equal(out[16:32], np.where((np.arange(16) >= 3) & (np.arange(16) < 9), v, -7))
     assert np.allclose(out[32:48], v * v + x[16:], rtol=1e-6)
-    assert np.array_equal(small, np.rint(v).astype(np.int8)) and np.array_equal(out[48:], np.rint(v) * 136)
+    assert np.array_equal(small, np.rint(v).astype(np.int8)) and np.array_equal(out[48:], np.rint(v) * 8)

@@ -2,8 +2,12 @@
 
     dot4(acc, u, s)[i] = acc[i] + sum over j < 4 of u[4 i + j] * s[4 i + j]
 
-u is unsigned, s signed; sums are int32 and exact.
+u is unsigned, s signed; sums are int32 and exact. int8 weights are kept as u = 128 + weight; `dot4_bytes` multiplies
+them as the CPU likes best.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from llvmlite import binding, ir
 
@@ -60,6 +64,22 @@ def _sdot(builder, acc, u, s):
     return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, u, s)
 
 
+def _signed(builder, u):
+    """u - 128 as a signed byte."""
+    return builder.xor(u, constant(u.type, 128))
+
+
+def _maddubs_signed(builder, acc, u, s):
+    """AVX2: (u - 128) * s for s >= -127, as |u - 128| * (s with the sign of u - 128); 2 * 128 * 127 fits 16 bits."""
+    w = _signed(builder, u)
+    size = call(builder, "llvm.abs.v32i8", w.type, w, ir.Constant(ir.IntType(1), 0))
+    return _maddubs(builder, acc, size, call(builder, "llvm.x86.avx2.psign.b", s.type, s, w))
+
+
+def _sdot_signed(builder, acc, u, s):
+    return _sdot(builder, acc, _signed(builder, u), s)
+
+
 def _usdot(builder, acc, u, s):
     return call(builder, "llvm.aarch64.neon.usdot.v4i32.v16i8", acc.type, acc, u, s)
 
@@ -85,30 +105,47 @@ def _in_two_halves_of_range(small):
     return emit
 
 
-def _dot4_emitters():
-    """(parts, emit for any u, emit for u <= 127) of this CPU."""
+class _Family(NamedTuple):
+    """How a CPU family multiplies `parts` parts of a vector: any u, u <= 127, and u - 128, if it can do that at once."""
+
+    parts: int
+    any: Callable
+    small: Callable
+    signed: Callable | None = None
+
+
+def _family() -> _Family:
     family = cpu.family()
     if family == cpu.AVX512_VNNI:
-        return 1, _vpdpbusd(512), _vpdpbusd(512)
+        return _Family(1, _vpdpbusd(512), _vpdpbusd(512))
     if family == cpu.AVX_VNNI:
-        return 2, _vpdpbusd(256), _vpdpbusd(256)
+        return _Family(2, _vpdpbusd(256), _vpdpbusd(256))
     if family == cpu.AVX2:
-        return 2, _in_two_halves_of_range(_maddubs), _maddubs
+        return _Family(2, _in_two_halves_of_range(_maddubs), _maddubs, _maddubs_signed)
+    if family == cpu.NEON_DOT and cpu.has_i8mm():
+        return _Family(4, _usdot, _sdot)
     if family == cpu.NEON_DOT:
-        return 4, _usdot if cpu.has_i8mm() else _in_two_halves_of_range(_sdot), _sdot
-    return 1, _widened, _widened
+        return _Family(4, _in_two_halves_of_range(_sdot), _sdot, _sdot_signed)
+    return _Family(1, _widened, _widened)
 
 
-def _dot4(small):
+def _dot4(choose):
     def emit(builder, acc, u, s):
-        parts, for_any, for_small = _dot4_emitters()
-        chosen = for_small if small else for_any
-        return _by_parts(builder, parts, chosen, acc, u, s)
+        family = _family()
+        return _by_parts(builder, family.parts, choose(family), acc, u, s)
 
-    return emit
+    return primitive(i32x16, [i32x16, u8x64, u8x64], emit)
 
 
-dot4 = primitive(i32x16, [i32x16, u8x64, u8x64], _dot4(small=False))
+def _start_bytes(builder, minus_sum):
+    return constant(_I32, 0) if _family().signed else builder.shl(minus_sum, constant(_I32, 7))
+
+
+dot4 = _dot4(lambda family: family.any)
 """acc[i] + sum over j < 4 of u[4i + j] * s[4i + j]: u unsigned, s signed bytes. Exact."""
-dot4_small = primitive(i32x16, [i32x16, u8x64, u8x64], _dot4(small=True))
+dot4_small = _dot4(lambda family: family.small)
 """dot4 for u <= 127 only: cheaper where the CPU has no mixed-sign dot product."""
+dot4_bytes = _dot4(lambda family: family.signed or family.any)
+"""With all of s through it: the sum of (u - 128) * s, for s >= -127 and acc from `start_bytes`. Exact."""
+start_bytes = primitive(i32x16, [i32x16], _start_bytes)
+"""Where dot4_bytes begins, from minus the sum of all s."""

@@ -1,6 +1,6 @@
 """Matrix products: packed weights x the rows of a step, for every weight format and any number of rows.
 
-A tile is 8, 4, 2 or 1 rows of activations times one block of 32 weight rows. Whatever the tile, an output is
+A tile is 1 to 8 rows of activations times one block of 32 weight rows. Whatever the tile, an output is
 summed in the same order: int32 inside a group of columns (exact), then group by group in float32; for
 floating-point weights column by column. So a row's bits never depend on the rows beside it.
 """
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .dot import dot4, dot4_small
+from . import cpu
+from .dot import dot4, dot4_bytes, dot4_small, start_bytes
 from .jit import kernel
 from .pack import (
     BFLOAT16,
@@ -46,7 +47,6 @@ from .simd import (
     store_f32,
     tile,
     times8,
-    times128,
     to_f32,
 )
 
@@ -74,7 +74,7 @@ def _quantized_tile(rows: int, fmt: int):
     """rows x 1 block of an integer format."""
     nibbles, minimum = fmt in (INT4, INT4_MIN), fmt in (INT4_MIN, INT8_MIN)
     header, step = (128 if minimum else 64), (64 if nibbles else 128)
-    dot, times_zero = (dot4_small, times8) if nibbles else (dot4, times128)
+    dot, start_at = (dot4_small, times8) if nibbles else (dot4 if minimum else dot4_bytes, start_bytes)
     new_acc, new_dots, new_scale = tile(f32x16, rows, 2), tile(i32x16, rows, 2), tile(f32x16, 2, 2)
 
     @kernel
@@ -92,7 +92,7 @@ def _quantized_tile(rows: int, fmt: int):
                 if minimum:
                     start = splat_i32(np.int32(0))
                 else:
-                    start = times_zero(splat_i32(load_word(x.sums, s + m * groups_stride)))
+                    start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
                 for n in range(2):
                     dots[m, n] = start
             for k in range(group // 4):
@@ -155,37 +155,32 @@ def _float_tile(rows: int, fmt: int):
     return multiply
 
 
-def _block(fmt: int):
-    """All rows of a step x 1 block: tiles of 8 rows, the rest as 4, 2, 1."""
-    make = _float_tile if is_float(fmt) else _quantized_tile
-    eight, four, two, one = (make(rows, fmt) for rows in (8, 4, 2, 1))
+# Rows of a tile whose sums the registers hold, highest first: 32 of 512 bits; or half of that and less.
+_HEIGHTS, _LOW_HEIGHTS = (8, 4, 2, 1), (2, 1)
+
+
+def _block(fmt: int, heights: tuple):
+    """All rows of a step x 1 block: tiles of the first height while they fit, the rest in lower ones."""
+    height = heights[0]
+    mine = (_float_tile if is_float(fmt) else _quantized_tile)(height, fmt)
+    others = _block(fmt, heights[1:]) if len(heights) > 1 else None
 
     @kernel
     def multiply(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
-        m = 0
-        while rows - m >= 8:
+        m, soon, to = 0, ahead, out_at
+        while rows - m >= height:
+            mine(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
             # Only the first tile fetches the next block: the others find it there.
-            soon, to = ahead if m == 0 else 0, out_at + m * out_stride
-            eight(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
-            m += 8
-        if rows - m >= 4:
-            soon, to = ahead if m == 0 else 0, out_at + m * out_stride
-            four(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
-            m += 4
-        if rows - m >= 2:
-            soon, to = ahead if m == 0 else 0, out_at + m * out_stride
-            two(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
-            m += 2
-        if rows - m >= 1:
-            soon, to = ahead if m == 0 else 0, out_at + m * out_stride
-            one(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
+            m, soon, to = m + height, 0, to + height * out_stride
+        if others is not None and m < rows:
+            others(weights, at, soon, columns, group, x, x_row + m, rows - m, out, to, out_stride, add)
 
     return multiply
 
 
 def _first_of(formats: tuple):
     """A kernel that calls the block kernel of its argument fmt, one of `formats`."""
-    first = _block(formats[0])
+    first = _block(formats[0], _HEIGHTS if cpu.family() == cpu.AVX512_VNNI else _LOW_HEIGHTS)
     if len(formats) == 1:
 
         @kernel

@@ -464,9 +464,4 @@ low_nibbles = primitive(u8x64, [u8x64], _low_nibbles)
 high_nibbles = primitive(u8x64, [u8x64], _high_nibbles)
 
 
-def _shift_left(bits):
-    return lambda b, v: b.shl(v, constant(_I32, bits))
-
-
-times8 = primitive(i32x16, [i32x16], _shift_left(3))
-times128 = primitive(i32x16, [i32x16], _shift_left(7))
+times8 = primitive(i32x16, [i32x16], lambda b, v: b.shl(v, constant(_I32, 3)))
