@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .params import ENGINE_DTYPES, EngineConfig
+from .params import ENGINE_DTYPES, NUMA_MODES, EngineConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
@@ -107,6 +107,9 @@ engine_options = _options(
     click.option("--max-lora-rank", type=int, help="Highest rank of an adapter."),
     click.option("--lora-dtype", type=click.Choice(ENGINE_DTYPES), help="Format of adapters."),
     click.option("--lora-memory", type=Size(), help="Bytes for adapters in memory."),
+    click.option(
+        "--numa", type=click.Choice(NUMA_MODES), help="Spread memory over nodes, or copy the weights to each."
+    ),
 )
 
 # --threads belongs to the model's options, and debug_checks is for tests and programs.

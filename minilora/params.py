@@ -139,6 +139,7 @@ class SamplingParams:
                 raise UsageError(f"{name} holds {wrong[0]}, the vocabulary has {size} tokens")
 
 
+NUMA_MODES = ("off", "interleave", "replicate")
 ENGINE_DTYPES = ("auto", "float32", "float16", "int8")
 
 
@@ -153,7 +154,8 @@ class EngineConfig:
     half of the free memory. block_size: tokens of a page. max_loras: adapters in use at once; max_cpu_loras: adapters
     in memory, None for 256 or max_loras; max_lora_rank: highest rank; lora_dtype: "auto" is float32 for float32
     weights, else int8 with a scale for each row of A and B; lora_memory: bytes for adapters in memory, None
-    for a quarter of the free memory. threads: None for all cores that the process may use. enable_prefix_caching:
+    for a quarter of the free memory. threads: None for all cores that the process may use. numa:
+    what to do on machines with several memory nodes, see numa.py. enable_prefix_caching:
     keep pages of finished texts for others that begin alike. debug_checks: check all books after each step and fill
     freed pages with NaN; slow.
     """
@@ -171,6 +173,7 @@ class EngineConfig:
     lora_dtype: str = "auto"
     lora_memory: int | None = None
     threads: int | None = None
+    numa: str = "off"
     enable_prefix_caching: bool = True
     debug_checks: bool = False
 
@@ -197,6 +200,6 @@ class EngineConfig:
             raise UsageError(f"max_cpu_loras is {self.max_cpu_loras}, less than max_loras, {self.max_loras}")
         if self.block_size % 32:
             raise UsageError(f"block_size must be a multiple of 32, not {self.block_size}")
-        for name in ("kv_cache_dtype", "lora_dtype"):
-            if getattr(self, name) not in ENGINE_DTYPES:
-                raise UsageError(f"{name} {getattr(self, name)!r} is not known", f"Known: {', '.join(ENGINE_DTYPES)}.")
+        for name, known in (("kv_cache_dtype", ENGINE_DTYPES), ("lora_dtype", ENGINE_DTYPES), ("numa", NUMA_MODES)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} {getattr(self, name)!r} is not known", f"Known: {', '.join(known)}.")

@@ -10,8 +10,9 @@ import psutil
 from minilora_kernels.attention import KV_FLOAT16, KV_FLOAT32, SPLIT, scratch_size
 from minilora_kernels.linear import Rows
 from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
-from minilora_kernels.team import Team
+from minilora_kernels.team import Each, Team
 
+from . import numa
 from .batch import ROWS_PER_TILE, Chunk, Packer, split_size
 from .cache import KV_FORMATS, copy_page, make_kv, page_bytes, poison_page
 from .crew import Crew
@@ -20,7 +21,7 @@ from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Shape, make_step
 from .params import EngineConfig
 from .pool import AdapterPool
 from .sampler import Sampler
-from .weights import Weights
+from .weights import Network, Weights
 
 KV_SHARE, ADAPTER_SHARE = 0.5, 0.25
 MOST_USES = 8
@@ -61,13 +62,16 @@ class Runner:
     def __init__(self, weights: Weights, config: EngineConfig, length: int):
         self.weights, self.model, self.config, self.length = weights, weights.config, config, length
         self._exact = weights.formats == (FLOAT32,)
-        self.team = Team(config.threads or usable_cores())
+        threads = config.threads or usable_cores()
+        self._nodes = numa.nodes() if config.numa != "off" else []
+        self._places = numa.assign(threads, self._nodes) if self._nodes else []
+        self.team = Team(threads, [place.cpus for place in self._places] or None)
         self._crew = Crew(self.team.size)
         free = free_memory()
         self._setup_pages(int(free * KV_SHARE))
         self._setup_adapters(int(free * ADAPTER_SHARE))
         self._setup_buffers()
-        self._network = weights.network(length)
+        self._network = self._place_weights(free)
         self._step = make_step(weights.formats, self.kv_format, self.adapters.format)
         self._prepare()
 
@@ -88,6 +92,27 @@ class Runner:
             raise ResourceError(
                 f"no memory for {self.pages} pages of {size} bytes", "Lower kv_cache_memory or max_model_len."
             ) from None
+        self._spread(self.kv.keys, self.kv.values, self.kv.key_scales, self.kv.value_scales)
+
+    def _spread(self, *arrays: np.ndarray) -> None:
+        """New memory that all threads share lies on all nodes."""
+        for array in arrays if self._nodes else ():
+            numa.spread(array, self._nodes)
+
+    def _place_weights(self, free: int) -> Network | Each:
+        """The network, for each thread with the copy of the arena that lies nearest."""
+        network, arena = self.weights.network(self.length), self.weights.arena
+        if self.config.numa == "interleave":
+            return network._replace(arena=numa.copy_to(arena, self._nodes))
+        if self.config.numa == "off":
+            return network
+        used = set(self._places)
+        if len(used) * len(arena) > free:
+            raise ResourceError(
+                f"no memory for {len(used)} copies of {len(arena)} bytes of weights", "Use --numa interleave."
+            )
+        copies = {node: network._replace(arena=numa.copy_to(arena, [node])) for node in used}
+        return Each(copies[node] for node in self._places)
 
     def _setup_adapters(self, most: int) -> None:
         config = self.config
@@ -98,6 +123,7 @@ class Runner:
             LORA_FORMATS.get(config.lora_dtype, FLOAT32 if self._exact else INT8),
             config.max_loras,
         )
+        self._spread(self.adapters.arrays.arena)
 
     def _setup_buffers(self) -> None:
         model, config, threads = self.model, self.config, self.team.size

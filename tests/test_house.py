@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "minilora_kernels"
 LAYERS = [
     {"minilora_kernels"},
     {"errors", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "chat", "checkpoint"},
-    {"weights", "packed", "adapters", "pool", "registry", "cache", "batch", "sequence"},
+    {"weights", "packed", "adapters", "pool", "registry", "numa", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
     {"fairness", "scheduler", "engine"},
     {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},

@@ -4,9 +4,12 @@ The caller is thread 0; the others are Python threads that sleep on a lock betwe
 Inside a run, threads meet at `barrier`, split work with `share`, or take it piece by piece with `claim`.
 """
 
+import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -205,12 +208,14 @@ class Team:
     """`size` threads that run compiled functions together.
 
     size: number of threads, the caller's included. active: how many of them take part in a run, may be changed between
-    two. Raises ValueError where size is below 1.
+    two. cpus: for each thread the cores that it is bound to while it runs; None binds none. Raises ValueError where
+    size is below 1.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, cpus: list[frozenset[int]] | None = None):
         if size < 1:
             raise ValueError(f"a team needs at least one thread, not {size}")
+        self._cpus = cpus
         self.size = self.active = size
         self.job: tuple | None = None
         self._sync = np.zeros(_CLOCKS + _LINE * size, np.int64)
@@ -254,7 +259,21 @@ class Team:
         if self.job is not None:
             program, args = self.job
             own = (arg[rank] if isinstance(arg, Each) else arg for arg in args)
-            program(rank, self.active, self._sync, *own)
+            with self._bound(rank):
+                program(rank, self.active, self._sync, *own)
+
+    @contextmanager
+    def _bound(self, rank: int) -> Iterator[None]:
+        """Keep this thread on its cores. The caller's goes back to where it was allowed to be."""
+        if self._cpus is None:
+            yield
+            return
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self._cpus[rank])
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
 
     @property
     def lost(self) -> float:
