@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels.jit import program
-from minilora_kernels.sample import argmax, log_sum_exp, sample, top, uniform
+from minilora_kernels.sample import BINS, argmax, log_sum_exp, sample, top, uniform
 from minilora_kernels.sample import rank as rank_of
 from minilora_kernels.team import Team, claim
 
@@ -45,7 +45,7 @@ class Questions(NamedTuple):
     values: np.ndarray
 
 
-def _choose(rank, size, sync, logits, width, rows, weights, heap):
+def _choose(rank, size, sync, logits, width, rows, weights, ids, bins):
     i = claim(sync)
     while i < len(rows.at):
         if rows.temperature[i] == ZERO:
@@ -62,8 +62,10 @@ def _choose(rank, size, sync, logits, width, rows, weights, heap):
                 rows.min_p[i],
                 draw,
                 weights,
-                heap,
+                ids,
                 rank * width,
+                bins,
+                rank * 2 * BINS,
             )
         i = claim(sync)
 
@@ -106,7 +108,8 @@ class Sampler:
     def __init__(self, team: Team, logits: np.ndarray, width: int, vocabulary: int):
         self._team, self._logits, self._width, self._vocabulary = team, logits, width, vocabulary
         self._weights = np.empty(team.size * width, np.float32)
-        self._heap = np.empty(team.size * width, np.int64)
+        self._ids = np.empty(team.size * width, np.int64)
+        self._bins = np.empty(team.size * 2 * BINS, np.float64)
         self._changed = np.empty(0, np.float32)
 
     def logits(self, count: int) -> np.ndarray:
@@ -161,7 +164,7 @@ class Sampler:
             np.array([d.position for d in draws], np.int64),
             np.zeros(len(draws), np.int64),
         )
-        self._team.run(_programs()[0], logits, self._width, choices, self._weights, self._heap)
+        self._team.run(_programs()[0], logits, self._width, choices, self._weights, self._ids, self._bins)
         return choices.tokens
 
     def look_up(self, wanted: list[tuple[int, int, int]]) -> list[TokenLogprobs]:

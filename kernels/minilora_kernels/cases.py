@@ -503,7 +503,10 @@ def _lora_cases(fmt: int) -> list[Case]:
 
 
 def _logits(rng: np.random.Generator, size: dict[str, int]) -> np.ndarray:
+    """levels: only so many different ones, so that many are equal."""
     x = 3 * _normal(rng, size["V"])
+    if "levels" in size:
+        x = np.round(x * size["levels"] / 6) * np.float32(6 / size["levels"])
     x[-3:] = -np.inf
     return x
 
@@ -546,6 +549,8 @@ def _make_sample(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
         _scratch(v),
         _scratch(v, np.int64),
         0,
+        _scratch(2 * sample.BINS, np.float64),
+        0,
     )
 
 
@@ -562,6 +567,9 @@ _SAMPLING = tuple(
         {"min_p": 50},
         {"t": 300, "p": 99},
         {"min_p": 10, "k": 8, "p": 80},
+        {"levels": 3, "p": 90},
+        {"levels": 3, "k": 30},
+        {"levels": 4, "k": 50, "p": 70},
     )
 )
 

@@ -293,7 +293,7 @@ def uniform(seed, position):
     return float(state >> np.uint64(11)) / (1 << 53)
 
 
-def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, heap, to):
+def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to, bins, bins_at):
     """A token drawn from softmax(x / temperature), cut by min_p, then top_k, then top_p."""
     v = _span(x, at, n).astype(np.float64)
     w = np.exp((v - v.max()) / temperature)
@@ -304,6 +304,7 @@ def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, heap, to):
     mass = np.cumsum(w[order])
     if top_p < 1:
         order = order[: np.searchsorted(mass, top_p * mass[-1]) + 1]
+    order = np.sort(order)
     mass = np.cumsum(w[order])
     return int(order[min(np.searchsorted(mass, draw * mass[-1], side="right"), len(order) - 1)])
 

@@ -7,14 +7,15 @@ choice depends on its own logits, parameters and random number only.
 import numpy as np
 
 from .jit import kernel
-from .simd import count_above, exp, f32x16, hmax, hsum, load_f32, splat_f32, store_f32, tile, vmax
+from .simd import count_above, exp, hmax, hsum, load_f32, load_word, splat_f32, store_f32, vmax
 
 CHUNK = 1024
+# A radix search over float32 from 0 to 1: their 30 bits that count, in three levels.
+BITS, LEVELS = 10, 3
+BINS = 1 << BITS
 
 ZERO, ONE = np.float32(0), np.float32(1)
 LOWEST = np.float32(-np.inf)
-
-_four = tile(f32x16, 4)
 
 
 @kernel
@@ -136,101 +137,109 @@ def _choose_from_all(weights, to, n, target):
 
 
 @kernel
-def _before(weights, to, i, j):
-    """Whether token i comes before token j: by falling weight, then by rising index."""
-    return weights[to + i] > weights[to + j] or (weights[to + i] == weights[to + j] and i < j)
-
-
-@kernel
-def _sift_down(heap, at, size, root, weights, to):
-    while True:
-        child = 2 * root + 1
-        if child >= size:
-            return
-        if child + 1 < size and _before(weights, to, heap[at + child + 1], heap[at + child]):
-            child += 1
-        if _before(weights, to, heap[at + root], heap[at + child]):
-            return
-        heap[at + root], heap[at + child] = heap[at + child], heap[at + root]
-        root = child
-
-
-@kernel
-def _gather(weights, to, n, floor, heap, at):
-    """A heap, first token on top, of all tokens whose weight exceeds `floor`; returns its size."""
-    size, limit = 0, splat_f32(floor)
+def _gather(weights, to, n, floor, ids):
+    """ids, from `to` on: all tokens whose weight exceeds `floor`, by rising index; returns their number and mass."""
+    size, mass, limit = 0, np.float64(0), splat_f32(floor)
     for first in range(0, n, 16):
         if count_above(load_f32(weights, to + first), limit) > 0:
             for i in range(first, first + 16):
                 if weights[to + i] > floor:
-                    heap[at + size] = i
+                    ids[to + size] = i
+                    mass += weights[to + i]
                     size += 1
-    for root in range(size // 2 - 1, -1, -1):
-        _sift_down(heap, at, size, root, weights, to)
-    return size
+    return size, mass
 
 
 @kernel
-def _take_best(heap, at, size, limit, mass_limit, weights, to):
-    """Move tokens from the heap's top to its end, best first, until `limit` of them or `mass_limit` are taken.
+def _fill_bins(weights, to, ids, size, level, prefix, bins, bins_at):
+    """Number and mass of the weights that begin with the bits `prefix`, by their next BITS bits."""
+    shift = BITS * (LEVELS - 1 - level)
+    for b in range(bins_at, bins_at + 2 * BINS):
+        bins[b] = 0
+    for j in range(size):
+        at = to + ids[to + j]
+        bits = np.int64(load_word(weights, at)) >> shift
+        if bits >> BITS == prefix:
+            b = bins_at + 2 * (bits & (BINS - 1))
+            bins[b] += 1
+            bins[b + 1] += weights[at]
 
-    Returns (how many, their mass); token j of them is heap[at + size - 1 - j].
+
+@kernel
+def _cut(weights, to, ids, size, most, mass_limit, bins, bins_at):
+    """Where the smallest set of best tokens ends that has `most` tokens or `mass_limit` of mass.
+
+    Returns (threshold, ties, mass): the set is all tokens of ids above the threshold, and the first `ties` of those
+    at it; all of them where they are too few. Weights in (0, 1] sort like their bits: a radix search.
     """
-    taken, mass = 0, np.float64(0)
-    while taken < min(size, limit) and mass < mass_limit:
-        last = size - 1 - taken
-        heap[at], heap[at + last] = heap[at + last], heap[at]
-        mass += weights[to + heap[at + last]]
-        taken += 1
-        _sift_down(heap, at, last, 0, weights, to)
-    return taken, mass
+    prefix, count, mass = np.int64(0), np.int64(0), np.float64(0)
+    inside, more = np.float64(0), np.float64(0)
+    for level in range(LEVELS):
+        _fill_bins(weights, to, ids, size, level, prefix, bins, bins_at)
+        chosen, reached = -1, False
+        for b in range(BINS - 1, -1, -1):
+            if bins[bins_at + 2 * b] > 0 and not reached:
+                if chosen >= 0:
+                    count, mass = count + np.int64(inside), mass + more
+                chosen, inside, more = b, bins[bins_at + 2 * b], bins[bins_at + 2 * b + 1]
+                reached = count + inside >= most or mass + more >= mass_limit
+        if level == 0 and not reached:
+            return ZERO, 0, mass + more
+        prefix = (prefix << BITS) + chosen
+    weight = more / inside
+    ties = max(1, np.int64(min(inside, np.float64(most - count), np.ceil((mass_limit - mass) / weight))))
+    return np.float32(weight), ties, mass + ties * weight
 
 
 @kernel
-def _candidates(heap, n, total, limit, top_p, min_p, weights, to):
-    """The best tokens: (heap size, how many taken, their mass), see _take_best. top_p counts here only if limit = n."""
-    share = np.float64(top_p) if limit == n and top_p < ONE else np.float64(np.inf)
+def _choose_above(weights, to, ids, size, threshold, ties, target):
+    """The first token of those that `_cut` left at which their running sum exceeds `target`, else the last of them."""
+    last = ids[to]
+    for j in range(size):
+        weight = weights[to + ids[to + j]]
+        if weight > threshold or (weight == threshold and ties > 0):
+            ties -= weight == threshold
+            last = ids[to + j]
+            target -= weight
+            if target < 0:
+                return last
+    return last
+
+
+@kernel
+def _candidates(weights, to, n, total, limit, top_p, min_p, ids):
+    """ids: tokens among which all are that the cuts can leave; returns their number and mass."""
     if min_p > ZERO:
-        size = _gather(weights, to, n, np.nextafter(min_p, ZERO), heap, to)
-        mass = np.float64(0)
-        for j in range(size):
-            mass += weights[to + heap[to + j]]
-        taken, mass = _take_best(heap, to, size, limit, mass * share, weights, to)
-        return size, taken, mass
+        return _gather(weights, to, n, np.nextafter(min_p, ZERO), ids)
     # Few tokens carry nearly all the mass: look at those first, at all of them only where they don't do.
     floor = np.float32(1e-4)
     while True:
-        size = _gather(weights, to, n, floor, heap, to)
-        taken, mass = _take_best(heap, to, size, limit, total * share, weights, to)
-        if taken == limit or mass >= total * share or floor == ZERO:
-            return size, taken, mass
+        size, mass = _gather(weights, to, n, floor, ids)
+        if (limit < n and size >= limit) or (limit == n and mass >= total * top_p) or floor == ZERO:
+            return size, mass
         floor = floor * np.float32(1e-4) if floor > np.float32(1e-30) else ZERO
 
 
 @kernel
-def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, heap, to):
+def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to, bins, bins_at):
     """A token drawn from softmax(x / temperature) after three cuts, each on what the one before left.
 
     min_p: at least min_p times the best token's probability; top_k: the top_k best, 0 for all; top_p: the
     smallest set of best tokens with that much of the mass. x: float32, n a multiple of 16; temperature > 0;
-    draw: in [0, 1), see `uniform`; weights: float32 and heap: int64, n numbers each from `to` on, overwritten.
+    draw: in [0, 1), see `uniform`: the running sum over what is left, by rising index, passes it at the token.
+    weights: float32 and ids: int64, n numbers each from `to` on, and bins: float64, 2 * BINS from bins_at on, are
+    overwritten.
     """
     total = _weigh(x, at, n, temperature, weights, to)
     if top_k == 0 and top_p >= ONE and min_p <= ZERO:
         return _choose_from_all(weights, to, n, draw * total)
-    limit = min(top_k, n) if top_k > 0 else n
-    size, taken, mass = _candidates(heap, n, total, limit, top_p, min_p, weights, to)
-    if limit < n and top_p < ONE:
-        kept, nucleus = 0, np.float64(0)
-        while kept < taken and nucleus < mass * top_p:
-            nucleus += weights[to + heap[to + size - 1 - kept]]
-            kept += 1
-        taken, mass = kept, nucleus
-    target = draw * mass
-    token = heap[to + size - 1]
-    for j in range(taken):
-        token = heap[to + size - 1 - j]
-        target -= weights[to + token]
-        if target < 0:
-            break
-    return token
+    limit, everything = min(top_k, n) if top_k > 0 else n, np.float64(np.inf)
+    size, mass = _candidates(weights, to, n, total, limit, top_p, min_p, ids)
+    threshold, ties = ZERO, 0
+    if limit < size:
+        threshold, ties, mass = _cut(weights, to, ids, size, limit, everything, bins, bins_at)
+    elif min_p <= ZERO and limit == n:
+        mass = total
+    if top_p < ONE:
+        threshold, ties, mass = _cut(weights, to, ids, size, limit, mass * top_p, bins, bins_at)
+    return _choose_above(weights, to, ids, size, threshold, ties, draw * mass)
