@@ -21,6 +21,7 @@ from minilora_kernels.linear import Rows, make_linear
 from minilora_kernels.lora import make_lora, panel_bytes
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
+from minilora_kernels.sample import argmax
 from minilora_kernels.team import barrier, claim, clock_in, clock_out, share
 
 from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN, AdapterArrays
@@ -79,7 +80,8 @@ class Buffers(NamedTuple):
 
     x: [T, width], the residual stream; a: inputs of q k v, o and gate up; b: inputs of down; qkv: [T, qkv];
     s: [T, s_stride], shrunk rows; scratch: scratch_stride numbers for each thread; parts: unmerged attention;
-    logits: [rows, vocabulary padded to 32]. shared: T at most; from that row of `a` on, FEW rows for each thread.
+    logits: [rows, vocabulary padded to 32]; best: [rows], where each row's largest is; bests: [rows, threads], the same
+    by thread. shared: T at most; from that row of `a` on, FEW rows for each thread.
     """
 
     x: np.ndarray
@@ -93,6 +95,8 @@ class Buffers(NamedTuple):
     scratch_stride: int
     parts: np.ndarray
     logits: np.ndarray
+    best: np.ndarray
+    bests: np.ndarray
     shared: int
 
 
@@ -462,7 +466,7 @@ def _make_gate_up(linear, expand_all):
 def _make_head(linear, shrink_all, expand_all):
     @kernel
     def logits(c):
-        """Logits of the rows that batch.out_rows names; beyond the vocabulary -inf."""
+        """Logits of the rows that batch.out_rows names, -inf beyond the vocabulary, and where the largest of each is."""
         w, shape, batch, b = c.w, c.shape, c.batch, c.buffers
         count, group, padded = len(batch.out_rows), w.matrices[w.head, GROUP], w.matrices[w.head, ROWS]
         low, high = _share(c, count)
@@ -475,9 +479,25 @@ def _make_head(linear, shrink_all, expand_all):
         linear(w.arena, w.matrices, w.head, b.a, 0, count, block0, block1, b.logits, block0 * BLOCK, padded, 0)
         end = min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)
         expand_all(c, batch.out_segments, shape.layers, 0, 0, count, 2 * block0, end, Place(b.logits, 0, padded, PANEL))
-        for j in range(count if c.rank == c.size - 1 else 0):
-            for i in range(shape.vocabulary, padded):
+        for j in range(count):
+            for i in range(max(shape.vocabulary, block0 * BLOCK), block1 * BLOCK):
                 b.logits[j * padded + i] = -np.inf
+            first = block0 * BLOCK
+            b.bests[j * c.size + c.rank] = first + argmax(b.logits, j * padded + first, (block1 - block0) * BLOCK)
+        barrier(c.sync, c.size)
+        if c.rank == 0:
+            find_best(c, count, padded)
+
+    @kernel
+    def find_best(c, count, padded):
+        """The best of all threads' best columns; the first of equals, as threads have them in order."""
+        b = c.buffers
+        for j in range(count):
+            b.best[j] = b.bests[j * c.size]
+            for thread in range(1, c.size):
+                other = b.bests[j * c.size + thread]
+                if b.logits[j * padded + other] > b.logits[j * padded + b.best[j]]:
+                    b.best[j] = other
 
     return logits
 

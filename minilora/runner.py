@@ -146,6 +146,8 @@ class Runner:
             scratch_stride=scratch,
             parts=_floats(parts),
             logits=_floats(logits * padded),
+            best=np.zeros(logits, np.int64),
+            bests=np.zeros(logits * threads, np.int64),
             shared=max(rows, logits),
         )
         self._shape = Shape(
@@ -159,7 +161,7 @@ class Runner:
             np.float32(model.rms_norm_eps),
         )
         self._packer = Packer(model.group, model.kv_heads, part, parts, 4 * threads)
-        self.sampler = Sampler(self.team, self._buffers.logits, padded, model.vocab_size)
+        self.sampler = Sampler(self.team, self._buffers.logits, self._buffers.best, padded, model.vocab_size)
 
     def _prepare(self) -> None:
         """Compile the step, or fetch its machine code, before the first request."""

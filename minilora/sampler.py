@@ -21,15 +21,11 @@ ZERO = np.float32(0)
 
 
 class Choices(NamedTuple):
-    """Rows to choose tokens for. at: where each row's logits start; seeds, positions: key of the random number."""
+    """Rows to choose tokens for. numbers: int64 [n, 4], where each row's logits start, top_k, and the key of the random
+    number: seed and position; cuts: float32 [n, 3], temperature, top_p and min_p; tokens: the answers."""
 
-    at: np.ndarray
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    min_p: np.ndarray
-    seeds: np.ndarray
-    positions: np.ndarray
+    numbers: np.ndarray
+    cuts: np.ndarray
     tokens: np.ndarray
 
 
@@ -47,25 +43,16 @@ class Questions(NamedTuple):
 
 def _choose(rank, size, sync, logits, width, rows, weights, ids, bins):
     i = claim(sync)
-    while i < len(rows.at):
-        if rows.temperature[i] == ZERO:
-            rows.tokens[i] = argmax(logits, rows.at[i], width)
+    while i < len(rows.tokens):
+        at, top_k = rows.numbers[i, 0], rows.numbers[i, 1]
+        temperature, top_p, min_p = rows.cuts[i, 0], rows.cuts[i, 1], rows.cuts[i, 2]
+        if temperature == ZERO:
+            rows.tokens[i] = argmax(logits, at, width)
         else:
-            draw = uniform(rows.seeds[i], rows.positions[i])
+            draw = uniform(np.uint64(rows.numbers[i, 2]), rows.numbers[i, 3])
+            to, bins_at = rank * width, rank * 2 * BINS
             rows.tokens[i] = sample(
-                logits,
-                rows.at[i],
-                width,
-                rows.temperature[i],
-                rows.top_k[i],
-                rows.top_p[i],
-                rows.min_p[i],
-                draw,
-                weights,
-                ids,
-                rank * width,
-                bins,
-                rank * 2 * BINS,
+                logits, at, width, temperature, top_k, top_p, min_p, draw, weights, ids, to, bins, bins_at
             )
         i = claim(sync)
 
@@ -103,10 +90,12 @@ class Draw(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens. logits: the step's flat float32 rows of `width`; vocabulary: real tokens of each."""
+    """Chooses tokens. logits: the step's flat float32 rows of `width`; best: where each row's largest is; vocabulary:
+    real tokens of each."""
 
-    def __init__(self, team: Team, logits: np.ndarray, width: int, vocabulary: int):
-        self._team, self._logits, self._width, self._vocabulary = team, logits, width, vocabulary
+    def __init__(self, team: Team, logits: np.ndarray, best: np.ndarray, width: int, vocabulary: int):
+        self._team, self._logits, self._best = team, logits, best
+        self._width, self._vocabulary = width, vocabulary
         self._weights = np.empty(team.size * width, np.float32)
         self._ids = np.empty(team.size * width, np.int64)
         self._bins = np.empty(team.size * 2 * BINS, np.float64)
@@ -119,12 +108,21 @@ class Sampler:
     def draw(self, draws: list[Draw]) -> list[int | Exception]:
         """A token for each, or why there is none: an error of its logits processor, or logits that are no numbers."""
         tokens: list[int | Exception] = [0] * len(draws)
-        plain: list[int] = []
-        altered: list[int] = []
+        greedy = [i for i, d in enumerate(draws) if d.params.greedy and not d.params.changes_logits]
+        plain = [i for i, d in enumerate(draws) if not d.params.greedy and not d.params.changes_logits]
+        rows = [draws[i].row for i in greedy]
+        # The step has found these already.
+        self._keep(tokens, greedy, self._logits, rows, self._best[rows])
+        rows = [draws[i].row for i in plain]
+        self._keep(tokens, plain, self._logits, rows, self._choose(self._logits, [draws[i] for i in plain], rows))
+        if len(greedy) + len(plain) < len(draws):
+            self._draw_altered(tokens, draws)
+        return tokens
+
+    def _draw_altered(self, tokens: list[int | Exception], draws: list[Draw]) -> None:
+        """Draw for those whose parameters change the logits, from copies."""
+        altered = [i for i, draw in enumerate(draws) if draw.params.changes_logits]
         good: list[int] = []
-        for i, draw in enumerate(draws):
-            (altered if draw.params.changes_logits else plain).append(i)
-        self._draw_into(tokens, plain, self._logits, draws, [draws[i].row for i in plain])
         if len(self._changed) < len(altered) * self._width:
             self._changed = np.empty(len(altered) * self._width, np.float32)
         for i in altered:
@@ -135,36 +133,31 @@ class Sampler:
                 good.append(i)
             except Exception as error:
                 tokens[i] = error
-        self._draw_into(tokens, good, self._changed, draws, list(range(len(good))))
-        return tokens
+        rows = list(range(len(good)))
+        found = self._choose(self._changed, [draws[i] for i in good], rows)
+        self._keep(tokens, good, self._changed, rows, found)
 
-    def _draw_into(
-        self, tokens: list[int | Exception], which: list[int], logits: np.ndarray, draws: list[Draw], rows: list[int]
+    def _keep(
+        self, tokens: list[int | Exception], which: list[int], logits: np.ndarray, rows: list[int], found: np.ndarray
     ) -> None:
-        """tokens[i] for each i of which, from its row of logits."""
+        """tokens[i] for each i of which: what was found in its row of logits, if that is a number."""
         if not which:
             return
-        found = self._choose(logits, [draws[i] for i in which], rows)
         finite = np.isfinite(logits[np.array(rows) * self._width + found])
         for i, token, good in zip(which, found.tolist(), finite.tolist(), strict=True):
             tokens[i] = token if good else RequestError("the logits hold no finite number to choose a token by")
 
     def _choose(self, logits: np.ndarray, draws: list[Draw], rows: list[int]) -> np.ndarray:
-        def column(name: str, dtype: type) -> np.ndarray:
-            return np.array([getattr(d.params, name) for d in draws], dtype)
-
-        temperature = np.array([0 if d.params.greedy else d.params.temperature for d in draws], np.float32)
-        choices = Choices(
-            np.array(rows, np.int64) * self._width,
-            temperature,
-            column("top_k", np.int64),
-            column("top_p", np.float32),
-            column("min_p", np.float32),
-            np.array([d.seed & (1 << 64) - 1 for d in draws], np.uint64),
-            np.array([d.position for d in draws], np.int64),
-            np.zeros(len(draws), np.int64),
-        )
-        self._team.run(_programs()[0], logits, self._width, choices, self._weights, self._ids, self._bins)
+        if not draws:
+            return np.zeros(0, np.int64)
+        width, half, whole = self._width, 1 << 63, 1 << 64
+        keys = [(d.seed + half) % whole - half for d in draws]
+        numbers = [
+            (row * width, d.params.top_k, key, d.position) for row, key, d in zip(rows, keys, draws, strict=True)
+        ]
+        cuts = [(0 if d.params.greedy else d.params.temperature, d.params.top_p, d.params.min_p) for d in draws]
+        choices = Choices(np.array(numbers, np.int64), np.array(cuts, np.float32), np.zeros(len(draws), np.int64))
+        self._team.run(_programs()[0], logits, width, choices, self._weights, self._ids, self._bins)
         return choices.tokens
 
     def look_up(self, wanted: list[tuple[int, int, int]]) -> list[TokenLogprobs]:

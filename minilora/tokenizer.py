@@ -79,6 +79,7 @@ class Tokenizer:
         self._engine = _engine(files.definition)
         self.files = files
         self._plain: Engine | None = None
+        self._pieces: dict[tuple[int, bool], str] = {}
         self.special_tokens: dict[str, int] = {
             token.content: number for number, token in self._engine.get_added_tokens_decoder().items() if token.special
         }
@@ -103,6 +104,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; incomplete characters come out as U+FFFD."""
         return self._engine.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def piece(self, token_id: int, skip_special_tokens: bool) -> str:
+        """The text of one token by itself, remembered."""
+        key = (token_id, skip_special_tokens)
+        if (found := self._pieces.get(key)) is None:
+            found = self._pieces[key] = self.decode([token_id], skip_special_tokens)
+        return found
 
     def token(self, token_id: int) -> str:
         """The text of one token by itself."""
@@ -138,6 +146,8 @@ class TextStream:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._ids: list[int] = []
         self._from = self._shown = 0
+        # The text of ids[_from:_shown].
+        self._before = ""
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""
@@ -150,14 +160,19 @@ class TextStream:
 
     def _advance(self, final: bool) -> str:
         # Decoding starts one shown piece back: some decoders treat a text's first token differently.
-        shown = self._decode(self._from, self._shown)
         text = self._decode(self._from, len(self._ids))
-        if text.endswith(UNFINISHED) and not final:
+        if len(text) <= len(self._before) or (text.endswith(UNFINISHED) and not final):
             return ""
-        if len(text) <= len(shown):
-            return ""
+        new = text[len(self._before) :]
         self._from, self._shown = self._shown, len(self._ids)
-        return text[len(shown) :]
+        self._before = self._piece()
+        return new
+
+    def _piece(self) -> str:
+        """The text of what was shown last, by itself; of single tokens it is kept."""
+        if self._shown - self._from != 1:
+            return self._decode(self._from, self._shown)
+        return self._tokenizer.piece(self._ids[self._from], self._skip)
 
     def _decode(self, first: int, end: int) -> str:
         return self._tokenizer.decode(self._ids[first:end], self._skip)
