@@ -9,6 +9,7 @@
     ├── AdapterError       an adapter does not fit its base model, or is incomplete
     ├── ResourceError      memory, disk or threads are short
     ├── RequestError       a request failed for a reason of its own, or with the step that it was in
+    ├── QueueTimeoutError  a request waited too long for its turn
     └── EngineDeadError    the engine has stopped and takes no more requests
 
 Each says the cause in one line and, where there is one, the remedy in a second.
@@ -28,7 +29,11 @@ class MiniloraError(Exception):
 
 
 class UsageError(MiniloraError, ValueError):
-    """A parameter or a request is wrong."""
+    """A parameter or a request is wrong. param: which one, where it has a name."""
+
+    def __init__(self, cause: str, remedy: str = "", param: str | None = None):
+        super().__init__(cause, remedy)
+        self.param = param
 
 
 class NotFoundError(MiniloraError, LookupError):
@@ -59,6 +64,10 @@ class RequestError(MiniloraError):
     """A request failed while it ran. outputs: of all requests of the call, where there is more than one."""
 
     outputs: list
+
+
+class QueueTimeoutError(MiniloraError):
+    """A request waited too long for its turn."""
 
 
 class EngineDeadError(MiniloraError):

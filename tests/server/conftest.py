@@ -1,0 +1,112 @@
+"""Fixtures of the server's tests: the application on a tiny random model, in process and behind a real socket."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from minilora import AsyncEngine
+from minilora.config import ModelConfig
+from minilora.server import ServerConfig, create_app
+from minilora.server.run import uvicorn_config
+
+from ..support import BASE_CONFIG, LINEAR, save_adapter
+
+CONFIG = ModelConfig.from_dict(BASE_CONFIG)
+SIZES = {"max_model_len": 512, "max_num_seqs": 8, "debug_checks": True, "threads": 2, "dtype": "int8"}
+MODEL = "tiny"
+
+
+@dataclass
+class Running:
+    """A server behind a socket. client: an httpx.Client with its URL and, if there is one, its first API key."""
+
+    app: FastAPI
+    engine: AsyncEngine
+    url: str
+    port: int
+    client: httpx.Client
+    web: uvicorn.Server = field(repr=False)
+
+    def stats(self):
+        """The engine's Stats, from any thread."""
+        return asyncio.run(self.engine.stats())
+
+    def openai(self, **options):
+        """The official client for it."""
+        import openai
+
+        key = (*self.app.state.server.config.api_keys, "none")[0]
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": key, "max_retries": 0, **options})
+
+
+@pytest.fixture(scope="session")
+def model(tiny):
+    """The path of the tiny model; its name in requests is MODEL."""
+    return str(tiny("llama"))
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory):
+    """A folder of four adapters for the tiny model: a0 to a3, of rank 4 to 7."""
+    root = tmp_path_factory.mktemp("adapters")
+    for i in range(4):
+        save_adapter(root / f"a{i}", CONFIG, 4 + i, LINEAR[:7], seed=i)
+    return root
+
+
+@contextlib.contextmanager
+def served(engine: AsyncEngine, config: ServerConfig) -> Iterator[Running]:
+    """A real server in a thread, on a free port of 127.0.0.1."""
+    app = create_app(engine, config)
+    web = uvicorn.Server(uvicorn_config(app, config))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        thread = threading.Thread(target=web.run, args=([listener],), name="web")
+        thread.start()
+        headers = {"Authorization": f"Bearer {config.api_keys[0]}"} if config.api_keys else {}
+        url = f"http://127.0.0.1:{port}"
+        try:
+            with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
+                yield Running(app, engine, url, port, client, web)
+        finally:
+            web.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive(), "the server did not end"
+
+
+@pytest.fixture(scope="module")
+def serve(model):
+    """A function: options of the engine (`engine={...}`) and of the server -> a Running, ended after the module."""
+    with contextlib.ExitStack() as stack:
+
+        def start(engine=None, **options) -> Running:
+            options = {"served_model_name": (MODEL,), "enable_page": True, **options}
+            config = ServerConfig(port=0, **options)
+            made = AsyncEngine(model, **{**SIZES, **(engine or {})})
+            stack.callback(made.close)
+            return stack.enter_context(served(made, config))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server(serve, shelf):
+    """A server with the tiny model and the four adapters of the shelf, found on first use."""
+    running = serve(lora_dir=shelf)
+    yield running
+    assert_idle(running)
+
+
+def assert_idle(running: Running) -> None:
+    """Nothing is left in the engine: no request, page or adapter held."""
+    stats = running.stats()
+    assert (stats.running, stats.waiting, stats.pages_held, stats.adapters.in_use) == (0, 0, 0, 0)
+    asyncio.run(running.engine.check_integrity())
