@@ -1,0 +1,151 @@
+"""The HTTP protocol of one connection: uvicorn's, with limits on what ASGI never gets to see.
+
+Its parser is in C and takes headers of any length, for as long as a client likes to send them, and an answer waits
+forever for a client that does not read.
+"""
+
+import asyncio
+from typing import Any
+
+import httptools
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from .failures import Failure, RefusedError, failure_of
+from .settings import ServerConfig
+
+# Above the guard's limits, which say what is wrong: here the request line and chunk extensions count too.
+MOST_HEADERS = 200
+MOST_HEADER_BYTES = 64 << 10
+# Connections above max_connections that get an answer, and not just their end.
+MORE_CONNECTIONS = 256
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. limits: set by `make_protocol`."""
+
+    limits: ServerConfig
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._header_bytes = 0
+        self._in_headers = True
+        self._fault = RefusedError(400, "the request is not valid HTTP", None, "invalid_http")
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    # ------------------------------------------------------------ connections
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection if there are not too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections + MORE_CONNECTIONS:
+            transport.abort()
+            return
+        self._start("headers", self.limits.header_timeout, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Note its end."""
+        for name in list(self._timers):
+            self._stop(name)
+        super().connection_lost(exc)
+
+    def _start(self, name: str, seconds: float, act: Any) -> None:
+        if name not in self._timers:
+            self._timers[name] = self.loop.call_later(seconds, act)
+
+    def _stop(self, name: str) -> None:
+        if timer := self._timers.pop(name, None):
+            timer.cancel()
+
+    # ------------------------------------------------------------ headers
+
+    def data_received(self, data: bytes) -> None:
+        """Parse; whatever is not part of a body has to become a whole request in time."""
+        if self._in_headers:
+            self._start("headers", self.limits.header_timeout, self._give_up)
+        super().data_received(data)
+
+    def _give_up(self) -> None:
+        """The headers did not come in time."""
+        if self._header_bytes:
+            self._fault = RefusedError(408, "the headers did not come in time", None, "request_timeout")
+            self.send_400_response("")
+        elif not self.transport.is_closing():
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """The parser found the beginning of a request."""
+        super().on_message_begin()
+        self._header_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """The parser found some of the path."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """The parser found a header."""
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+        if len(self.headers) > MOST_HEADERS:
+            self._count(MOST_HEADER_BYTES)
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > MOST_HEADER_BYTES:
+            self._fault = RefusedError(431, "the headers and the path are too long", None, "headers_too_large")
+            raise httptools.HttpParserError("too long")
+
+    def on_headers_complete(self) -> None:
+        """The parser found the end of the headers: the request begins."""
+        self._in_headers = False
+        self._stop("headers")
+        if len(self.connections) > self.limits.max_connections:
+            self.app = crowded
+        super().on_headers_complete()
+        if self.parser.should_upgrade():
+            # What follows is of another protocol by the client's word; we speak none, and the parser stops here.
+            self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        """The parser found the end of a request."""
+        super().on_message_complete()
+        self._in_headers = True
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Clients may offer other protocols; nothing need be said."""
+
+    # ------------------------------------------------------------ answers
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no proper request, unless another answer is on its way, and end the connection."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            response = failure_of(self._fault).response()
+            head = [STATUS_LINE[self._fault.status], *(b"%s: %s\r\n" % pair for pair in response.raw_headers)]
+            self.transport.write(b"".join([*head, b"connection: close\r\n\r\n", bytes(response.body)]))
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as we write."""
+        super().pause_writing()
+        self._start("writing", self.limits.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        super().resume_writing()
+        self._stop("writing")
+
+
+def make_protocol(config: ServerConfig) -> type[BoundedProtocol]:
+    """The protocol for uvicorn's option `http`."""
+    return type("Protocol", (BoundedProtocol,), {"limits": config})
+
+
+async def crowded(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application for connections above the limit."""
+    failure = Failure(503, "too many connections", None, "overloaded", retry_after=1)
+    response = failure.response()
+    response.headers["connection"] = "close"
+    await response(scope, receive, send)
