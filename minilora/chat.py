@@ -88,9 +88,10 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def render(
-    template: str, messages: Sequence[Message], names: Mapping[str, str], add_generation_prompt: bool = True
+    template: str, messages: Sequence[Message], names: Mapping[str, Any], add_generation_prompt: bool = True
 ) -> str:
-    """The prompt text of messages. names: bos_token and the like. Raises UsageError, FormatError."""
+    """The prompt text of messages. names: bos_token and the like, and further variables. Raises UsageError,
+    FormatError."""
     check_messages(messages)
     compiled = _compile(template)
     sandbox = compiled.environment
@@ -119,18 +120,39 @@ def render(
 _MARK = "\ue000{}\ue001"
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """The prompt's ids. Raises UsageError where the model has no chat template, or the messages don't fit it."""
+# What templates get from us: a request's own variables may not take their place.
+RESERVED = frozenset(
+    [
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversation"),
+        *("chat_template", "tokenize", "return_dict", "bos_token", "eos_token", "pad_token", "unk_token"),
+        *("raise_exception", "strftime_now"),
+    ]
+)
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The prompt's ids. variables: for the template, as enable_thinking.
+
+    Raises UsageError where the model has no chat template, or the messages or variables don't fit it.
+    """
     template = tokenizer.files.chat_template
     if template is None:
         raise UsageError("this model has no chat template", "Give the prompt as plain text.")
     check_messages(messages)
-    mentioned = [name for name in tokenizer.special_tokens if name and any(name in m["content"] for m in messages)]
+    variables = dict(variables or {})
+    if reserved := sorted(RESERVED & variables.keys()):
+        raise UsageError(f"chat_template_kwargs may not hold {reserved[0]!r}", param="chat_template_kwargs")
+    given = [*messages, variables]
+    mentioned = [name for name in tokenizer.special_tokens if name and any(_mentions(one, name) for one in given)]
     mentioned.sort(key=len, reverse=True)
     marks = {name: _MARK.format(i) for i, name in enumerate(mentioned)}
-    text = render(
-        template, [_hide(message, marks) for message in messages], tokenizer.files.names, add_generation_prompt
-    )
+    names = {**tokenizer.files.names, **_hide(variables, marks)}
+    text = render(template, [_hide(message, marks) for message in messages], names, add_generation_prompt)
     ids: list[int] = []
     for piece, name in _cut(text, marks):
         ids += tokenizer.encode(piece, add_special_tokens=False) if piece else []
@@ -138,11 +160,19 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
     return ids
 
 
-def _hide(message: Message, marks: Mapping[str, str]) -> Message:
-    content = message["content"]
-    for name, mark in marks.items():
-        content = content.replace(name, mark)
-    return {**message, "content": content}
+def _mentions(given: Message, name: str) -> bool:
+    return any(isinstance(value, str) and name in value for value in given.values())
+
+
+def _hide(given: Message, marks: Mapping[str, str]) -> Message:
+    """The same with marks for the special tokens in its texts."""
+    hidden = dict(given)
+    for key, value in given.items():
+        if isinstance(value, str):
+            for name, mark in marks.items():
+                value = value.replace(name, mark)
+            hidden[key] = value
+    return hidden
 
 
 def _cut(text: str, marks: Mapping[str, str]) -> list[tuple[str, str]]:

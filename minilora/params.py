@@ -103,9 +103,7 @@ class SamplingParams:
     def _check_stops(self) -> None:
         assert isinstance(self.stop, tuple) and isinstance(self.stop_token_ids, tuple)
         if len(self.stop) > MOST_STOPS or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in self.stop):
-            raise UsageError(
-                f"stop must be up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters", param="stop"
-            )
+            raise UsageError(f"stop must be up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters", param="stop")
         if len(self.stop_token_ids) > MOST_BIASES:
             raise UsageError(f"stop_token_ids may hold {MOST_BIASES} ids at most", param="stop_token_ids")
         for token in self.stop_token_ids:

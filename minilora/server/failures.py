@@ -22,13 +22,6 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
-try:
-    from .admission import Rejected
-except ImportError:
-
-    class Rejected(Exception):
-        pass
-
 
 log = logging.getLogger("minilora.server")
 
@@ -44,12 +37,19 @@ TYPES = {
 LONGEST = 500
 
 
-class Refused(MiniloraError):
-    """A request that is answered with this status."""
+class RefusedError(MiniloraError):
+    """A request that is answered with this status. retry_after: seconds, None where trying again is of no use."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ):
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
 
 
 class Failure:
@@ -80,10 +80,8 @@ class Failure:
 
 def failure_of(error: BaseException, request_id: str = "") -> Failure:
     """What to tell about any error. One that is not the client's doing is logged here, under the request's id."""
-    if isinstance(error, Rejected):
-        return Failure(error.status, str(error), None, TYPES[error.status], error.retry_after)
-    if isinstance(error, Refused):
-        return Failure(error.status, error.cause, error.param, error.code)
+    if isinstance(error, RefusedError):
+        return Failure(error.status, error.cause, error.param, error.code, error.retry_after)
     if isinstance(error, UsageError):
         return Failure(400, _said(error), error.param, "invalid_value")
     if isinstance(error, NotFoundError):
@@ -144,5 +142,5 @@ def install(app: FastAPI) -> None:
     """Have an application answer every error in this shape."""
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
-    for kind in (MiniloraError, Rejected, TimeoutError, Exception):
+    for kind in (MiniloraError, TimeoutError, Exception):
         app.add_exception_handler(kind, _on_error)

@@ -5,6 +5,12 @@ from pathlib import Path
 
 from ..errors import UsageError
 
+# Options in seconds that can't be 0.
+TIMES = (
+    *("queue_timeout", "request_timeout", "keep_alive", "sse_ping_seconds"),
+    *("header_timeout", "body_timeout", "write_timeout"),
+)
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -23,7 +29,9 @@ class ServerConfig:
     max_num_queued_reqs: requests that wait beside those that run, for all; max_queued_per_key: requests of one key,
     waiting or running. queue_timeout: seconds until a request must have begun; request_timeout: until it must be
     done; shutdown_timeout: for running requests when the server is told to end. keep_alive: of an idle connection;
-    sse_ping_seconds: between two signs of life in a stream. max_body_bytes, max_connections: what is refused above.
+    sse_ping_seconds: between two signs of life in a stream. header_timeout, body_timeout: until a request's headers
+    and its body must be here; write_timeout: that a client may leave an answer unread. max_body_bytes,
+    max_connections: what is refused above.
 
     enable_page: the page at /. log_requests: a line for each request on stderr.
     """
@@ -49,6 +57,9 @@ class ServerConfig:
     shutdown_timeout: float = 30.0
     keep_alive: float = 5.0
     sse_ping_seconds: float = 15.0
+    header_timeout: float = 10.0
+    body_timeout: float = 30.0
+    write_timeout: float = 60.0
     max_body_bytes: int = 8 << 20
     max_connections: int = 1024
     enable_page: bool = True
@@ -57,7 +68,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise UsageError(f"port must be from 0 to 65535, not {self.port}")
-        for name in ("queue_timeout", "request_timeout", "keep_alive", "sse_ping_seconds"):
+        for name in TIMES:
             if not 0 < getattr(self, name) <= 86400:
                 raise UsageError(f"{name} must be above 0 and at most 86400 seconds, not {getattr(self, name)}")
         if not 0 <= self.shutdown_timeout <= 86400:
