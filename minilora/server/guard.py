@@ -60,6 +60,7 @@ def uvicorn_options(config: ServerConfig) -> dict[str, Any]:
         "ws": "none",
         "lifespan": "off",
         "server_header": False,
+        "root_path": config.root_path,
         # Nothing here believes in X-Forwarded-For: it would let anybody on this machine choose an address.
         "proxy_headers": False,
         "timeout_keep_alive": config.keep_alive,
