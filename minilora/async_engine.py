@@ -158,6 +158,10 @@ class AsyncEngine:
         """The names of the registered adapters."""
         return await self._ask(lambda: list(self._llm.engine.adapters.names))
 
+    async def warm_up(self) -> None:
+        """Compile what the first requests would have to wait for; to be called before them."""
+        await self._ask(self._llm.engine.warm_up)
+
     async def reset_prefix_cache(self) -> None:
         """Forget what was kept of finished texts."""
         await self._ask(self._llm.engine.reset_prefix_cache)

@@ -375,6 +375,14 @@ class Engine:
 
     # ------------------------------------------------------------ state
 
+    def warm_up(self) -> None:
+        """Compile what the first requests would have to wait for. Counters begin anew; nothing else may be running."""
+        params = SamplingParams(max_tokens=2, temperature=1.0, logprobs=1, ignore_eos=True)
+        self.submit([0], params)
+        while self.busy:
+            self.step()
+        self._recorder = Recorder(self.adapters.names.__contains__)
+
     def reset_prefix_cache(self) -> None:
         """Forget what was kept of finished texts."""
         self.pool.forget_all()

@@ -23,7 +23,8 @@ LAYERS = [
     {"model", "reference", "sampler", "runner", "pace", "stats"},
     {"fairness", "scheduler", "engine"},
     {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},
-    {"cli", "cli_options", "__main__"},
+    {"server"},
+    {"cli", "cli_options", "cli_report", "cli_serve", "__main__"},
 ]
 
 

@@ -6,6 +6,7 @@ Whatever is unknown is an error: a wrong name never falls back to the base model
 """
 
 import asyncio
+import math
 import os
 import re
 import time
@@ -145,6 +146,8 @@ class Names:
     async def register(self, name: str, source: str, scale: float = 1.0) -> Known:
         """Load an adapter that the operator named: a folder, a hub repo or a bundled one. Raises what loading does."""
         self._check_free(name, "lora")
+        if not math.isfinite(scale):
+            raise UsageError(f"the scale of adapter {name!r} must be a number, not {scale}")
         async with self._lock(name):
             await self._engine.add_lora(name, source)
             known = self.known[name] = Known(name, public_name(source), int(time.time()), scale)
