@@ -20,6 +20,8 @@ MOST_HEADER_BYTES = 64 << 10
 # Connections above max_connections that get an answer, and not just their end.
 MORE_CONNECTIONS = 256
 
+MALFORMED = RefusedError(400, "the request is not valid HTTP", None, "invalid_http")
+
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. limits: set by `make_protocol`."""
@@ -28,9 +30,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self._header_bytes = 0
-        self._in_headers = True
-        self._fault = RefusedError(400, "the request is not valid HTTP", None, "invalid_http")
+        # Whether a request's headers are expected, have begun, and how many bytes of them are here.
+        self._in_headers, self._begun, self._header_bytes = True, False, 0
+        self._fault = MALFORMED
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     # ------------------------------------------------------------ connections
@@ -57,26 +59,48 @@ class BoundedProtocol(HttpToolsProtocol):
         if timer := self._timers.pop(name, None):
             timer.cancel()
 
-    # ------------------------------------------------------------ headers
+    # ------------------------------------------------------------ requests
 
     def data_received(self, data: bytes) -> None:
-        """Parse; whatever is not part of a body has to become a whole request in time."""
+        """Parse; what is not part of a body has to become a whole request in time."""
+        self._unset_keepalive_if_required()
         if self._in_headers:
             self._start("headers", self.limits.header_timeout, self._give_up)
-        super().data_received(data)
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                data = self._without_offer(data[offer.args[0] :])
+            except httptools.HttpParserError:
+                self.send_400_response("")
+                return
+
+    def _without_offer(self, rest: bytes) -> bytes:
+        """A request that offers another protocol, and what came after its headers, to be parsed once more.
+
+        The parser believes that what follows the headers is of that protocol. But HTTP clients offer HTTP/2 in
+        ordinary requests with ordinary bodies, Java's for one.
+        """
+        lines = [b"%s: %s\r\n" % pair for pair in self.headers if pair[0] != b"upgrade"]
+        version = self.parser.get_http_version().encode()
+        start = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)
+        return b"".join([start, *lines, b"\r\n", rest])
 
     def _give_up(self) -> None:
         """The headers did not come in time."""
-        if self._header_bytes:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        elif self._begun:
             self._fault = RefusedError(408, "the headers did not come in time", None, "request_timeout")
             self.send_400_response("")
-        elif not self.transport.is_closing():
+        else:
             self.transport.close()
 
     def on_message_begin(self) -> None:
         """The parser found the beginning of a request."""
         super().on_message_begin()
-        self._header_bytes = 0
+        self._in_headers, self._begun, self._header_bytes = True, True, 0
 
     def on_url(self, url: bytes) -> None:
         """The parser found some of the path."""
@@ -87,44 +111,47 @@ class BoundedProtocol(HttpToolsProtocol):
         """The parser found a header."""
         self._count(len(name) + len(value))
         super().on_header(name, value)
-        if len(self.headers) > MOST_HEADERS:
-            self._count(MOST_HEADER_BYTES)
 
     def _count(self, size: int) -> None:
         self._header_bytes += size
-        if self._header_bytes > MOST_HEADER_BYTES:
+        if self._header_bytes > MOST_HEADER_BYTES or len(self.headers) > MOST_HEADERS:
             self._fault = RefusedError(431, "the headers and the path are too long", None, "headers_too_large")
             raise httptools.HttpParserError("too long")
 
     def on_headers_complete(self) -> None:
         """The parser found the end of the headers: the request begins."""
-        self._in_headers = False
+        if self.parser.get_http_version() not in ("1.0", "1.1") or self.parser.get_method() == b"CONNECT":
+            raise httptools.HttpParserError("not for us")
+        if self.parser.should_upgrade():
+            return
+        self._in_headers = self._begun = False
         self._stop("headers")
         if len(self.connections) > self.limits.max_connections:
             self.app = crowded
         super().on_headers_complete()
-        if self.parser.should_upgrade():
-            # What follows is of another protocol by the client's word; we speak none, and the parser stops here.
-            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         """The parser found the end of a request."""
-        super().on_message_complete()
-        self._in_headers = True
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Clients may offer other protocols; nothing need be said."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+            self._in_headers = True
 
     # ------------------------------------------------------------ answers
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no proper request, unless another answer is on its way, and end the connection."""
+        """Answer what is no proper request, and end the connection, after answers to what came before."""
+        cycle = self.cycle
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if cycle is not None and not cycle.response_complete and not cycle.more_body:
+            cycle.keep_alive = False
+            return
+        if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
             response = failure_of(self._fault).response()
             head = [STATUS_LINE[self._fault.status], *(b"%s: %s\r\n" % pair for pair in response.raw_headers)]
             self.transport.write(b"".join([*head, b"connection: close\r\n\r\n", bytes(response.body)]))
+        if cycle is not None:
+            cycle.disconnected = True
         self.transport.close()
 
     def pause_writing(self) -> None:

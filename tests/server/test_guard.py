@@ -149,7 +149,7 @@ def test_s21_a_root_path_opens_nothing(engine, root):
     for path in ("/version", "/metrics", "/v1/models", "/health/version", "/stats", "/health/../version"):
         for prefix in ("", root, root * 2, root + "/..", root + "/health"):
             # Without a key, no more than that the page has no such file.
-            expected = 404 if root == "/page" and prefix + path in ("/page/page/version", "/page/page/stats") else 401
+            expected = 404 if root == "/page" and re.fullmatch("/page/page/[a-z]+", prefix + path) else 401
             assert ask(app, "GET", prefix + path, root_path=root).status == expected, prefix + path
     for path in ("/ready", root.rstrip("/") + "/ready"):
         assert ask(app, "GET", path, root_path=root).status == 200
