@@ -33,7 +33,7 @@ class Rates:
     def add(self, counters: tuple[int, int]) -> tuple[float, float]:
         """Take in what the counters say now; their growth a second."""
         now, samples = time.monotonic(), self._samples
-        while len(samples) > 1 and samples[1][0] <= now - WINDOW:
+        while len(samples) > 1 and samples[0][0] < now - WINDOW:
             samples.popleft()
         then, before = samples[0]
         samples.append((now, counters))
@@ -78,7 +78,8 @@ class Board:
     def check_room(self) -> None:
         """Raise RefusedError where no more may watch."""
         if self.watchers >= MOST_WATCHERS:
-            raise RefusedError(429, f"{MOST_WATCHERS} dashboards are open, no more are served", retry_after=10)
+            cause = f"{MOST_WATCHERS} dashboards are open, no more are served"
+            raise RefusedError(429, cause, None, "too_many_dashboards", RETRY_AFTER)
 
     def _document(self, stats: Stats) -> Document:
         total, capacity = stats.total, max(stats.pages, 1)

@@ -165,7 +165,7 @@ export class Answer {
 /** An answer's figures in words. */
 export function describe(stats) {
   if (!stats.tokens) return ENDS[stats.end] ?? "no text";
-  const parts = [`${stats.tokens} tokens`];
+  const parts = [stats.tokens === 1 ? "1 token" : `${number(stats.tokens)} tokens`];
   if (stats.rate) parts.push(`${number(stats.rate)} tokens/s`);
   if (stats.first !== null) parts.push(`first token ${duration(stats.first)}`);
   if (ENDS[stats.end]) parts.push(ENDS[stats.end]);

@@ -11,12 +11,11 @@ const VIEWS = ["chat", "compare", "dashboard"];
 const STATES = {
   connecting: "Connecting",
   ready: "Ready",
-  loading: "Loading the model",
   draining: "Shutting down, taking nothing new",
   full: "Full, trying again",
   key: "Key needed",
   dead: "The engine has stopped",
-  gone: "Not reachable, reconnecting",
+  gone: "Not reachable, or still loading",
   unavailable: "Not available, trying again",
 };
 const CALM = 10_000;
@@ -42,7 +41,7 @@ function heard(status, code) {
   if (status === 0) setState("gone");
   else if (status === 401) setState("key");
   else if (code === "engine_dead") setState("dead");
-  else if (code === "draining" || code === "loading") setState(code);
+  else if (code === "draining") setState(code);
   else if (code === "queue_full" || code === "key_limit") setState("full");
   else if (status === 503) setState("unavailable");
 }
