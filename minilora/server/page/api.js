@@ -101,5 +101,5 @@ function parse(data) {
 export async function models() {
   const { data } = await (await ask("v1/models")).json();
   const base = data.find((entry) => !entry.parent)?.id ?? "";
-  return { base, names: [base, ...data.map((entry) => entry.id).filter((id) => id !== base)] };
+  return { base, names: [base, ...data.filter((entry) => entry.parent).map((entry) => entry.id)] };
 }

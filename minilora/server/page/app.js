@@ -44,6 +44,7 @@ function heard(status, code) {
   else if (code === "draining") setState(code);
   else if (code === "queue_full" || code === "key_limit") setState("full");
   else if (status === 503) setState("unavailable");
+  else if (status < 400 && state === "key") look();
 }
 
 /** Look after the server: seldom while all is well, often until it is. A user who gave no key is not asked again. */

@@ -1,7 +1,7 @@
 // The chat view: a conversation whose every answer may come from another adapter.
 
 import { Answer, describe } from "./answer.js";
-import { button, copy, download, find, make, say } from "./dom.js";
+import { button, copy, download, find, make, say, showBusy } from "./dom.js";
 import { chatRequest, settings, settingsAreValid, systemPrompt } from "./settings.js";
 
 const STORE = "minilora-conversation";
@@ -19,6 +19,7 @@ export function offerModels(found) {
   const before = select.value;
   select.replaceChildren(...found.names.map((name) => make("option", { value: name }, name === base ? `${name} (base)` : name)));
   if (found.names.includes(before)) select.value = before;
+  find("chat-send").disabled = false;
 }
 
 function keep() {
@@ -47,7 +48,7 @@ function editor(message, i) {
   form.append(make("div", { class: "row" }, button("Cancel", render), make("button", { class: "main" }, "Send")));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!text.value.trim() || running) return;
+    if (!text.value.trim() || !isReady()) return;
     messages = messages.slice(0, i);
     send(text.value.trim());
   });
@@ -70,6 +71,9 @@ function answerRow(answer, model, i) {
   return make("li", { class: "from-model" }, make("p", { class: "who" }, model), answer.element, actions);
 }
 
+/** Whether a message can be sent now; shows what is wrong with the settings. */
+const isReady = () => base !== "" && !running && settingsAreValid();
+
 function send(text) {
   messages.push({ role: "user", content: text });
   render();
@@ -77,7 +81,7 @@ function send(text) {
 }
 
 function regenerate(i) {
-  if (running) return;
+  if (!isReady()) return;
   messages = messages.slice(0, i);
   render();
   write();
@@ -109,12 +113,9 @@ function follow() {
 }
 
 function setRunning(controller) {
-  const focused = [find("chat-send"), find("chat-stop")].includes(document.activeElement);
   running = controller;
-  find("chat-send").hidden = controller !== null;
-  find("chat-stop").hidden = controller === null;
-  find("messages").classList.toggle("busy", controller !== null);
-  if (focused) find(controller ? "chat-stop" : "chat-text").focus();
+  showBusy("chat", running !== null);
+  find("messages").classList.toggle("busy", running !== null);
 }
 
 /** Enter submits a form, with Shift it starts a line. */
@@ -143,7 +144,7 @@ export function startChat() {
   const text = find("chat-text");
   find("chat-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!text.value.trim() || running || !settingsAreValid()) return;
+    if (!text.value.trim() || !isReady()) return;
     const message = text.value.trim();
     text.value = "";
     send(message);
@@ -159,6 +160,6 @@ export function startChat() {
   });
   find("export-json").addEventListener("click", exportJson);
   find("export-markdown").addEventListener("click", exportMarkdown);
-  document.querySelector(".examples").append(...EXAMPLES.map((example) => button(example, () => send(example))));
+  document.querySelector(".examples").append(...EXAMPLES.map((example) => button(example, () => isReady() && send(example))));
   render();
 }

@@ -1,7 +1,7 @@
 // The compare view: one question, two to four models, all answers in one batch.
 
 import { Answer } from "./answer.js";
-import { button, copy, find, make, number, say } from "./dom.js";
+import { button, copy, find, make, number, say, showBusy } from "./dom.js";
 import { keys } from "./chat.js";
 import { chatRequest, settingsAreValid } from "./settings.js";
 
@@ -18,6 +18,8 @@ export function offerColumns(models) {
   found = models;
   while (columns.length < FEWEST) addColumn();
   for (const column of columns) fill(column);
+  find("compare-send").disabled = false;
+  updateButtons();
 }
 
 function fill({ select }, wanted = select.value) {
@@ -48,8 +50,7 @@ function removeColumn(column) {
 
 function updateButtons() {
   const busy = running !== null;
-  find("compare-send").hidden = busy;
-  find("compare-stop").hidden = !busy;
+  showBusy("compare", busy);
   find("add-column").disabled = busy || columns.length >= MOST;
   for (const { element, select } of columns) {
     element.querySelector(".remove").disabled = busy || columns.length <= FEWEST;

@@ -47,7 +47,7 @@ function show(stats) {
   tiles.kv.bar.value = stats.kv_cache_usage;
   find("facts").textContent = [stats.model, `${stats.threads} threads`, `up ${duration(stats.uptime)}`, `version ${stats.version}`].join(" · ");
   find("latencies").replaceChildren(...LATENCIES.map(([id, title]) => row(title, ["p50", "p95", "p99"].map((p) => duration(stats.latency[id][p])), id)));
-  find("adapters").replaceChildren(...adapterRows(stats.adapters));
+  find("adapters").replaceChildren(...adapterRows(stats));
 }
 
 function draw({ line, history }, value) {
@@ -61,13 +61,15 @@ function draw({ line, history }, value) {
 
 const row = (title, cells, id) => make("tr", { "data-row": id }, make("th", { scope: "row" }, title), ...cells.map((cell) => make("td", {}, cell)));
 
-function adapterRows(adapters) {
-  if (!adapters.length) return [make("tr", {}, make("td", { colspan: 8 }, "No adapter is registered."))];
-  return adapters.map((a) => {
+function adapterRows({ adapters, adapters_registered: registered }) {
+  const rest = registered - adapters.length;
+  const words = registered === 0 ? "None is registered." : rest ? `${number(rest)} more are registered.` : null;
+  const rows = adapters.map((a) => {
     const state = make("span", { class: `state ${a.state}` }, a.state);
     const used = a.last_used === null ? "–" : `${duration(Math.max(0, Date.now() / 1000 - a.last_used))} ago`;
     return row(a.name, [state, a.rank || "–", bytes(a.bytes), a.running, a.waiting, a.requests, used], a.name);
   });
+  return words ? [...rows, make("tr", {}, make("td", { colspan: 8, class: "words" }, words))] : rows;
 }
 
 async function watch(signal) {

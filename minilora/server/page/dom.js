@@ -38,6 +38,15 @@ export function bytes(count) {
   return count === 0 ? "–" : `${number(count / step)} ${{ 1e3: "kB", 1e6: "MB", 1e9: "GB" }[step]}`;
 }
 
+/** Let a view's button to stop stand for its button to send, or the other way; the focus stays there. */
+export function showBusy(view, busy) {
+  const [send, stop] = [find(`${view}-send`), find(`${view}-stop`)];
+  const focused = [send, stop].includes(document.activeElement);
+  send.hidden = busy;
+  stop.hidden = !busy;
+  if (focused) (busy ? stop : find(`${view}-text`)).focus();
+}
+
 /** Give the user a file. */
 export function download(name, type, text) {
   const link = make("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });
