@@ -178,13 +178,16 @@ class LLMEngine:
     def step(self) -> list[Request]:
         """One token more for every text that runs; returns the requests that changed, after their callbacks.
 
-        An exception in a callback ends its request only.
+        An exception in a callback, or in making a request's text, ends that request only.
         """
         changed: dict[Request, None] = {}
         for output in self.engine.step():
             # A request that was aborted in this very step, by the callback of another say, wants nothing more.
             if request := self._requests.get(output.sequence.number):
-                self._take(request, output)
+                try:
+                    self._take(request, output)
+                except Exception as error:
+                    self._fail(request, error)
                 changed[request] = None
         for request in changed:
             self._call_back(request)
@@ -226,8 +229,11 @@ class LLMEngine:
             request.callback(request)
         except Exception as error:
             request.callback = None
-            request.output.error = error
-            self.abort_request(request, "error")
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.output.error = error
+        self.abort_request(request, "error")
 
     def close(self) -> None:
         """End the engine's threads."""

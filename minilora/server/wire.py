@@ -30,8 +30,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        # Whether a request's headers are expected, have begun, and how many bytes of them are here.
-        self._in_headers, self._begun, self._header_bytes = True, False, 0
+        # Whether a request's headers are expected, have begun, and how many bytes of them are here; its number.
+        self._in_headers, self._begun, self._header_bytes, self._request = True, False, 0, 0
         self._fault = MALFORMED
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
@@ -67,8 +67,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._in_headers:
             self._start("headers", self.limits.header_timeout, self._give_up)
         while data:
+            before = self._request if self._begun else None
             try:
                 self.parser.feed_data(data)
+                # The parser tells of a header when it is whole; all of this data is of one that is not.
+                if self._begun and self._request == before:
+                    self._count(len(data))
                 return
             except httptools.HttpParserUpgrade as offer:
                 data = self._without_offer(data[offer.args[0] :])
@@ -101,6 +105,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """The parser found the beginning of a request."""
         super().on_message_begin()
         self._in_headers, self._begun, self._header_bytes = True, True, 0
+        self._request += 1
 
     def on_url(self, url: bytes) -> None:
         """The parser found some of the path."""
@@ -108,9 +113,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """The parser found a header."""
+        """The parser found a header, or one of those after a body, which nobody needs."""
         self._count(len(name) + len(value))
-        super().on_header(name, value)
+        if self._begun:
+            super().on_header(name, value)
 
     def _count(self, size: int) -> None:
         self._header_bytes += size

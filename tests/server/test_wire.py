@@ -139,16 +139,56 @@ def test_absolute_urls_and_escapes(port):
 # ---------------------------------------------------------------- sizes
 
 
-def test_s19_headers_are_bounded_while_they_come(port, monkeypatch):
-    """The answer comes before the attacker has sent all: what is kept of headers does not grow with them."""
-    for flood in (b"X: " + b"a" * 1000 + b"\r\n", b"a" * 1000, b"X:\r\n" * 250):
-        with connect(port) as connection:
-            connection.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n")
-            sent = 0
-            with pytest.raises(OSError):
-                while sent < 100 << 20:
-                    sent += connection.send(flood)
-            assert sent < 16 << 20
+FLOODS = {
+    "headers": b"X: " + b"a" * 1000 + b"\r\n",
+    "empty headers": b"X:\r\n" * 250,
+    "a name": b"a" * 1000,
+    "a value": b"X: " + b"a" * 1000,
+    "folded lines": b"X: a\r\n" + b" a\r\n" * 250,
+}
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+@pytest.mark.parametrize("size", [1, 1000])
+def test_s19_headers_are_bounded_while_they_come(kind, size):
+    """With all the time in the world: what is kept of headers does not grow with what is sent."""
+    config, flood = ServerConfig(header_timeout=600.0), FLOODS[kind]
+    with listening(protect(echo, config), config) as port, connect(port) as connection:
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n")
+        sent = 0
+        with pytest.raises(OSError):
+            while sent < 64 << 20:
+                sent += connection.send(flood * size)
+                if kind == "a value":
+                    flood = b"a" * 1000
+        # The rest lies in the buffers of both sockets.
+        assert sent < 16 << 20
+
+
+def test_s19_a_path_is_bounded_while_it_comes():
+    config = ServerConfig(header_timeout=600.0)
+    with listening(protect(echo, config), config) as port, connect(port) as connection:
+        connection.sendall(b"GET /")
+        sent = 0
+        with pytest.raises(OSError):
+            while sent < 64 << 20:
+                sent += connection.send(b"a" * 10_000)
+        assert sent < 16 << 20
+
+
+def test_trailers_are_no_headers(port):
+    """Whatever follows a body can neither name a host nor bring a key."""
+    chunks = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
+    start = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+    assert statuses(talk(port, start + b"Host: evil.example\r\nContent-Encoding: gzip\r\n\r\n")) == [200]
+    assert statuses(talk(port, start + b"X: a\r\n" * 50_000 + b"\r\n")) in ([200], [431])
+
+
+def test_a_large_body_is_not_taken_for_headers():
+    config = ServerConfig()
+    body = b'{"a": "%s"}' % (b"x" * 3_000_000)
+    with listening(protect(echo, config), config) as port:
+        assert statuses(talk(port, (post(body) + post()) * 2 + GOOD)) == [200] * 5
 
 
 def test_s19_huge_headers_get_an_answer(port):
