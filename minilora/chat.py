@@ -4,76 +4,32 @@ A template comes with a model and is not trusted: it can't reach Python's inside
 Special tokens that a message merely mentions stay text: the template's own are the only ones that count.
 """
 
-import json
-import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import FormatError, UsageError
+from .errors import UsageError
+from .sandbox import LONGEST_TEXT, Sandbox
 from .tokenizer import Tokenizer
 
-LONGEST_OUTPUT = 1 << 24
 SECONDS = 5.0
 
 Message = Mapping[str, Any]
-
-
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %} marks the assistant's part for training; here it is just its content."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which every attribute, item and call also checks the clock."""
-
-    deadline = float("inf")
-
-    def check(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise UsageError(f"the chat template ran for more than {SECONDS:g} seconds")
-
-    def getattr(self, obj, attribute):
-        self.check()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj, argument):
-        self.check()
-        return super().getitem(obj, argument)
-
-    def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805 (Jinja's own names: templates may pass any other)
-        __self.check()
-        return super().call(__context, __obj, *args, **kwargs)
 
 
 def _refuse(message: str) -> None:
     raise UsageError(f"the chat template refuses these messages: {message}")
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
-    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = _to_json
+    sandbox = Sandbox()
     sandbox.globals["raise_exception"] = _refuse
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return sandbox.from_string(template)
-    except jinja2.TemplateError as error:
-        raise FormatError(f"the chat template is not valid: {error}") from None
+    return sandbox.compile_template(template)
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -95,8 +51,8 @@ def render(
     check_messages(messages)
     compiled = _compile(template)
     sandbox = compiled.environment
-    assert isinstance(sandbox, _Sandbox)
-    sandbox.deadline = time.monotonic() + SECONDS
+    assert isinstance(sandbox, Sandbox)
+    sandbox.start(SECONDS)
     pieces, size = [], 0
     try:
         for piece in compiled.generate(
@@ -105,7 +61,7 @@ def render(
             sandbox.check()
             pieces.append(piece)
             size += len(piece)
-            if size > LONGEST_OUTPUT:
+            if size > LONGEST_TEXT:
                 raise UsageError("the chat template's output is too long")
     except jinja2.TemplateError as error:
         raise UsageError(f"the chat template failed: {error}") from None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .adapters import Adapter, load_adapter, pack_adapter
 from .batch import Chunk, Use
 from .cache import PagePool
-from .errors import AdapterError, RequestError, UsageError
+from .errors import RequestError, UnloadedError, UsageError
 from .pace import Pace
 from .params import EngineConfig, SamplingParams
 from .registry import AdapterRegistry, AdapterVersion
@@ -108,7 +108,7 @@ class Engine:
         version = self.adapters.remove(name)
         self._recorder.forget(name)
         if force:
-            error = AdapterError(f"adapter {name!r} was unloaded")
+            error = UnloadedError(f"adapter {name!r} was unloaded")
             for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
                 if version in sequence.adapters:
                     self.scheduler.fail(sequence, error)

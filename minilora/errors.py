@@ -7,6 +7,7 @@
     ├── FormatError        a file is damaged or says something impossible
     ├── UnsupportedError   correct input whose mathematics minilora does not have
     ├── AdapterError       an adapter does not fit its base model, or is incomplete
+    │   └── UnloadedError  it was unloaded while a request used it
     ├── ResourceError      memory, disk or threads are short
     ├── RequestError       a request failed for a reason of its own, or with the step that it was in
     ├── QueueTimeoutError  a request waited too long for its turn
@@ -54,6 +55,10 @@ class UnsupportedError(MiniloraError):
 
 class AdapterError(MiniloraError):
     """An adapter does not fit its base model, or is incomplete."""
+
+
+class UnloadedError(AdapterError):
+    """An adapter was unloaded while a request used it."""
 
 
 class ResourceError(MiniloraError):

@@ -87,7 +87,7 @@ class SamplingParams:
         _real("top_p", self.top_p, 0, 1, open_low=True)
         _whole("top_k", self.top_k, 0, 1 << 31)
         _real("min_p", self.min_p, 0, 1)
-        _real("repetition_penalty", self.repetition_penalty, 0, 10, open_low=True)
+        _real("repetition_penalty", self.repetition_penalty, 0.01, 10)
         _real("presence_penalty", self.presence_penalty, -2, 2)
         _real("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:

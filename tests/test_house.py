@@ -18,7 +18,7 @@ KERNELS = ROOT / "kernels" / "minilora_kernels"
 # A module imports from its own row and lower ones only.
 LAYERS = [
     {"minilora_kernels"},
-    {"errors", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "chat", "checkpoint"},
+    {"errors", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "sandbox", "chat", "checkpoint"},
     {"weights", "packed", "adapters", "pool", "registry", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "pace", "stats"},
     {"fairness", "scheduler", "engine"},

@@ -19,6 +19,8 @@ from ..errors import (
     MiniloraError,
     NotFoundError,
     QueueTimeoutError,
+    RequestError,
+    UnloadedError,
     UnsupportedError,
     UsageError,
 )
@@ -90,9 +92,12 @@ def failure_of(error: BaseException, request_id: str = "") -> Failure:
         return Failure(503, error.cause, None, "queue_timeout", retry_after=5)
     if isinstance(error, TimeoutError):
         return Failure(504, "the request took longer than the server allows", None, "request_timeout")
+    cause = error.__cause__ if isinstance(error, RequestError) else None
+    if isinstance(cause, UnloadedError):
+        return Failure(404, cause.cause, "model", "adapter_unloaded")
     log.error("request %s failed", request_id, exc_info=error)
     told = f"; the server's log has more under request {request_id}" if request_id else ""
-    if isinstance(error, AdapterError | FormatError | UnsupportedError | DownloadError):
+    if isinstance(cause or error, AdapterError | FormatError | UnsupportedError | DownloadError):
         return Failure(500, f"the adapter could not be loaded{told}", "model", "adapter_error")
     if isinstance(error, EngineDeadError):
         return Failure(503, "the engine has stopped", None, "engine_dead", retry_after=10)

@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +84,8 @@ class Job:
         return self.server.gate.admit(self.key, self.prompts * self.params.n)
 
     async def _tokens(self) -> list[Tokens]:
-        prompts = await asyncio.to_thread(self.encode)
+        with self._named():
+            prompts = await asyncio.to_thread(self.encode)
         self.server.check_tokens(max(map(len, prompts)), self.param)
         return prompts
 
@@ -95,17 +96,20 @@ class Job:
         return {"prompt_token_ids": tokens}, params, self.loras
 
     async def _complete(self, tokens: Tokens) -> RequestOutput:
-        try:
+        with self._named():
             return await self.server.engine.complete(*self._arguments(tokens), **self.order)
-        except UsageError as error:
-            error.param = error.param or self.param
-            raise
 
     async def _generate(self, tokens: Tokens) -> AsyncGenerator[RequestOutput, None]:
-        try:
+        with self._named():
             async with aclosing(self.server.engine.generate(*self._arguments(tokens), **self.order)) as stream:
                 async for delta in stream:
                     yield delta
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors about the prompts name their field."""
+        try:
+            yield
         except UsageError as error:
             error.param = error.param or self.param
             raise

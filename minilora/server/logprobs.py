@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..outputs import CompletionOutput, Logprob, LogprobsAt
-from ..tokenizer import Tokenizer
+from ..tokenizer import UNFINISHED, Tokenizer
 
 # Probability 0 has no logarithm that JSON can say; OpenAI's answers use this number for it.
 LOWEST = -9999.0
@@ -44,23 +44,29 @@ class TextLogprobs:
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[LogprobsAt | None]) -> dict[str, Any]:
         """The next tokens; without log-probabilities for one that nothing comes before."""
-        tokens = [self._tokenizer.token(token) for token in token_ids]
         offsets = []
-        for token in tokens:
+        for token in token_ids:
             offsets.append(self._offset)
-            self._offset += len(token)
+            self._offset += len(self._tokenizer.token(token))
         return {
-            "tokens": tokens,
+            "tokens": [self._shown(token) for token in token_ids],
             "token_logprobs": [
                 None if at is None else _number(at[token].logprob)
                 for token, at in zip(token_ids, logprobs, strict=True)
             ],
             "top_logprobs": [
-                None if at is None else {self._tokenizer.token(t): _number(found.logprob) for t, found in at.items()}
+                None if at is None else {self._shown(t): _number(found.logprob) for t, found in at.items()}
                 for at in logprobs
             ],
             "text_offset": offsets,
         }
+
+    def _shown(self, token: int) -> str:
+        """A token's text; of a part of a character its bytes, so that different ones differ."""
+        text = self._tokenizer.token(token)
+        if UNFINISHED not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token))
 
 
 def for_prompt(logprobs: Sequence[LogprobsAt | None] | None) -> list[dict[str, Any] | None] | None:

@@ -160,7 +160,7 @@ class Names:
         """
         self._check_free(name, "lora_name")
         async with self._lock(name):
-            if name in await self.listed() and not inplace:
+            if name in self.known and not inplace:
                 raise UsageError(
                     f"an adapter called {name!r} is there already", "Set load_inplace to replace it.", "lora_name"
                 )

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from minilora import AsyncEngine
+from minilora import LLM, AsyncEngine
 from minilora.config import ModelConfig
 from minilora.server import ServerConfig, create_app
 from minilora.server.run import uvicorn_config
@@ -62,6 +63,14 @@ def shelf(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def llm(model, shelf):
+    """The same model and adapters without a server: what it says is right."""
+    llm = LLM(model, lora={f"a{i}": str(shelf / f"a{i}") for i in range(4)}, **SIZES)
+    yield llm
+    llm.close()
+
+
 @contextlib.contextmanager
 def served(engine: AsyncEngine, config: ServerConfig) -> Iterator[Running]:
     """A real server in a thread, on a free port of 127.0.0.1."""
@@ -105,8 +114,11 @@ def server(serve, shelf):
     assert_idle(running)
 
 
-def assert_idle(running: Running) -> None:
-    """Nothing is left in the engine: no request, page or adapter held."""
-    stats = running.stats()
+def assert_idle(running: Running, seconds: float = 10.0) -> None:
+    """Soon nothing is left in the engine: no request, page or adapter held."""
+    end = time.monotonic() + seconds
+    while (stats := running.stats()).running + stats.waiting and time.monotonic() < end:
+        time.sleep(0.01)
+    assert running.app.state.server.gate.active == 0
     assert (stats.running, stats.waiting, stats.pages_held, stats.adapters.in_use) == (0, 0, 0, 0)
     asyncio.run(running.engine.check_integrity())

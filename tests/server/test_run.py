@@ -57,8 +57,17 @@ class Process:
 
     def end(self):
         """(exit code, stdout)."""
-        out, _ = self.process.communicate(timeout=TIMEOUT)
+        self.process.wait(TIMEOUT)
+        out = self.process.stdout.read()
+        self.close()
         return self.process.returncode, out
+
+    def close(self):
+        self.process.kill()
+        self.process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
+        self.process.stdout.close()
+        self.process.stderr.close()
 
 
 @pytest.fixture
@@ -67,9 +76,10 @@ def start(model):
     with contextlib.ExitStack() as stack:
 
         def run(*arguments, **environment):
-            process = Process("-m", model, "--port", 0, "--threads", 1, "--max-model-len", 256, *arguments, **environment)
-            stack.callback(process.process.wait, 10)
-            stack.callback(process.process.kill)
+            process = Process(
+                "-m", model, "--port", 0, "--threads", 1, "--max-model-len", 256, *arguments, **environment
+            )
+            stack.callback(process.close)
             return process
 
         yield run
@@ -79,7 +89,6 @@ def failing(*arguments, **environment):
     """(exit code, stderr) of a server that does not get far."""
     process = Process(*arguments, **environment)
     code, out = process.end()
-    process._reader.join(5)
     assert out == ""
     return code, "\n".join(process.lines)
 
@@ -121,17 +130,19 @@ def in_thread(function, *arguments):
 
 
 def test_sigterm_lets_requests_finish(start):
-    process = start("--max-model-len", 1000)
+    process = start("--max-model-len", 40_000)
     url, started = process.url, threading.Event()
     assert httpx.get(f"{url}/ready").status_code == 200
-    thread, results = in_thread(stream, url, 900, started)
+    thread, results = in_thread(stream, url, 6000, started)
     assert started.wait(30)
     process.signal()
     process.wait_for("running texts")
     assert httpx.get(f"{url}/ready").status_code == 503
     assert httpx.get(f"{url}/health").status_code == 200
     refused = httpx.post(f"{url}/v1/completions", json={"prompt": "Hi"})
-    assert refused.status_code == 503 and refused.headers["Retry-After"] and refused.json()["error"]["code"] == "draining"
+    assert (
+        refused.status_code == 503 and refused.headers["Retry-After"] and refused.json()["error"]["code"] == "draining"
+    )
     thread.join(60)
     assert results[0][-2] == "data: [DONE]" and '"finish_reason":"length"' in results[0][-4]
     assert process.end() == (0, "")
@@ -139,9 +150,9 @@ def test_sigterm_lets_requests_finish(start):
 
 @pytest.mark.parametrize("second", [True, False], ids=["a second signal", "the timeout"])
 def test_what_does_not_finish_is_told(start, second):
-    process = start("--max-model-len", 1000, "--shutdown-timeout", 60 if second else 0.1)
+    process = start("--max-model-len", 40_000, "--shutdown-timeout", 60 if second else 0.1)
     url, started = process.url, threading.Event()
-    thread, results = in_thread(stream, url, 990, started)
+    thread, results = in_thread(stream, url, 39_000, started)
     assert started.wait(30)
     process.signal()
     if second:
