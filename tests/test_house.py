@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,10 @@ def test_readme_architectures_and_endpoints():
 
     text = (ROOT / "README.md").read_text()
     assert all(name in text for name in ARCHITECTURES)
+    for path in (ROOT / "minilora" / "server").glob("*.py"):
+        for method, route in re.findall(r'@router\.(get|post)\("([^"]+)"', path.read_text()):
+            route = re.sub("{([a-z]+):path}", r"{\1}", route)
+            assert f"`{method.upper()} {route}`" in text or route.startswith("/page/"), f"README has no {route}"
 
 
 def test_importing_is_quick_to_start():

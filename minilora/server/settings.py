@@ -1,6 +1,6 @@
 """The server's own options. The engine's are params.EngineConfig."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
@@ -42,8 +42,8 @@ class ServerConfig:
     root_path: str = ""
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
-    api_keys: tuple[str, ...] = ()
-    admin_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     served_model_name: tuple[str, ...] = ()

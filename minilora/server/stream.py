@@ -58,7 +58,7 @@ class EventStream(Response):
         super().__init__(None, 200, HEADERS, "text/event-stream")
         del self.headers["content-length"]
         self._events, self._id, self._seconds, self._ping = events, request_id, seconds, ping
-        self._begun = self._lively = False
+        self._begun = self._lively = self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it, or as much as the client stays for. Raises what fails before the first event."""
@@ -68,9 +68,7 @@ class EventStream(Response):
         except Exception as error:
             if not self._begun:
                 raise
-            pings.cancel()
-            await self._send(send, event(failure_of(error, self._id).body) + DONE)
-            await send({"type": "http.response.body", "body": b""})
+            await self._end(send, event(failure_of(error, self._id).body) + DONE)
         finally:
             pings.cancel()
 
@@ -79,8 +77,7 @@ class EventStream(Response):
             async for data in events:
                 await self._send(send, data)
                 self._lively = True
-        await self._send(send, DONE)
-        await send({"type": "http.response.body", "body": b""})
+        await self._end(send, DONE)
 
     async def _ping_regularly(self, send: Send) -> None:
         while True:
@@ -89,8 +86,17 @@ class EventStream(Response):
             if not self._lively:
                 await self._send(send, PING)
 
+    async def _end(self, send: Send, data: bytes) -> None:
+        self._ended = True
+        await self._begin(send)
+        await send({"type": "http.response.body", "body": data})
+
     async def _send(self, send: Send, data: bytes) -> None:
+        if not self._ended:
+            await self._begin(send)
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _begin(self, send: Send) -> None:
         if not self._begun:
             self._begun = True
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -5,7 +5,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from minilora import LLM, AsyncEngine
 from minilora.config import ModelConfig
 from minilora.server import ServerConfig, create_app
-from minilora.server.run import uvicorn_config
+from minilora.server.run import Lora, uvicorn_config
 
 from ..support import BASE_CONFIG, LINEAR, save_adapter
 
@@ -72,9 +72,11 @@ def llm(model, shelf):
 
 
 @contextlib.contextmanager
-def served(engine: AsyncEngine, config: ServerConfig) -> Iterator[Running]:
+def served(engine: AsyncEngine, config: ServerConfig, loras: Sequence[Lora] = ()) -> Iterator[Running]:
     """A real server in a thread, on a free port of 127.0.0.1."""
     app = create_app(engine, config)
+    for lora in loras:
+        asyncio.run(app.state.server.names.register(*lora))
     web = uvicorn.Server(uvicorn_config(app, config))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -16,8 +16,6 @@ from minilora import LoRARequest, SamplingParams, cache
 from ..support import LINEAR, peft_tensors, save_adapter
 from .conftest import CONFIG, MODEL, assert_idle
 
-pytestmark = pytest.mark.security
-
 PROMPT = "The quick brown fox jumps over the lazy dog and then "
 NAMES = (MODEL, "a0", "a1", "a2", "a3")
 ADMIN = {"Authorization": "Bearer admin"}

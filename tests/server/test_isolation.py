@@ -15,8 +15,6 @@ from minilora.server import ServerConfig
 from ..support import SPECIAL, make_checkpoint
 from .conftest import MODEL, SIZES, assert_idle, served
 
-pytestmark = pytest.mark.security
-
 HI = [{"role": "user", "content": "Hi"}]
 
 

@@ -13,8 +13,6 @@ from minilora.server.protocol import ChatRequest, CompletionRequest
 
 from .conftest import MODEL, assert_idle
 
-pytestmark = pytest.mark.security
-
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 TEXT = {"model": MODEL, "prompt": "Hi", "max_tokens": 2}
 ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}

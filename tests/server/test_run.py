@@ -1,5 +1,6 @@
 """`python -m minilora serve` in a process of its own: the start page, options, signals, exit codes."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -10,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
+
+from minilora.server import drain
 
 TIMEOUT = 60
 
@@ -161,6 +165,27 @@ def test_what_does_not_finish_is_told(start, second):
     thread.join(60)
     assert results[0][-2] == "data: [DONE]" and '"code":"engine_dead"' in results[0][-4]
     assert process.end() == (1, "")
+
+
+def test_s17_a_dead_engine_ends_the_process(serve, monkeypatch):
+    """/health tells it for a moment, then the process ends with 1, so that a supervisor starts another."""
+    monkeypatch.setattr(drain, "LAST_WORDS", 0.3)
+    running = serve()
+    said, web = [], SimpleNamespace(should_exit=False)
+    ending = drain.Ending(web, running.app.state.server, said.append)
+
+    async def watch():
+        task = asyncio.ensure_future(ending.watch())
+        await asyncio.sleep(0.3)
+        assert not task.done()
+        monkeypatch.setattr(running.engine._llm.engine.scheduler, "schedule", lambda: 1 / 0)
+        answer = asyncio.ensure_future(asyncio.to_thread(running.client.post, "/v1/completions", json={"prompt": "x"}))
+        assert (await answer).status_code == 503
+        assert (await asyncio.to_thread(running.client.get, "/health")).status_code == 503 and not web.should_exit
+        await asyncio.wait_for(task, 10)
+
+    asyncio.run(watch())
+    assert web.should_exit and ending.exit_code == 1 and "division by zero" in said[0]
 
 
 def test_configuration_goes_before_by_rank(start, tmp_path):
