@@ -27,6 +27,7 @@ from .names import check_name
 from .settings import ServerConfig
 from .start_page import start_page
 from .state import Server
+from .wire import allow_connections
 
 Say = Callable[[str], None]
 
@@ -52,6 +53,7 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO if config.log_requests else logging.WARNING)
     _check_tls(config)
+    allow_connections(config)
     for lora in loras:
         check_name(lora.name, "lora")
         describe(resolve_adapter(lora.source, report))

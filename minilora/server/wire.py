@@ -5,12 +5,14 @@ forever for a client that does not read.
 """
 
 import asyncio
+import resource
 from typing import Any
 
 import httptools
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from ..errors import ResourceError
 from .failures import Failure, RefusedError, failure_of
 from .settings import ServerConfig
 
@@ -19,6 +21,8 @@ MOST_HEADERS = 200
 MOST_HEADER_BYTES = 64 << 10
 # Connections above max_connections that get an answer, and not just their end.
 MORE_CONNECTIONS = 256
+# Files that a process has open beside connections: the model's, adapters that are being read, the event loop's.
+OTHER_FILES = 256
 
 MALFORMED = RefusedError(400, "the request is not valid HTTP", None, "invalid_http")
 
@@ -174,6 +178,20 @@ class BoundedProtocol(HttpToolsProtocol):
 def make_protocol(config: ServerConfig) -> type[BoundedProtocol]:
     """The protocol for uvicorn's option `http`."""
     return type("Protocol", (BoundedProtocol,), {"limits": config})
+
+
+def allow_connections(config: ServerConfig) -> None:
+    """Let this process open as many files as connections need. Raises ResourceError where the system says no."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = config.max_connections + MORE_CONNECTIONS + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ResourceError(
+            f"max_connections is {config.max_connections}, which takes {needed} open files; this process may have {hard}",
+            "Lower --max-connections, or raise the limit (ulimit -n).",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 async def crowded(scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 
+from minilora.errors import ResourceError
 from minilora.server import ServerConfig, wire
 from minilora.server.guard import protect
 
@@ -387,3 +388,20 @@ def test_too_many_connections_are_told_so(monkeypatch):
             connection.close()
         time.sleep(0.2)
         assert statuses(talk(port, GOOD)) == [200]
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"),
+    [(1024, 4096, (1536, 4096)), (1024, -1, (1536, -1)), (1536, 4096, None), (-1, -1, None), (256, 1000, "error")],
+)
+def test_open_files_are_allowed_for(monkeypatch, soft, hard, expected):
+    monkeypatch.setattr(wire.resource, "RLIM_INFINITY", -1)
+    monkeypatch.setattr(wire.resource, "getrlimit", lambda kind: (soft, hard))
+    given = []
+    monkeypatch.setattr(wire.resource, "setrlimit", lambda kind, limits: given.append(limits))
+    if expected == "error":
+        with pytest.raises(ResourceError, match="may have 1000"):
+            wire.allow_connections(ServerConfig())
+    else:
+        wire.allow_connections(ServerConfig())
+    assert given == ([expected] if isinstance(expected, tuple) else [])
