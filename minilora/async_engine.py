@@ -127,7 +127,8 @@ class AsyncEngine:
     async def _register_paths(self, loras: tuple[LoRARequest, ...]) -> None:
         """Adapters that are named by a path for the first time; finding them may fetch them from a hub."""
         for lora in loras:
-            if not await self._ask(partial(self._llm.knows, lora)):
+            # One without a path is known or not: submitting finds out, without waiting for another step.
+            if lora.lora_path is not None and not await self._ask(partial(self._llm.knows, lora)):
                 await self.add_lora(lora.lora_name, lora.lora_path or "", load=False)
 
     def _abort(self, stream: _Stream) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from ..outputs import CompletionOutput, RequestOutput
+from ..outputs import CompletionOutput, LogprobsAt, RequestOutput
 from . import logprobs
 from .answers import FAILURES, Completion
 from .chat import FINGERPRINT
@@ -91,7 +91,7 @@ class _Choice:
         if text.logprobs is None:
             return None
         count = 0 if self._empty else logprobs.in_text(text)
-        tokens, found = text.token_ids[:count], list(text.logprobs[:count])
+        tokens, found = text.token_ids[:count], list[LogprobsAt | None](text.logprobs[:count])
         if self._body.echo and first:
             tokens, found = [*self._prompt, *tokens], [*(output.prompt_logprobs or []), *found]
         return self._logprobs.add(tokens, found)

@@ -107,6 +107,10 @@ class Names:
             signature = _signature(path)
             known = self.known.get(name)
             if path is None or not signature or name in self._unloaded:
+                if known is not None and known.signature:
+                    # Its folder is gone.
+                    del self.known[name]
+                    await self._engine.remove_lora(name)
                 raise await self._unknown(name)
             if known is None or known.signature != signature:
                 await self._engine.add_lora(name, str(path), load=False)
@@ -132,7 +136,8 @@ class Names:
         if time.monotonic() - when > 1.0:
             found = await asyncio.to_thread(self._scan)
             self._listed = (time.monotonic(), found)
-        return [*self.known, *(name for name in found if name not in self.known and name not in self._unloaded)]
+        registered = [name for name, known in self.known.items() if not known.signature or name in found]
+        return [*registered, *(name for name in found if name not in self.known and name not in self._unloaded)]
 
     def _scan(self) -> list[str]:
         if self._folder is None:

@@ -17,12 +17,16 @@ from .settings import ServerConfig
 class Server:
     """A running server: its engine, its options, and the parts that keep books.
 
+    Raises UsageError where the model's own sampling defaults are wrong.
+
     started: when, in seconds since 1970; longest: tokens that prompt and text can have together. Handlers get it as
     a `ServerDep` parameter.
     """
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig):
         self.engine, self.config = engine, config
+        # Defaults of the model that make no sense are found here, not by every request.
+        engine.model.default_params()
         self.names = Names(engine, config)
         self.gate = Gate(config, engine)
         self.metrics = Metrics(engine, self.gate, self.names.base[0])

@@ -522,6 +522,16 @@ def test_l11_seed(server):
     assert texts[1] == text(server, "a1", **{**fields, "seed": 43})
 
 
+def test_a_folder_that_goes_away(shop, expected):
+    """Its adapter does too, for new requests; a new folder of that name is found again."""
+    assert text(shop, "a0") == expected["a0"]
+    away = shop.folder.with_name("away")
+    (shop.folder / "a0").rename(away)
+    assert ask(shop, "a0").status_code == 404 and shop.stats().adapters.registered == 0
+    away.rename(shop.folder / "a0")
+    assert text(shop, "a0") == expected["a0"]
+
+
 def test_more_adapters_than_room_in_a_folder(serve, tmp_path):
     """A folder of many adapters, of which few fit: found, read and put away as requests come."""
     for i in range(12):

@@ -12,8 +12,8 @@ from minilora import AsyncEngine
 from minilora.chat import RESERVED, encode_chat
 from minilora.server import ServerConfig
 
-from ..support import SPECIAL, make_checkpoint
-from .conftest import MODEL, SIZES, assert_idle, served
+from ..support import SPECIAL, make_checkpoint, save_adapter
+from .conftest import CONFIG, MODEL, SIZES, assert_idle, served
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -21,6 +21,30 @@ HI = [{"role": "user", "content": "Hi"}]
 def chat(running, messages=HI, headers=None, **fields):
     body = {"model": MODEL, "messages": messages, "max_tokens": 6, "temperature": 0, **fields}
     return running.client.post("/v1/chat/completions", json=body, headers=headers)
+
+
+# ---------------------------------------------------------------- S9
+
+
+def test_s9_no_remote_code(tmp_path):
+    """Code that comes with a model or adapter is not run, whatever their settings say."""
+    proof = tmp_path / "proof"
+    code = f"open({str(proof)!r}, 'w').close()\n"
+    for name, make in (
+        ("model", lambda folder: make_checkpoint(folder, auto_map={"AutoModel": "evil.Evil"})),
+        ("adapter", lambda folder: save_adapter(folder, CONFIG, 4, auto_mapping={"parent_library": "evil"})),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        make(folder)
+        for file in ("evil.py", "__init__.py", "setup.py", "modeling_evil.py"):
+            (folder / file).write_text(code)
+    engine = AsyncEngine(str(tmp_path / "model"), **SIZES)
+    with served(engine, ServerConfig(served_model_name=(MODEL,), lora_dir=tmp_path)) as running:
+        assert chat(running).status_code == 200
+        assert chat(running, model="adapter").status_code == 200
+    engine.close()
+    assert not proof.exists()
 
 
 # ---------------------------------------------------------------- S12

@@ -5,8 +5,10 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -223,6 +225,23 @@ def test_a_json_file_and_a_unix_socket(start, tmp_path):
         assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
     process.signal()
     assert process.end()[0] == 0 and not path.exists()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls(start, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    extension = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command, *extension], check=True, capture_output=True)
+    process = start("--ssl-certfile", certificate, "--ssl-keyfile", key)
+    url = process.url
+    assert url.startswith("https://")
+    context = ssl.create_default_context(cafile=certificate)
+    assert httpx.get(f"{url}/v1/models", verify=context).status_code == 200
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(url.replace("https", "http"))
+    process.signal()
+    assert process.end()[0] == 0
 
 
 def test_what_is_wrong_is_said_before_loading(tmp_path, shelf):
