@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from .. import __version__
 from ..chat import encode_chat
@@ -18,7 +18,7 @@ from .generation import Job, Tally, make_job
 from .protocol import ChatMessage, ChatRequest, ChatTemplateOptions
 from .sampling import for_chat
 from .state import Server, ServerDep
-from .stream import CLIENT_LEFT, EventStream, attended, event
+from .stream import event
 
 router = APIRouter()
 
@@ -30,11 +30,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, server: Se
     """Answer a conversation."""
     params = for_chat(body, server.engine.model)
     job = await make_job(server, request, body, params, "messages", lambda: [encode(server, body.messages, body)])
-    config = server.config
     if body.stream:
-        return EventStream(_events(job, body), job.id, config.request_timeout, config.sse_ping_seconds)
-    outputs = await attended(request.receive, job.whole(), config.request_timeout)
-    return Response(status_code=CLIENT_LEFT) if outputs is None else JSONResponse(_answer(job, body, outputs[0]))
+        return job.streamed(_events(job, body))
+    return await job.answered(request, lambda outputs: _answer(job, body, outputs[0]))
 
 
 def encode(server: Server, messages: list[ChatMessage], options: ChatTemplateOptions) -> list[int]:

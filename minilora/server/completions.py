@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..outputs import CompletionOutput, LogprobsAt, RequestOutput
 from . import logprobs
@@ -16,7 +16,7 @@ from .generation import Job, Tally, make_job
 from .protocol import CompletionRequest
 from .sampling import for_completion
 from .state import Server, ServerDep
-from .stream import CLIENT_LEFT, EventStream, attended, event
+from .stream import event
 
 router = APIRouter()
 
@@ -26,11 +26,9 @@ async def create_completion(body: CompletionRequest, request: Request, server: S
     """Continue texts."""
     params = for_completion(body, server.engine.model)
     job = await make_job(server, request, body, params, "prompt", lambda: _encode(server, body), len(body.prompt))
-    config = server.config
     if body.stream:
-        return EventStream(_events(job, body), job.id, config.request_timeout, config.sse_ping_seconds)
-    outputs = await attended(request.receive, job.whole(), config.request_timeout)
-    return Response(status_code=CLIENT_LEFT) if outputs is None else JSONResponse(_answer(job, body, outputs))
+        return job.streamed(_events(job, body))
+    return await job.answered(request, lambda outputs: _answer(job, body, outputs))
 
 
 def _encode(server: Server, body: CompletionRequest) -> list[list[int]]:

@@ -95,12 +95,12 @@ def failure_of(error: BaseException, request_id: str = "") -> Failure:
     cause = error.__cause__ if isinstance(error, RequestError) else None
     if isinstance(cause, UnloadedError):
         return Failure(404, cause.cause, "model", "adapter_unloaded")
+    if isinstance(error, EngineDeadError):
+        return Failure(503, "the engine has stopped", None, "engine_dead", retry_after=10)
     log.error("request %s failed", request_id, exc_info=error)
     told = f"; the server's log has more under request {request_id}" if request_id else ""
     if isinstance(cause or error, AdapterError | FormatError | UnsupportedError | DownloadError):
         return Failure(500, f"the adapter could not be loaded{told}", "model", "adapter_error")
-    if isinstance(error, EngineDeadError):
-        return Failure(503, "the engine has stopped", None, "engine_dead", retry_after=10)
     return Failure(500, f"the request failed{told}", None, "internal_error")
 
 

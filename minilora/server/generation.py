@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
+from starlette.responses import JSONResponse, Response
 
 from ..errors import UsageError
 from ..outputs import LoRARequest, RequestOutput
@@ -15,6 +16,7 @@ from ..params import SamplingParams
 from .failures import RefusedError
 from .protocol import Sampling
 from .state import Server
+from .stream import CLIENT_LEFT, EventStream, attended
 
 Tokens = list[int]
 
@@ -47,13 +49,15 @@ class Tally:
 class Job:
     """A request that can run.
 
-    model: the name for the answer; id: of the request; param: the field that holds its prompts; encode: makes their
+    model: the name for the answer; id: of the request, for the answer, may be the client's choice; log_id: our own;
+    param: the field that holds its prompts; encode: makes their
     tokens, in a thread; prompts: how many there are; order: what AsyncEngine.generate takes beside the prompt.
     """
 
     server: Server
     model: str
     id: str
+    log_id: str
     param: str
     encode: Callable[[], list[Tokens]]
     prompts: int
@@ -61,6 +65,16 @@ class Job:
     loras: tuple[LoRARequest, ...]
     key: str
     order: dict[str, Any]
+
+    def streamed(self, events: AsyncGenerator[bytes, None]) -> EventStream:
+        """Its events as an answer."""
+        config = self.server.config
+        return EventStream(events, self.log_id, config.request_timeout, config.sse_ping_seconds)
+
+    async def answered(self, request: Request, answer: Callable[[list[RequestOutput]], dict[str, Any]]) -> Response:
+        """The answer made of all outputs, unless its client leaves, which ends it."""
+        outputs = await attended(request.receive, self.whole(), self.server.config.request_timeout)
+        return Response(status_code=CLIENT_LEFT) if outputs is None else JSONResponse(answer(outputs))
 
     async def whole(self) -> list[RequestOutput]:
         """The outputs of all prompts. Leaving early ends them."""
@@ -128,10 +142,11 @@ async def make_job(
     this request may not ask."""
     state, config = request.scope["state"], server.config
     key, admin = state["key"], state["admin"]
-    if body.priority < 0 and config.api_keys and not admin:
+    if body.priority < 0 and (config.api_keys or config.admin_keys) and not admin:
         raise RefusedError(403, "a priority below 0 needs an admin key", "priority", "permission_denied")
     chosen = await server.names.resolve(body.model, [(use.name, use.scale) for use in body.lora or ()])
-    identity = body.request_id or state["request_id"]
+    log_id = state["request_id"]
+    identity = body.request_id or log_id
     order = {
         "request_id": identity,
         "priority": body.priority,
@@ -139,7 +154,7 @@ async def make_job(
         "salt": _salt(key if config.isolate_cache_per_key else "", body.cache_salt),
         "start_within": config.queue_timeout,
     }
-    return Job(server, chosen.name, identity, param, encode, prompts, params, chosen.loras, key, order)
+    return Job(server, chosen.name, identity, log_id, param, encode, prompts, params, chosen.loras, key, order)
 
 
 def _salt(key: str, salt: str | None) -> bytes:

@@ -118,11 +118,12 @@ class Names:
             return known
 
     def _find(self, name: str) -> Path | None:
+        """The folder of an adapter in lora_dir, if it and all its files are there."""
         if self._folder is None or not _is_name(name):
             return None
         path = (self._folder / name).resolve()
         inside = all((path / file).resolve().is_relative_to(self._folder) for file in _FILES)
-        return path if inside and path != self._folder else None
+        return path if inside and path != self._folder and _signature(path) else None
 
     async def _unknown(self, name: str) -> NotFoundError:
         """The error that names the nearest known name."""
@@ -144,7 +145,7 @@ class Names:
             return []
         with os.scandir(self._folder) as folders:
             names = sorted(entry.name for entry in folders if entry.is_dir() and _is_name(entry.name))
-        return [name for name in names if _signature(self._find(name))]
+        return [name for name in names if self._find(name)]
 
     # ------------------------------------------------------------ loading and unloading
 
@@ -189,7 +190,8 @@ class Names:
                 raise await self._unknown(name)
             if self.known.pop(name, None):
                 await self._engine.remove_lora(name, force)
-            self._unloaded.add(name)
+            if await asyncio.to_thread(self._find, name):
+                self._unloaded.add(name)
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

@@ -21,8 +21,8 @@ CLIENT_LEFT = 499
 
 
 def event(content: dict[str, Any]) -> bytes:
-    """A server-sent event."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """A server-sent event. It is ASCII: some clients take U+2028 and its like for ends of lines."""
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def attended(receive: Receive, work: Coroutine[Any, Any, T], seconds: float) -> T | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from minilora import LLM, AsyncEngine
+from minilora import LLM, AsyncEngine, LoRARequest, SamplingParams
 from minilora.config import ModelConfig
 from minilora.server import ServerConfig, create_app
 from minilora.server.run import Lora, uvicorn_config
@@ -23,6 +24,8 @@ from ..support import BASE_CONFIG, LINEAR, save_adapter
 CONFIG = ModelConfig.from_dict(BASE_CONFIG)
 SIZES = {"max_model_len": 512, "max_num_seqs": 8, "debug_checks": True, "threads": 2, "dtype": "int8"}
 MODEL = "tiny"
+NAMES = (MODEL, "a0", "a1", "a2", "a3")
+PROMPT = "The quick brown fox jumps over the lazy dog and then "
 
 
 @dataclass
@@ -71,6 +74,18 @@ def llm(model, shelf):
     llm.close()
 
 
+@pytest.fixture(scope="session")
+def expected(llm):
+    """name -> greedy text, from LLM, one by one."""
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    found = {
+        name: llm.generate(PROMPT, params, None if name == MODEL else LoRARequest(name))[0].outputs[0].text
+        for name in NAMES
+    }
+    assert len(set(found.values())) == len(NAMES)
+    return found
+
+
 @contextlib.contextmanager
 def served(engine: AsyncEngine, config: ServerConfig, loras: Sequence[Lora] = ()) -> Iterator[Running]:
     """A real server in a thread, on a free port of 127.0.0.1."""
@@ -106,6 +121,24 @@ def serve(model):
             return stack.enter_context(served(made, config))
 
         yield start
+
+
+@pytest.fixture
+def shop(serve, shelf, tmp_path):
+    """A server that may load at run time from a folder of its own, with a0 and a1 in it."""
+    folder = tmp_path / "adapters"
+    for name in ("a0", "a1"):
+        shutil.copytree(shelf / name, folder / name)
+    running = serve(
+        lora_dir=folder,
+        enable_runtime_lora=True,
+        api_keys=("user",),
+        admin_keys=("admin",),
+        engine={"max_cpu_loras": 16},
+    )
+    running.folder = folder
+    yield running
+    assert_idle(running)
 
 
 @pytest.fixture(scope="module")

@@ -249,4 +249,5 @@ def test_priorities_below_zero_need_an_admin_key(serve):
     running = serve(api_keys=("user",), admin_keys=("admin",))
     assert chat(running, priority=-1).status_code == 403 and chat(running, priority=1).status_code == 200
     assert chat(running, priority=-1, headers={"Authorization": "Bearer admin"}).status_code == 200
+    assert chat(serve(admin_keys=("admin",)), priority=-1).status_code == 403
     assert chat(serve(), priority=-1).status_code == 200, "an open server has no ranks"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FILES = (
-    *(HERE / f"test_{name}.py" for name in ("requests", "adapters", "isolation", "streams", "guard", "wire")),
+    *(HERE / f"test_{name}.py" for name in ("requests", "adapters", "lora", "isolation", "streams", "guard", "wire")),
     *(HERE / f"test_{name}.py" for name in ("admission", "health", "metrics")),
     *(HERE.parent / f"test_{name}.py" for name in ("tokenizer", "gguf", "checkpoint")),
 )

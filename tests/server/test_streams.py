@@ -9,7 +9,7 @@ import pytest
 
 from minilora.errors import QueueTimeoutError
 from minilora.server.failures import RefusedError
-from minilora.server.stream import EventStream, attended
+from minilora.server.stream import EventStream, attended, event
 
 from .conftest import MODEL, assert_idle
 
@@ -56,7 +56,7 @@ def test_leaving_frees_within_two_steps(slow):
         server = slow.app.state.server
         from minilora.server.generation import Job
 
-        job = Job(server, MODEL, "x", "prompt", lambda: [[5, 6]], 1, _params(), (), "", {})
+        job = Job(server, MODEL, "x", "x", "prompt", lambda: [[5, 6]], 1, _params(), (), "", {})
         deltas = job.deltas()
         await anext(deltas)
         before = (await server.engine.stats()).steps
@@ -167,6 +167,13 @@ def test_events_and_their_headers():
     assert start["status"] == 200 and headers[b"content-type"].startswith(b"text/event-stream")
     assert headers[b"x-accel-buffering"] == b"no" and b"content-length" not in headers
     assert not client.sent[-1].get("more_body")
+
+
+def test_an_event_is_one_line():
+    """For clients too that split where Unicode would."""
+    data = event({"text": "".join(map(chr, [*range(0x100), 0x2028, 0x2029, 0x1F600]))})
+    assert len(data.decode().splitlines()) == 2 and data.endswith(b"\n\n")
+    assert json.loads(data[6:])["text"].endswith("\u2028\u2029\U0001f600")
 
 
 def test_signs_of_life():
