@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from contextlib import contextmanager
 
 import httpx
@@ -232,11 +233,13 @@ def test_s17_a_stuck_engine_is_not_healthy(model, monkeypatch):
         server.engine._llm.step = hang
         worker = threading.Thread(target=server.client.post, args=("/v1/completions",), kwargs={"json": body_of()})
         worker.start()
-        while server.engine.stuck_for < 0.2:
-            pass
-        assert server.client.get("/health").status_code == 503
-        go_on.set()
-        worker.join(60)
+        try:
+            while server.engine.stuck_for < 0.2:
+                time.sleep(0.01)
+            assert server.client.get("/health").status_code == 503
+        finally:
+            go_on.set()
+            worker.join(60)
         assert server.client.get("/health").status_code == 200 and server.engine.stuck_for == 0
 
 
