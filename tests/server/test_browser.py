@@ -242,9 +242,9 @@ def test_compare_shows_different_answers(server, visit):
     assert len(set(page.locator(".column .text").all_inner_texts())) == 4
     assert sorted(body["model"] for body in compare.bodies()) == ["a0", "a1", "a2", "tiny"]
     for _ in range(2):
-        page.get_by_role("button", name="Remove").first.click()
+        page.get_by_role("button", name="Remove this column").first.click()
     expect(page.locator(".column")).to_have_count(2)
-    expect(page.get_by_role("button", name="Remove").first).to_be_disabled()
+    expect(page.get_by_role("button", name="Remove this column").first).to_be_disabled()
 
 
 # ------------------------------------------------------------ dashboard

@@ -32,7 +32,7 @@ function addColumn() {
   const select = make("select", { "aria-label": "Model of this column" });
   const place = make("div", { class: "place" });
   const column = { select, place, answer: null };
-  const close = button("Remove", () => removeColumn(column), { class: "quiet remove" });
+  const close = button("✕", () => removeColumn(column), { class: "quiet remove", "aria-label": "Remove this column" });
   const copied = button("Copy", (event) => column.answer && copy(column.answer.text, event.target));
   column.element = make("article", { class: "column" }, make("div", { class: "head" }, select, close), place, make("div", { class: "actions" }, copied));
   columns.push(column);

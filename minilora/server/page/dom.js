@@ -20,14 +20,15 @@ export const button = (text, click, props = {}) => make("button", { type: "butto
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const short = new Intl.NumberFormat("en", { maximumFractionDigits: 1, minimumFractionDigits: 1 });
 
-export const number = (value) => (value < 100 && !Number.isInteger(value) ? short : whole).format(value);
-export const percent = (share) => (share === null ? "–" : `${number(100 * share)}%`);
+const fine = (value) => (value < 9.95 && !Number.isInteger(value) ? short : whole).format(value);
+export const number = (value) => (value < 99.95 && !Number.isInteger(value) ? short : whole).format(value);
+export const percent = (share) => (share === null ? "–" : `${fine(100 * share)}%`);
 
 /** "40 ms", "1.3 s", "4 min", "3 h" */
 export function duration(seconds) {
   if (seconds === null) return "–";
-  if (seconds < 0.9995) return `${number(1000 * seconds)} ms`;
-  if (seconds < 90) return `${(seconds < 10 ? short : whole).format(seconds)} s`;
+  if (seconds < 0.9995) return `${fine(1000 * seconds)} ms`;
+  if (seconds < 90) return `${fine(seconds)} s`;
   if (seconds < 5400) return `${whole.format(seconds / 60)} min`;
   return seconds < 172800 ? `${whole.format(seconds / 3600)} h` : `${whole.format(seconds / 86400)} days`;
 }
