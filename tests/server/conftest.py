@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from fastapi import FastAPI
 from minilora import LLM, AsyncEngine, LoRARequest, SamplingParams
 from minilora.config import ModelConfig
 from minilora.server import ServerConfig, create_app
-from minilora.server.run import Lora, uvicorn_config
+from minilora.server.run import Lora, bound, listen, uvicorn_config
 
 from ..support import BASE_CONFIG, LINEAR, save_adapter
 
@@ -93,7 +92,8 @@ def served(engine: AsyncEngine, config: ServerConfig, loras: Sequence[Lora] = ()
     for lora in loras:
         asyncio.run(app.state.server.names.register(*lora))
     web = uvicorn.Server(uvicorn_config(app, config))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with bound(config) as listener:
+        listen(listener, config)
         port = listener.getsockname()[1]
         thread = threading.Thread(target=web.run, args=([listener],), name="web")
         thread.start()

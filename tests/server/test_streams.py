@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 
 import httpx
@@ -100,6 +101,13 @@ def test_a_request_that_waits_too_long(serve):
         assert any(line.startswith("data: {") for line in lines)
     wait_until(lambda: not running.app.state.server.gate.active)
     assert_idle(running)
+
+
+def test_no_packet_waits_for_another(server):
+    """Connections are without Nagle's algorithm, which holds the second piece of an answer back for 40 ms."""
+    assert server.client.get("/health").status_code == 200
+    sockets = [connection.transport.get_extra_info("socket") for connection in server.web.server_state.connections]
+    assert sockets and all(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets)
 
 
 def test_n_is_all_or_nothing(serve):
