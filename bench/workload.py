@@ -30,15 +30,17 @@ class Arrival:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that describe a workload."""
-    parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--concurrency", type=int, default=8, help="closed loop: requests under way at any time")
-    parser.add_argument("--rate", type=float, help="open loop: requests per second")
+    """Options that describe a workload; second names are those of `vllm bench serve`."""
+    parser.add_argument("--requests", "--num-prompts", type=int, default=24)
+    parser.add_argument(
+        "--concurrency", "--max-concurrency", type=int, default=8, help="closed loop: requests under way at any time"
+    )
+    parser.add_argument("--rate", "--request-rate", type=float, help="open loop: requests per second")
     parser.add_argument(
         "--burstiness", type=float, default=1.0, help="open loop: gamma shape; 1 is Poisson, less is burstier"
     )
-    parser.add_argument("--prompt", type=span, default=(128, 128), help="tokens, N or LOW-HIGH")
-    parser.add_argument("--generate", type=span, default=(64, 64), help="tokens, N or LOW-HIGH")
+    parser.add_argument("--prompt", "--random-input-len", type=span, default=(128, 128), help="tokens, N or LOW-HIGH")
+    parser.add_argument("--generate", "--random-output-len", type=span, default=(64, 64), help="tokens, N or LOW-HIGH")
     parser.add_argument(
         "--trace", type=Path, help="CSV of arrival time, prompt and output tokens, instead of the ranges"
     )

@@ -6,17 +6,18 @@ wake-up of the event loop for each step.
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
 from .chat import Message, encode_chat
-from .errors import EngineDeadError, RequestError
+from .errors import EngineDeadError, QueueTimeoutError, RequestError
 from .llm_engine import DEFAULT_MODEL, LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
 from .outputs import CompletionOutput, LoRARequest, RequestOutput
-from .params import SamplingParams
+from .params import EngineConfig, SamplingParams
 from .stats import Stats
 
 Answer = TypeVar("Answer")
@@ -29,10 +30,13 @@ class _Stream:
         self.loop = loop
         self.queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self.request: Request | None = None
+        self.timer: asyncio.TimerHandle | None = None
 
 
 class AsyncEngine:
     """A model served to coroutines. Parameters are LLM's; the model is loaded here, before the thread starts.
+
+    max_model_len: tokens that prompt and text may have together; kv_tokens: that all pages hold.
 
     Any number of coroutines, of any event loops, may call all methods at the same time. After `close`, and after an
     error of the engine itself, they raise EngineDeadError.
@@ -41,12 +45,16 @@ class AsyncEngine:
     def __init__(self, model: str = DEFAULT_MODEL, **options: Any):
         self._llm = LLMEngine(model, **options)
         self.tokenizer, self.model = self._llm.tokenizer, self._llm.model
+        self.max_model_len = self._llm.engine.length
+        self.kv_tokens = self._llm.engine.pool.pages * self._llm.engine.config.block_size
         self._orders: deque[tuple[Callable[[], Any], Future]] = deque()
         self._wake = threading.Event()
         self._llm.engine.adapters.loader.wake = self._wake.set
         self._streams: dict[Request, _Stream] = {}
         self._death: EngineDeadError | None = None
         self._closing = False
+        # When the thread began what it is doing, None while it waits for work.
+        self._began: float | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="minilora-engine", daemon=True)
         self._thread.start()
@@ -63,17 +71,21 @@ class AsyncEngine:
         priority: int = 0,
         tenant: str | None = None,
         salt: bytes = b"",
-    ) -> AsyncIterator[RequestOutput]:
+        start_within: float | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
         """What a prompt's texts grow by, step by step; the last one is `finished`.
 
         Leaving the iteration early, or cancelling the task, ends the request. priority: lower ones go first; tenant:
-        who shares fairly with others, None for the adapter; salt: cached prefixes are shared within one salt only.
+        who shares fairly with others, None for the adapter; salt: cached prefixes are shared within one salt only;
+        start_within: seconds after which a request that still waits for its turn ends with a QueueTimeoutError.
         Raises UsageError and NotFoundError at once, RequestError where the request fails.
         """
         loras = as_loras(lora_request)
         text, tokens = await asyncio.to_thread(self._llm.encode, prompt)
         await self._register_paths(loras)
         stream = _Stream(asyncio.get_running_loop())
+        if start_within is not None:
+            stream.timer = stream.loop.call_later(start_within, self._post, partial(self._expire, stream))
         params = SamplingParams() if sampling_params is None else sampling_params
         order = {"priority": priority, "tenant": tenant, "salt": salt}
 
@@ -92,6 +104,8 @@ class AsyncEngine:
                 if output.finished:
                     return
         finally:
+            if stream.timer is not None:
+                stream.timer.cancel()
             # The order to abort comes after the one to submit, whether that was carried out yet or not.
             self._post(lambda: self._abort(stream))
 
@@ -113,13 +127,19 @@ class AsyncEngine:
     async def _register_paths(self, loras: tuple[LoRARequest, ...]) -> None:
         """Adapters that are named by a path for the first time; finding them may fetch them from a hub."""
         for lora in loras:
-            if not await self._ask(partial(self._llm.knows, lora)):
+            # One without a path is known or not: submitting finds out, without waiting for another step.
+            if lora.lora_path is not None and not await self._ask(partial(self._llm.knows, lora)):
                 await self.add_lora(lora.lora_name, lora.lora_path or "", load=False)
 
     def _abort(self, stream: _Stream) -> None:
         if stream.request is not None:
             self._streams.pop(stream.request, None)
             self._llm.abort_request(stream.request)
+
+    def _expire(self, stream: _Stream) -> None:
+        if stream.request in self._streams and not stream.request.started:
+            self._abort(stream)
+            _call(stream.loop, [(stream, QueueTimeoutError("the request waited too long for its turn"))])
 
     # ------------------------------------------------------------ adapters and state
 
@@ -139,6 +159,10 @@ class AsyncEngine:
         """The names of the registered adapters."""
         return await self._ask(lambda: list(self._llm.engine.adapters.names))
 
+    async def warm_up(self) -> None:
+        """Compile what the first requests would have to wait for; to be called before them."""
+        await self._ask(self._llm.engine.warm_up)
+
     async def reset_prefix_cache(self) -> None:
         """Forget what was kept of finished texts."""
         await self._ask(self._llm.engine.reset_prefix_cache)
@@ -155,6 +179,17 @@ class AsyncEngine:
     def dead(self) -> EngineDeadError | None:
         """Why the engine takes no more requests; None while it does."""
         return self._death
+
+    @property
+    def config(self) -> EngineConfig:
+        """The sizes that the engine was made with."""
+        return self._llm.engine.config
+
+    @property
+    def stuck_for(self) -> float:
+        """Seconds since the thread began its present step; 0.0 while it waits for work."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def close(self) -> None:
         """End the thread; requests under way end with EngineDeadError."""
@@ -192,10 +227,12 @@ class AsyncEngine:
         try:
             while not self._closing:
                 self._wake.clear()
+                self._began = time.monotonic()
                 self._carry_out()
                 if self._llm.busy:
                     self._deliver(self._llm.step())
                 if not self._llm.busy or (self._llm.engine.stalled and self._llm.engine.adapters.loading):
+                    self._began = None
                     self._wake.wait()
             self._die(EngineDeadError("the engine was closed"))
         except BaseException as error:

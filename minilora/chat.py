@@ -4,76 +4,32 @@ A template comes with a model and is not trusted: it can't reach Python's inside
 Special tokens that a message merely mentions stay text: the template's own are the only ones that count.
 """
 
-import json
-import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import FormatError, UsageError
+from .errors import UsageError
+from .sandbox import LONGEST_TEXT, Sandbox
 from .tokenizer import Tokenizer
 
-LONGEST_OUTPUT = 1 << 24
 SECONDS = 5.0
 
 Message = Mapping[str, Any]
-
-
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %} marks the assistant's part for training; here it is just its content."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which every attribute, item and call also checks the clock."""
-
-    deadline = float("inf")
-
-    def check(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise UsageError(f"the chat template ran for more than {SECONDS:g} seconds")
-
-    def getattr(self, obj, attribute):
-        self.check()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj, argument):
-        self.check()
-        return super().getitem(obj, argument)
-
-    def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805 (Jinja's own names: templates may pass any other)
-        __self.check()
-        return super().call(__context, __obj, *args, **kwargs)
 
 
 def _refuse(message: str) -> None:
     raise UsageError(f"the chat template refuses these messages: {message}")
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
-    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = _to_json
+    sandbox = Sandbox()
     sandbox.globals["raise_exception"] = _refuse
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return sandbox.from_string(template)
-    except jinja2.TemplateError as error:
-        raise FormatError(f"the chat template is not valid: {error}") from None
+    return sandbox.compile_template(template)
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -88,14 +44,15 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def render(
-    template: str, messages: Sequence[Message], names: Mapping[str, str], add_generation_prompt: bool = True
+    template: str, messages: Sequence[Message], names: Mapping[str, Any], add_generation_prompt: bool = True
 ) -> str:
-    """The prompt text of messages. names: bos_token and the like. Raises UsageError, FormatError."""
+    """The prompt text of messages. names: bos_token and the like, and further variables. Raises UsageError,
+    FormatError."""
     check_messages(messages)
     compiled = _compile(template)
     sandbox = compiled.environment
-    assert isinstance(sandbox, _Sandbox)
-    sandbox.deadline = time.monotonic() + SECONDS
+    assert isinstance(sandbox, Sandbox)
+    sandbox.start(SECONDS)
     pieces, size = [], 0
     try:
         for piece in compiled.generate(
@@ -104,7 +61,7 @@ def render(
             sandbox.check()
             pieces.append(piece)
             size += len(piece)
-            if size > LONGEST_OUTPUT:
+            if size > LONGEST_TEXT:
                 raise UsageError("the chat template's output is too long")
     except jinja2.TemplateError as error:
         raise UsageError(f"the chat template failed: {error}") from None
@@ -119,18 +76,39 @@ def render(
 _MARK = "\ue000{}\ue001"
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """The prompt's ids. Raises UsageError where the model has no chat template, or the messages don't fit it."""
+# What templates get from us: a request's own variables may not take their place.
+RESERVED = frozenset(
+    [
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversation"),
+        *("chat_template", "tokenize", "return_dict", "bos_token", "eos_token", "pad_token", "unk_token"),
+        *("raise_exception", "strftime_now"),
+    ]
+)
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The prompt's ids. variables: for the template, as enable_thinking.
+
+    Raises UsageError where the model has no chat template, or the messages or variables don't fit it.
+    """
     template = tokenizer.files.chat_template
     if template is None:
         raise UsageError("this model has no chat template", "Give the prompt as plain text.")
     check_messages(messages)
-    mentioned = [name for name in tokenizer.special_tokens if name and any(name in m["content"] for m in messages)]
+    variables = dict(variables or {})
+    if reserved := sorted(RESERVED & variables.keys()):
+        raise UsageError(f"chat_template_kwargs may not hold {reserved[0]!r}", param="chat_template_kwargs")
+    given = [*messages, variables]
+    mentioned = [name for name in tokenizer.special_tokens if name and any(_mentions(one, name) for one in given)]
     mentioned.sort(key=len, reverse=True)
     marks = {name: _MARK.format(i) for i, name in enumerate(mentioned)}
-    text = render(
-        template, [_hide(message, marks) for message in messages], tokenizer.files.names, add_generation_prompt
-    )
+    names = {**tokenizer.files.names, **_hide(variables, marks)}
+    text = render(template, [_hide(message, marks) for message in messages], names, add_generation_prompt)
     ids: list[int] = []
     for piece, name in _cut(text, marks):
         ids += tokenizer.encode(piece, add_special_tokens=False) if piece else []
@@ -138,11 +116,19 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
     return ids
 
 
-def _hide(message: Message, marks: Mapping[str, str]) -> Message:
-    content = message["content"]
-    for name, mark in marks.items():
-        content = content.replace(name, mark)
-    return {**message, "content": content}
+def _mentions(given: Message, name: str) -> bool:
+    return any(isinstance(value, str) and name in value for value in given.values())
+
+
+def _hide(given: Message, marks: Mapping[str, str]) -> Message:
+    """The same with marks for the special tokens in its texts."""
+    hidden = dict(given)
+    for key, value in given.items():
+        if isinstance(value, str):
+            for name, mark in marks.items():
+                value = value.replace(name, mark)
+            hidden[key] = value
+    return hidden
 
 
 def _cut(text: str, marks: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .cli_options import DTYPES, engine_options, lora_options, model_options, sampling_options, split_engine
+from .cli_options import (
+    DTYPES,
+    engine_options,
+    lora_options,
+    model_options,
+    sampling_options,
+    split_engine,
+    split_lora,
+    split_scale,
+)
+from .cli_report import Reporter, announce_compiling
+from .cli_serve import serve
 from .errors import MiniloraError, UsageError
 
 if TYPE_CHECKING:
@@ -55,27 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
-class _Reporter:
-    """Shows what takes long, one line at a time, on stderr; a terminal's line is overwritten."""
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._width = 0
-
-    def __call__(self, message: str) -> None:
-        if not self._live:
-            click.echo(message, err=True)
-            return
-        click.echo("\r" + message.ljust(self._width), err=True, nl=False)
-        self._width = len(message)
-
-    def done(self) -> None:
-        """Clear the line."""
-        if self._live and self._width:
-            click.echo("\r" + " " * self._width + "\r", err=True, nl=False)
-            self._width = 0
-
-
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MINILORA", "max_content_width": 100}
 )
@@ -84,12 +74,10 @@ def cli() -> None:
     """Run language models with LoRA adapters on this computer's CPU."""
 
 
-def _open(reporter: _Reporter, model: str, dtype: str, group_size: str, threads: int | None, **engine: Any) -> "LLM":
-    from minilora_kernels.jit import on_compile
-
+def _open(reporter: Reporter, model: str, dtype: str, group_size: str, threads: int | None, **engine: Any) -> "LLM":
     from .llm import LLM
 
-    on_compile(lambda name: reporter(f"compiling the {name.strip('_')} program for this CPU (once; kept on disk)"))
+    announce_compiling(reporter)
     return LLM(model, dtype=dtype, group_size=int(group_size), threads=threads, report=reporter, **engine)
 
 
@@ -100,34 +88,22 @@ def _params(llm: "Model", seed: int | None, stop: Sequence[str], max_tokens: int
     return llm.model.default_params(max_tokens=max_tokens, stop=list(stop), seed=seed, **chosen)
 
 
-def _split_scale(text: str) -> tuple[str, float]:
-    """ "name:0.5" -> ("name", 0.5); without a number at the end the scale is 1."""
-    head, colon, tail = text.rpartition(":")
-    try:
-        return (head, float(tail)) if colon and head else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
 def _load_adapters(
-    llm: "Model", loras: Sequence[str], adapters: Sequence[str], reporter: _Reporter
+    llm: "Model", loras: Sequence[str], adapters: Sequence[str], reporter: Reporter
 ) -> list["LoRARequest"]:
     """The adapters that a request is to use."""
     from .outputs import LoRARequest
 
     scales: dict[str, float] = {}
     for text in loras:
-        name, equals, source = text.partition("=")
-        if not equals or not name or not source:
-            raise UsageError(f"--lora {text!r} is not of the form NAME=PATH[:SCALE]")
-        path, scale = (source, 1.0) if Path(source).exists() else _split_scale(source)
+        name, path, scale = split_lora(text)
         llm.add_lora(name, path, report=reporter)
         scales[name] = scale
     if not adapters:
         return [LoRARequest(name, scale=scale) for name, scale in scales.items()]
     chosen = []
     for text in adapters:
-        name, scale = _split_scale(text)
+        name, scale = split_scale(text)
         if name not in llm.adapters:
             llm.add_lora(name, name, report=reporter)
         chosen.append(LoRARequest(name, scale=scale * scales.get(name, 1.0)))
@@ -202,7 +178,7 @@ def generate(
         prompt = _piped() if prompt is None else sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty")
-    reporter = _Reporter()
+    reporter = Reporter()
     engine, sampling = split_engine(rest)
     if backend == "numpy":
         _generate_plain(
@@ -272,7 +248,7 @@ def _json(outputs: list["RequestOutput"], seconds: float, names: Sequence[str] |
 
 
 def _show_side_by_side(
-    llm: "LLM", reporter: _Reporter, system: str | None, as_json: bool, sampling: dict[str, Any]
+    llm: "LLM", reporter: Reporter, system: str | None, as_json: bool, sampling: dict[str, Any]
 ) -> None:
     from .checkpoint.lock import entries
     from .outputs import LoRARequest
@@ -314,7 +290,7 @@ def _print_columns(question: str, titles: Sequence[str], texts: Sequence[str]) -
 
 
 def _generate_plain(
-    reporter: _Reporter,
+    reporter: Reporter,
     prompt: str,
     system: str | None,
     model: str,
@@ -358,7 +334,7 @@ def chat(
     **rest: Any,
 ) -> None:
     """Talk with a model. /adapter NAME switches, /reset starts anew, /help lists all."""
-    reporter = _Reporter()
+    reporter = Reporter()
     engine, sampling = split_engine(rest)
     llm = _open(reporter, model, dtype, group_size, threads, **{"max_num_seqs": 1, **engine})
     chosen = _load_adapters(llm, loras, adapters, reporter)
@@ -368,7 +344,7 @@ def chat(
 
 class _Conversation:
     def __init__(
-        self, llm: "LLM", chosen: list["LoRARequest"], system: str | None, params: "SamplingParams", reporter: _Reporter
+        self, llm: "LLM", chosen: list["LoRARequest"], system: str | None, params: "SamplingParams", reporter: Reporter
     ):
         self.llm, self.chosen, self.system, self.params, self.reporter = llm, chosen, system, params, reporter
         self.messages: list[dict[str, str]] = []
@@ -431,6 +407,9 @@ class _Conversation:
         )
 
 
+cli.add_command(serve)
+
+
 # ---------------------------------------------------------------- models on disk
 
 
@@ -440,7 +419,7 @@ def pull(names: Sequence[str]) -> None:
     """Fetch models or adapters without running them."""
     from .checkpoint.lock import entries, resolve_adapter, resolve_model
 
-    reporter = _Reporter()
+    reporter = Reporter()
     for name in names:
         resolve = resolve_adapter if name in entries("adapters") else resolve_model
         path = resolve(name, reporter)
@@ -482,7 +461,7 @@ def show(name: str, dtype: str, as_json: bool) -> None:
     """Show a model's or adapter's shapes, formats and bytes."""
     from .inspect import describe
 
-    facts = describe(name, dtype, _Reporter())
+    facts = describe(name, dtype, Reporter())
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -504,7 +483,7 @@ def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
 
     if target.exists():
         raise UsageError(f"{target} exists already")
-    reporter = _Reporter()
+    reporter = Reporter()
     checkpoint = open_checkpoint(resolve_model(source, reporter))
     plan = Plan(checkpoint, Target(dtype, int(group_size)))
     reporter(f"packing {plan.size / 1e6:.0f} MB")
@@ -519,7 +498,7 @@ def warmup(model: str, dtype: str, group_size: str, threads: int | None) -> None
     """Fetch, pack and compile all that a model needs, so that later starts are quick."""
     from .params import SamplingParams
 
-    reporter = _Reporter()
+    reporter = Reporter()
     started = time.perf_counter()
     llm = _open(reporter, model, dtype, group_size, threads, max_num_seqs=1)
     llm.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=2, temperature=1.0, logprobs=1, ignore_eos=True))

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
 
+from .errors import UsageError
 from .params import ENGINE_DTYPES, NUMA_MODES, EngineConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -120,3 +122,20 @@ def split_engine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     """(what was given for the engine, all other options)."""
     engine = {key: options[key] for key in ENGINE_KEYS if options.get(key) is not None}
     return engine, {key: value for key, value in options.items() if key not in ENGINE_KEYS}
+
+
+def split_scale(text: str) -> tuple[str, float]:
+    """ "name:0.5" -> ("name", 0.5); without a number at the end the scale is 1."""
+    head, colon, tail = text.rpartition(":")
+    try:
+        return (head, float(tail)) if colon and head else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def split_lora(text: str) -> tuple[str, str, float]:
+    """ "name=path:0.5" -> ("name", "path", 0.5). Raises UsageError."""
+    name, equals, source = text.partition("=")
+    if not equals or not name or not source:
+        raise UsageError(f"--lora {text!r} is not of the form NAME=PATH[:SCALE]")
+    return (name, source, 1.0) if Path(source).exists() else (name, *split_scale(source))

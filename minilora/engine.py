@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .adapters import Adapter, load_adapter, pack_adapter
 from .batch import Chunk, Use
 from .cache import PagePool
-from .errors import AdapterError, RequestError, UsageError
+from .errors import RequestError, UnloadedError, UsageError
 from .pace import Pace
 from .params import EngineConfig, SamplingParams
 from .registry import AdapterRegistry, AdapterVersion
@@ -22,7 +22,7 @@ from .runner import MOST_USES, PROMPT_LOGITS, Runner
 from .sampler import Draw
 from .scheduler import Scheduler, Work
 from .sequence import AdapterUse, Sequence, State, TokenLogprobs
-from .stats import AdapterStats, Recorder, Stats
+from .stats import AdapterStats, Recorder, Stats, adapter_states, load_by_adapter
 from .weights import Weights
 
 # Steps in a row without work, though requests wait and nothing is being read: more are a bug, and are said.
@@ -108,7 +108,7 @@ class Engine:
         version = self.adapters.remove(name)
         self._recorder.forget(name)
         if force:
-            error = AdapterError(f"adapter {name!r} was unloaded")
+            error = UnloadedError(f"adapter {name!r} was unloaded")
             for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
                 if version in sequence.adapters:
                     self.scheduler.fail(sequence, error)
@@ -141,6 +141,7 @@ class Engine:
             sequence.weight = uses[0].adapter.weight if uses else 1.0
             sequences.append(sequence)
             self._recorder.submitted(sequence, time.perf_counter())
+        self._recorder.asked(params, self._final_length(len(tokens), params) - len(tokens))
         sequences[0].siblings = sequences[1:]
         self.scheduler.submit(sequences)
         return sequences
@@ -235,6 +236,8 @@ class Engine:
         decodes = sum(work.sequence.decodes for work in plan)
         prompt_rows = sum(work.length for work in plan if not work.sequence.decodes)
         started = time.perf_counter()
+        for work in plan:
+            self._recorder.started(work.sequence, started)
         try:
             for work in plan:
                 for version in work.sequence.adapters:
@@ -245,7 +248,7 @@ class Engine:
             self._give_up(plan, error)
             return []
         seconds = time.perf_counter() - started
-        self._recorder.step(seconds)
+        self._recorder.step(seconds, decodes, prompt_rows)
         self._pace.observe(decodes, prompt_rows, seconds)
         return outputs
 
@@ -372,6 +375,14 @@ class Engine:
 
     # ------------------------------------------------------------ state
 
+    def warm_up(self) -> None:
+        """Compile what the first requests would have to wait for. Counters begin anew; nothing else may be running."""
+        params = SamplingParams(max_tokens=2, temperature=1.0, logprobs=1, ignore_eos=True)
+        self.submit([0], params)
+        while self.busy:
+            self.step()
+        self._recorder = Recorder(self.adapters.names.__contains__)
+
     def reset_prefix_cache(self) -> None:
         """Forget what was kept of finished texts."""
         self.pool.forget_all()
@@ -379,9 +390,12 @@ class Engine:
     def stats(self) -> Stats:
         """A snapshot; later steps do not change it."""
         adapters, pool, recorder = self.adapters, self.runner.adapters, self._recorder
+        running, waiting = self.scheduler.running, self.scheduler.waiting
         return Stats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            running=len(running),
+            waiting=len(waiting),
+            waiting_for_adapters=sum(any(version.loading for version in s.adapters) for s in waiting),
+            threads=self.runner.team.size,
             steps=recorder.steps,
             step_seconds=recorder.step_seconds,
             pages=self.pool.pages,
@@ -391,6 +405,10 @@ class Engine:
             prefix_lookups=self.pool.lookups,
             preemptions=self.scheduler.preemptions,
             total=recorder.total.copy(),
+            course=recorder.course.copy(),
+            step_times={kind: times.copy() for kind, times in recorder.step_times.items()},
+            load_by_adapter=load_by_adapter(running, waiting),
+            adapter_states=adapter_states(adapters.names, pool.__contains__),
             by_adapter={name: traffic.copy() for name, traffic in recorder.by_adapter.items()},
             adapters=AdapterStats(
                 registered=len(adapters.names),

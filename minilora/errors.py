@@ -7,8 +7,10 @@
     ├── FormatError        a file is damaged or says something impossible
     ├── UnsupportedError   correct input whose mathematics minilora does not have
     ├── AdapterError       an adapter does not fit its base model, or is incomplete
+    │   └── UnloadedError  it was unloaded while a request used it
     ├── ResourceError      memory, disk or threads are short
     ├── RequestError       a request failed for a reason of its own, or with the step that it was in
+    ├── QueueTimeoutError  a request waited too long for its turn
     └── EngineDeadError    the engine has stopped and takes no more requests
 
 Each says the cause in one line and, where there is one, the remedy in a second.
@@ -28,7 +30,11 @@ class MiniloraError(Exception):
 
 
 class UsageError(MiniloraError, ValueError):
-    """A parameter or a request is wrong."""
+    """A parameter or a request is wrong. param: which one, where it has a name."""
+
+    def __init__(self, cause: str, remedy: str = "", param: str | None = None):
+        super().__init__(cause, remedy)
+        self.param = param
 
 
 class NotFoundError(MiniloraError, LookupError):
@@ -51,6 +57,10 @@ class AdapterError(MiniloraError):
     """An adapter does not fit its base model, or is incomplete."""
 
 
+class UnloadedError(AdapterError):
+    """An adapter was unloaded while a request used it."""
+
+
 class ResourceError(MiniloraError):
     """Memory, disk or threads are short."""
 
@@ -59,6 +69,10 @@ class RequestError(MiniloraError):
     """A request failed while it ran. outputs: of all requests of the call, where there is more than one."""
 
     outputs: list
+
+
+class QueueTimeoutError(MiniloraError):
+    """A request waited too long for its turn."""
 
 
 class EngineDeadError(MiniloraError):

@@ -43,6 +43,11 @@ class Request:
         """Whether all texts have ended."""
         return self.output.finished
 
+    @property
+    def started(self) -> bool:
+        """Whether it has left the queue, if only to be preempted later."""
+        return self.builders[0].sequence.holds_adapters or self.finished
+
     def delta(self) -> RequestOutput:
         """What is new since the last call, in an object of its own: safe to hand to another thread."""
         output = self.output
@@ -173,13 +178,16 @@ class LLMEngine:
     def step(self) -> list[Request]:
         """One token more for every text that runs; returns the requests that changed, after their callbacks.
 
-        An exception in a callback ends its request only.
+        An exception in a callback, or in making a request's text, ends that request only.
         """
         changed: dict[Request, None] = {}
         for output in self.engine.step():
             # A request that was aborted in this very step, by the callback of another say, wants nothing more.
             if request := self._requests.get(output.sequence.number):
-                self._take(request, output)
+                try:
+                    self._take(request, output)
+                except Exception as error:
+                    self._fail(request, error)
                 changed[request] = None
         for request in changed:
             self._call_back(request)
@@ -189,6 +197,8 @@ class LLMEngine:
         sequence = output.sequence
         builder = next(b for b in request.builders if b.sequence is sequence)
         stopped = output.token is not None and builder.add(output.token, output.logprobs, output.last)
+        if builder is request.builders[0] and len(builder.output.token_ids) == 1:
+            self._note_prompt(request)
         if stopped:
             self.engine.cancel(sequence, "stop")
             sequence.finish_reason = "stop"
@@ -203,9 +213,9 @@ class LLMEngine:
         output.error = output.error or builder.sequence.error
         if all(b.output.finish_reason is not None for b in request.builders):
             output.finished = True
-            self._finish(request)
 
-    def _finish(self, request: Request) -> None:
+    def _note_prompt(self, request: Request) -> None:
+        """What is known of the prompt, once the first token is there."""
         first = request.builders[0].sequence
         request.output.num_cached_tokens = first.cached
         if first.params.prompt_logprobs is not None:
@@ -219,8 +229,11 @@ class LLMEngine:
             request.callback(request)
         except Exception as error:
             request.callback = None
-            request.output.error = error
-            self.abort_request(request, "error")
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.output.error = error
+        self.abort_request(request, "error")
 
     def close(self) -> None:
         """End the engine's threads."""

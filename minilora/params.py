@@ -1,6 +1,5 @@
 """What a request may ask for, and how an engine is set up: SamplingParams and EngineConfig, vLLM's names."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,24 @@ MOST_BIASES = 1024
 
 
 def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (open_low and value == low):
+    # A comparison with NaN is false, and math.isfinite fails on integers beyond float's range.
+    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not good or (open_low and value == low):
         bracket = "(" if open_low else "["
-        raise UsageError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {value!r}")
+        raise UsageError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {_shown(value)}", param=name)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+        raise UsageError(f"{name} must be an integer from {low} to {high}, not {_shown(value)}", param=name)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error names it: short, however long it is. (Python refuses to print integers of 5000 digits.)"""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number of many digits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 LogitsProcessor = Callable[[list[int], list[int], "np.ndarray"], "np.ndarray | None"]
@@ -79,7 +87,7 @@ class SamplingParams:
         _real("top_p", self.top_p, 0, 1, open_low=True)
         _whole("top_k", self.top_k, 0, 1 << 31)
         _real("min_p", self.min_p, 0, 1)
-        _real("repetition_penalty", self.repetition_penalty, 0, 10, open_low=True)
+        _real("repetition_penalty", self.repetition_penalty, 0.01, 10)
         _real("presence_penalty", self.presence_penalty, -2, 2)
         _real("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:
@@ -95,9 +103,9 @@ class SamplingParams:
     def _check_stops(self) -> None:
         assert isinstance(self.stop, tuple) and isinstance(self.stop_token_ids, tuple)
         if len(self.stop) > MOST_STOPS or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in self.stop):
-            raise UsageError(f"stop must be up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
+            raise UsageError(f"stop must be up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters", param="stop")
         if len(self.stop_token_ids) > MOST_BIASES:
-            raise UsageError(f"stop_token_ids may hold {MOST_BIASES} ids at most")
+            raise UsageError(f"stop_token_ids may hold {MOST_BIASES} ids at most", param="stop_token_ids")
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, 0, 1 << 31)
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors or ()))
@@ -105,18 +113,18 @@ class SamplingParams:
             raise UsageError("logits_processors must hold functions")
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
+                raise UsageError(f"{name} must be true or false, not {_shown(getattr(self, name))}", param=name)
 
     def _biases(self) -> dict[int, float]:
         if self.logit_bias is None:
             return {}
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
-            raise UsageError(f"logit_bias must map up to {MOST_BIASES} token ids to numbers")
+            raise UsageError(f"logit_bias must map up to {MOST_BIASES} token ids to numbers", param="logit_bias")
         found = {}
         for key, value in self.logit_bias.items():
-            token = int(key) if isinstance(key, str) and key.isdecimal() else key
-            _whole("a token id in logit_bias", token, 0, 1 << 31)
-            _real(f"logit_bias of token {token}", value, -100, 100)
+            token = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
+            _whole("logit_bias", token, 0, 1 << 31)
+            _real("logit_bias", value, -100, 100)
             found[token] = float(value)
         return found
 
@@ -136,7 +144,7 @@ class SamplingParams:
         assert isinstance(self.stop_token_ids, tuple) and isinstance(self.logit_bias, dict)
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             if wrong := [token for token in ids if token >= size]:
-                raise UsageError(f"{name} holds {wrong[0]}, the vocabulary has {size} tokens")
+                raise UsageError(f"{name} holds {wrong[0]}, the vocabulary has {size} tokens", param=name)
 
 
 NUMA_MODES = ("off", "interleave", "replicate")

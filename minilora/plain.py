@@ -76,6 +76,5 @@ class PlainLLM:
         if params.greedy:
             return kernels.argmax(logits, 0, len(logits))
         number = kernels.uniform(sequence.seed & (1 << 64) - 1, draw.position)
-        return kernels.sample(
-            logits, 0, len(logits), params.temperature, params.top_k, params.top_p, params.min_p, number, None, None, 0
-        )
+        cuts = (params.temperature, params.top_k, params.top_p, params.min_p)
+        return kernels.sample(logits, 0, len(logits), *cuts, number, None, None, 0, None, 0)

@@ -41,9 +41,12 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass
 class Times:
-    """Seconds on the engine's clock: when a text was submitted, and got its last token so far."""
+    """Seconds on the engine's clock: when a text was submitted, first took part in a step, got its first token, and
+    its last one so far."""
 
     submitted: float = 0.0
+    started: float | None = None
+    first_token: float | None = None
     last_token: float | None = None
 
 

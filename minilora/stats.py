@@ -2,43 +2,80 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Self
 
+from .params import SamplingParams
+from .registry import AdapterVersion
 from .sequence import Sequence
 
-# Upper bounds of the buckets, seconds; the last bucket has none.
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+# Upper bounds of buckets: all of vLLM's, so that panels made for it fit, and finer or wider ones where CPUs need them.
+# The last bucket has no bound.
+FIRST_TOKEN_SECONDS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 60.0),
+    *(80.0, 120.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0),
+)
+REQUEST_SECONDS = (
+    *(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+TOKENS = tuple(mantissa * 10**power for power in range(6) for mantissa in (1, 2, 5))
+TEXTS = (1, 2, 5, 10, 20, 50, 100)
+PREEMPTIONS = (0, 1, 2, 5, 10, 20, 50)
+
+STEP_KINDS = ("prefill", "decode", "mixed")
 
 
 @dataclass
 class Histogram:
-    """Durations. counts: how many fell into each bucket of BUCKETS and above the last; total: their sum, seconds."""
+    """Values counted by size. bounds: upper ends of the buckets; counts: how many fell into each, and above the last;
+    total: their sum."""
 
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    bounds: tuple[float, ...] = REQUEST_SECONDS
+    counts: list[int] = field(default_factory=list)
     total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     @property
     def count(self) -> int:
         """How many there were."""
         return sum(self.counts)
 
-    def add(self, seconds: float) -> None:
+    def add(self, value: float) -> None:
         """Count one."""
-        self.counts[bisect_left(BUCKETS, seconds)] += 1
-        self.total += seconds
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
 
     def copy(self) -> "Histogram":
         """Another with the same content."""
-        return Histogram(list(self.counts), self.total)
+        return Histogram(self.bounds, list(self.counts), self.total)
+
+
+class _Copies:
+    """A dataclass of numbers, counters and histograms."""
+
+    def copy(self) -> Self:
+        """Another with the same content."""
+        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return type(self)(*(value.copy() if isinstance(value, Histogram | Counter) else value for value in values))
 
 
 @dataclass
-class Traffic:
+class Traffic(_Copies):
     """Of one adapter, or of all requests. finished: by finish_reason; times in seconds.
 
     time_to_first_token: from submission; inter_token_time: between two tokens of a text; latency: from submission to
-    the last token.
+    the last token. last_request: when the newest came, on the engine's clock, None before the first.
     """
 
     requests: int = 0
@@ -46,16 +83,32 @@ class Traffic:
     cached_tokens: int = 0
     generated_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
-    time_to_first_token: Histogram = field(default_factory=Histogram)
-    inter_token_time: Histogram = field(default_factory=Histogram)
-    latency: Histogram = field(default_factory=Histogram)
+    time_to_first_token: Histogram = field(default_factory=partial(Histogram, FIRST_TOKEN_SECONDS))
+    inter_token_time: Histogram = field(default_factory=partial(Histogram, TOKEN_SECONDS))
+    latency: Histogram = field(default_factory=partial(Histogram, REQUEST_SECONDS))
+    last_request: float | None = None
 
-    def copy(self) -> "Traffic":
-        """Another with the same content."""
-        times = (self.time_to_first_token.copy(), self.inter_token_time.copy(), self.latency.copy())
-        return Traffic(
-            self.requests, self.prompt_tokens, self.cached_tokens, self.generated_tokens, Counter(self.finished), *times
-        )
+
+@dataclass
+class Course(_Copies):
+    """How texts went through the engine, of all adapters together; noted at their end. Times in seconds.
+
+    queue_time: from submission to the first step; prefill_time: from there to the first token; decode_time: from
+    there to the last; inference_time: the last two; time_per_token: decode_time by tokens after the first.
+    texts, max_tokens: as asked for, noted at submission. step_tokens: rows of a step.
+    """
+
+    queue_time: Histogram = field(default_factory=partial(Histogram, REQUEST_SECONDS))
+    prefill_time: Histogram = field(default_factory=partial(Histogram, REQUEST_SECONDS))
+    decode_time: Histogram = field(default_factory=partial(Histogram, REQUEST_SECONDS))
+    inference_time: Histogram = field(default_factory=partial(Histogram, REQUEST_SECONDS))
+    time_per_token: Histogram = field(default_factory=partial(Histogram, TOKEN_SECONDS))
+    prompt_tokens: Histogram = field(default_factory=partial(Histogram, TOKENS))
+    generated_tokens: Histogram = field(default_factory=partial(Histogram, TOKENS))
+    preemptions: Histogram = field(default_factory=partial(Histogram, PREEMPTIONS))
+    texts: Histogram = field(default_factory=partial(Histogram, TEXTS))
+    max_tokens: Histogram = field(default_factory=partial(Histogram, TOKENS))
+    step_tokens: Histogram = field(default_factory=partial(Histogram, STEP_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -80,11 +133,36 @@ class AdapterStats:
 
 
 @dataclass(frozen=True)
+class AdapterState:
+    """A registered adapter. state: "disk" until a request wants it, "loading", "memory" when read, "resident" in the
+    pool, "failed" where it could not be read; bytes: that it takes, 0 before it was read."""
+
+    state: str
+    rank: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sequences that run and that wait."""
+
+    running: int = 0
+    waiting: int = 0
+
+
+@dataclass(frozen=True)
 class Stats:
-    """An engine at one moment; counters since its start. pages_cached: not held, kept for texts that begin alike."""
+    """An engine at one moment; counters since its start.
+
+    waiting_for_adapters: of those waiting, whose adapters are being read. pages_cached: not held, kept for texts that
+    begin alike. by_adapter, load_by_adapter: by name, "" for requests without one; load_by_adapter has those that
+    run or wait only. step_times: by STEP_KINDS.
+    """
 
     running: int
     waiting: int
+    waiting_for_adapters: int
+    threads: int
     steps: int
     step_seconds: float
     pages: int
@@ -94,7 +172,11 @@ class Stats:
     prefix_lookups: int
     preemptions: int
     total: Traffic
+    course: Course
+    step_times: dict[str, Histogram]
     by_adapter: dict[str, Traffic]
+    load_by_adapter: dict[str, Load]
+    adapter_states: dict[str, AdapterState]
     adapters: AdapterStats
 
 
@@ -106,21 +188,32 @@ class Recorder:
 
     def __init__(self, is_known: Callable[[str], bool]):
         self._is_known = is_known
-        self.total = Traffic()
+        self.total, self.course = Traffic(), Course()
         self.by_adapter: dict[str, Traffic] = {}
         self.steps = 0
         self.step_seconds = 0.0
+        self.step_times = {kind: Histogram(STEP_SECONDS) for kind in STEP_KINDS}
 
     def _of(self, sequence: Sequence) -> list[Traffic]:
-        names = {version.name for version in sequence.adapters} or {""}
-        known = [name for name in names if not name or self._is_known(name)]
+        known = [name for name in names_of(sequence) if not name or self._is_known(name)]
         return [self.total, *(self.by_adapter.setdefault(name, Traffic()) for name in known)]
+
+    def asked(self, params: SamplingParams, max_tokens: int) -> None:
+        """Note what a request asks for. max_tokens: that its texts can have."""
+        self.course.texts.add(params.n)
+        self.course.max_tokens.add(max_tokens)
 
     def submitted(self, sequence: Sequence, now: float) -> None:
         """Note a new sequence."""
         sequence.times.submitted = now
         for traffic in self._of(sequence):
             traffic.requests += 1
+            traffic.last_request = now
+
+    def started(self, sequence: Sequence, now: float) -> None:
+        """Note that a sequence takes part in a step; only the first time counts."""
+        if sequence.times.started is None:
+            sequence.times.started = now
 
     def token(self, sequence: Sequence, now: float) -> None:
         """Note a new token."""
@@ -133,6 +226,9 @@ class Recorder:
                 traffic.time_to_first_token.add(now - times.submitted)
             else:
                 traffic.inter_token_time.add(now - times.last_token)
+        if times.first_token is None:
+            # A text that began as a copy of another started with its first token.
+            times.first_token, times.started = now, now if times.started is None else times.started
         times.last_token = now
 
     def finished(self, sequence: Sequence, now: float) -> None:
@@ -140,12 +236,59 @@ class Recorder:
         for traffic in self._of(sequence):
             traffic.finished[sequence.finish_reason or ""] += 1
             traffic.latency.add(now - sequence.times.submitted)
+        times, course = sequence.times, self.course
+        course.prompt_tokens.add(sequence.prompt_length)
+        course.generated_tokens.add(sequence.generated)
+        course.preemptions.add(sequence.preemptions)
+        if times.started is None:
+            return
+        course.queue_time.add(times.started - times.submitted)
+        if times.first_token is None or times.last_token is None:
+            return
+        decode = times.last_token - times.first_token
+        course.prefill_time.add(times.first_token - times.started)
+        course.decode_time.add(decode)
+        course.inference_time.add(times.last_token - times.started)
+        if sequence.generated > 1:
+            course.time_per_token.add(decode / (sequence.generated - 1))
 
-    def step(self, seconds: float) -> None:
-        """Note a step."""
+    def step(self, seconds: float, decodes: int, prompt_rows: int) -> None:
+        """Note a step with so many texts that decode and rows of prompts."""
         self.steps += 1
         self.step_seconds += seconds
+        self.course.step_tokens.add(decodes + prompt_rows)
+        kind = "decode" if not prompt_rows else "mixed" if decodes else "prefill"
+        self.step_times[kind].add(seconds)
 
     def forget(self, name: str) -> None:
         """Drop an adapter's own counters: its name is gone."""
         self.by_adapter.pop(name, None)
+
+
+def names_of(sequence: Sequence) -> set[str]:
+    """The names of a sequence's adapters, {""} without any."""
+    return {version.name for version in sequence.adapters} or {""}
+
+
+def load_by_adapter(running: Iterable[Sequence], waiting: Iterable[Sequence]) -> dict[str, Load]:
+    """How many sequences of each adapter run and wait."""
+    runs = Counter(name for sequence in running for name in names_of(sequence))
+    waits = Counter(name for sequence in waiting for name in names_of(sequence))
+    return {name: Load(runs[name], waits[name]) for name in sorted(runs | waits)}
+
+
+def adapter_states(
+    names: Mapping[str, AdapterVersion], is_resident: Callable[[str | None], bool]
+) -> dict[str, AdapterState]:
+    """Where each registered adapter is."""
+    return {name: AdapterState(_state(v, is_resident), v.rank, v.size) for name, v in names.items()}
+
+
+def _state(version: AdapterVersion, is_resident: Callable[[str | None], bool]) -> str:
+    if version.error is not None:
+        return "failed"
+    if version.digest is not None and is_resident(version.digest):
+        return "resident"
+    if version.packed is not None:
+        return "memory"
+    return "loading" if version.loading else "disk"

@@ -1,8 +1,10 @@
 """Text to token ids and back: the tokenizers library, with tokenizer.json from a folder or made from a GGUF file."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,11 @@ class Tokenizer:
             token.content: number for number, token in self._engine.get_added_tokens_decoder().items() if token.special
         }
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Most characters that one token can stand for."""
+        return max(map(len, self._engine.get_vocab(with_added_tokens=True)))
+
     @property
     def vocabulary_size(self) -> int:
         """Number of tokens, added ones included."""
@@ -116,9 +123,28 @@ class Tokenizer:
         """The text of one token by itself."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token by itself, also where it is a part of a character only."""
+        text = self.token(token_id)
+        piece = self._engine.id_to_token(token_id) or ""
+        if UNFINISHED not in text:
+            return text.encode()
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(byte[1])
+        table = _byte_table()
+        return bytes(table[c] for c in piece) if all(c in table for c in piece) else text.encode()
+
     def id_of(self, token: str) -> int | None:
         """The id of a token by its exact name."""
         return self._engine.token_to_id(token)
+
+
+@cache
+def _byte_table() -> dict[str, int]:
+    """The letters that byte-level tokenizers write for bytes: printable ones for themselves, others from U+0100 on."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
 
 
 def _engine(definition: str) -> Engine:

@@ -8,7 +8,7 @@ import pytest
 
 from minilora import LLM, AsyncEngine, LoRARequest, SamplingParams
 from minilora.config import ModelConfig
-from minilora.errors import EngineDeadError, NotFoundError, RequestError, UsageError
+from minilora.errors import EngineDeadError, NotFoundError, QueueTimeoutError, RequestError, UsageError
 
 from .support import BASE_CONFIG, LINEAR, peft_tensors, save_adapter
 
@@ -150,6 +150,30 @@ def test_wrong_requests_are_told_at_once(serve):
         ):
             with pytest.raises(error):
                 await engine.complete(prompt, params, lora)
+
+    serve(main)
+
+
+def test_who_waits_too_long_is_told(serve, expected):
+    async def main(engine):
+        endless = SamplingParams(max_tokens=450, ignore_eos=True)
+        busy = engine.generate(PROMPT, endless, start_within=0.01)
+        await anext(busy)
+        with pytest.raises(QueueTimeoutError, match="too long"):
+            await engine.complete(PROMPT, GREEDY, start_within=0.02)
+        assert (await anext(busy)).outputs[0].token_ids, "one that has begun goes on"
+        waiting = asyncio.create_task(engine.complete(PROMPT, GREEDY, start_within=30))
+        await busy.aclose()
+        assert (await waiting).outputs[0].text == expected[None]
+
+    serve(main, max_num_seqs=1)
+
+
+def test_warming_up_leaves_no_trace(serve):
+    async def main(engine):
+        await engine.warm_up()
+        stats = await engine.stats()
+        assert (stats.steps, stats.total.requests, stats.total.generated_tokens) == (0, 0, 0)
 
     serve(main)
 

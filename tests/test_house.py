@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,13 @@ KERNELS = ROOT / "kernels" / "minilora_kernels"
 # A module imports from its own row and lower ones only.
 LAYERS = [
     {"minilora_kernels"},
-    {"errors", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "chat", "checkpoint"},
+    {"errors", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "sandbox", "chat", "checkpoint"},
     {"weights", "packed", "adapters", "pool", "registry", "numa", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
     {"fairness", "scheduler", "engine"},
     {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},
-    {"cli", "cli_options", "__main__"},
+    {"server"},
+    {"cli", "cli_options", "cli_report", "cli_serve", "__main__"},
 ]
 
 
@@ -141,6 +143,10 @@ def test_readme_architectures_and_endpoints():
 
     text = (ROOT / "README.md").read_text()
     assert all(name in text for name in ARCHITECTURES)
+    for path in (ROOT / "minilora" / "server").glob("*.py"):
+        for method, route in re.findall(r'@router\.(get|post)\("([^"]+)"', path.read_text()):
+            route = re.sub("{([a-z]+):path}", r"{\1}", route)
+            assert f"`{method.upper()} {route}`" in text or route.startswith("/page/"), f"README has no {route}"
 
 
 def test_importing_is_quick_to_start():

@@ -1,0 +1,34 @@
+"""What commands say on stderr while something takes long."""
+
+import sys
+
+import click
+
+
+class Reporter:
+    """Shows what takes long, one line at a time, on stderr; a terminal's line is overwritten."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._width = 0
+
+    def __call__(self, message: str) -> None:
+        """Show a line."""
+        if not self._live:
+            click.echo(message, err=True)
+            return
+        click.echo("\r" + message.ljust(self._width), err=True, nl=False)
+        self._width = len(message)
+
+    def done(self) -> None:
+        """Clear the line."""
+        if self._live and self._width:
+            click.echo("\r" + " " * self._width + "\r", err=True, nl=False)
+            self._width = 0
+
+
+def announce_compiling(report: Reporter) -> None:
+    """Have programs that are compiled for this CPU announced."""
+    from minilora_kernels.jit import on_compile
+
+    on_compile(lambda name: report(f"compiling the {name.strip('_')} program for this CPU (once; kept on disk)"))

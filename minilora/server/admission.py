@@ -1,0 +1,117 @@
+"""How many requests may be in the engine at once.
+
+The engine queues and schedules by itself; the gate bounds what it holds, so that an overloaded server says at once
+that it is, instead of letting everybody wait in vain.
+"""
+
+import asyncio
+import math
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from ..async_engine import AsyncEngine
+from ..errors import UsageError
+from .failures import RefusedError
+from .settings import ServerConfig
+
+# Why requests are refused, as the metrics name it.
+REASONS = ("queue_full", "key_limit", "draining")
+# Endings from which the rate is measured, and bounds of what clients are told to wait, in seconds.
+REMEMBERED = 64
+SHORTEST_WAIT, LONGEST_WAIT = 1, 60
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request that was let in. sequences: texts that it makes."""
+
+    key: str
+    sequences: int
+
+
+class Gate:
+    """Lets requests in, up to max_num_seqs texts that run and max_num_queued_reqs that wait. For one event loop.
+
+    active: texts of all requests inside; rejections: how many were refused, by REASONS.
+    """
+
+    def __init__(self, config: ServerConfig, engine: AsyncEngine):
+        self._running = engine.config.max_num_seqs
+        self.capacity = self._running + config.max_num_queued_reqs
+        self._per_key = config.max_queued_per_key
+        self.active = 0
+        self.draining = False
+        self.rejections = Counter(dict.fromkeys(REASONS, 0))
+        self._by_key: Counter[str] = Counter()
+        self._ended: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def waiting(self) -> int:
+        """Texts inside that can't all run at once."""
+        return max(0, self.active - self._running)
+
+    @asynccontextmanager
+    async def admit(self, key: str, sequences: int) -> AsyncIterator[Ticket]:
+        """Be inside with so many texts, all or none. key: whose limit counts, "" for nobody's.
+
+        Raises RefusedError at once where the server is full or ends, UsageError where it could never be let in.
+        """
+        self._check(key, sequences)
+        self._change(key, sequences)
+        try:
+            yield Ticket(key, sequences)
+        finally:
+            self._change(key, -sequences)
+            self._ended.append((time.monotonic(), sequences))
+
+    def _check(self, key: str, sequences: int) -> None:
+        most = self.capacity if self._per_key is None or not key else min(self.capacity, self._per_key)
+        if sequences > most:
+            raise UsageError(f"the request makes {sequences} texts, at most {most} are possible", "Split it.")
+        if self.draining:
+            raise self._refusal(503, "draining", "the server is shutting down", sequences)
+        if key and self._per_key is not None and self._by_key[key] + sequences > self._per_key:
+            raise self._refusal(429, "key_limit", f"this API key has {self._by_key[key]} requests under way", sequences)
+        if self.active + sequences > self.capacity:
+            raise self._refusal(503, "queue_full", "the server is full", sequences)
+
+    def _refusal(self, status: int, reason: str, cause: str, sequences: int) -> RefusedError:
+        self.rejections[reason] += 1
+        wait = LONGEST_WAIT if reason == "draining" else self.retry_after(sequences)
+        return RefusedError(status, f"{cause}; try again in {wait} seconds", None, reason, wait)
+
+    def _change(self, key: str, sequences: int) -> None:
+        self.active += sequences
+        if key:
+            self._by_key[key] += sequences
+            if not self._by_key[key]:
+                del self._by_key[key]
+        if self.active:
+            self._empty.clear()
+        else:
+            self._empty.set()
+
+    def retry_after(self, sequences: int = 1) -> int:
+        """Whole seconds after which as many texts will probably find a place.
+
+        That is when those that wait now have begun, at the rate of the last endings: one who comes back when the
+        first place is free would meet all the others who were sent away.
+        """
+        if len(self._ended) < 2:
+            return SHORTEST_WAIT
+        seconds = time.monotonic() - self._ended[0][0]
+        rate = sum(count for _, count in self._ended) / max(seconds, 1e-3)
+        return max(SHORTEST_WAIT, min(LONGEST_WAIT, math.ceil((self.waiting + sequences) / rate)))
+
+    def drain(self) -> None:
+        """Let nobody in any more."""
+        self.draining = True
+
+    async def emptied(self) -> None:
+        """Wait until nobody is inside."""
+        await self._empty.wait()

@@ -1,0 +1,151 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
+
+What a client did wrong is named, with the field; what went wrong inside is logged, and told without detail.
+"""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ..errors import (
+    AdapterError,
+    DownloadError,
+    EngineDeadError,
+    FormatError,
+    MiniloraError,
+    NotFoundError,
+    QueueTimeoutError,
+    RequestError,
+    UnloadedError,
+    UnsupportedError,
+    UsageError,
+)
+
+log = logging.getLogger("minilora.server")
+
+# OpenAI's words for a status.
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+LONGEST = 500
+
+
+class RefusedError(MiniloraError):
+    """A request that is answered with this status. retry_after: seconds, None where trying again is of no use."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+
+class Failure:
+    """What a client is told about an error. retry_after: seconds, None where trying again is of no use."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ):
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.message = message if len(message) <= LONGEST else message[: LONGEST - 3] + "..."
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON document."""
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The answer with status and headers."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
+        return JSONResponse(self.body, self.status, headers)
+
+
+def failure_of(error: BaseException, request_id: str = "") -> Failure:
+    """What to tell about any error. One that is not the client's doing is logged here, under the request's id."""
+    if isinstance(error, RefusedError):
+        return Failure(error.status, error.cause, error.param, error.code, error.retry_after)
+    if isinstance(error, UsageError):
+        return Failure(400, _said(error), error.param, "invalid_value")
+    if isinstance(error, NotFoundError):
+        return Failure(404, _said(error), "model", "model_not_found")
+    if isinstance(error, QueueTimeoutError):
+        return Failure(503, error.cause, None, "queue_timeout", retry_after=5)
+    if isinstance(error, TimeoutError):
+        return Failure(504, "the request took longer than the server allows", None, "request_timeout")
+    cause = error.__cause__ if isinstance(error, RequestError) else None
+    if isinstance(cause, UnloadedError):
+        return Failure(404, cause.cause, "model", "adapter_unloaded")
+    if isinstance(error, EngineDeadError):
+        return Failure(503, "the engine has stopped", None, "engine_dead", retry_after=10)
+    log.error("request %s failed", request_id, exc_info=error)
+    told = f"; the server's log has more under request {request_id}" if request_id else ""
+    if isinstance(cause or error, AdapterError | FormatError | UnsupportedError | DownloadError):
+        return Failure(500, f"the adapter could not be loaded{told}", "model", "adapter_error")
+    return Failure(500, f"the request failed{told}", None, "internal_error")
+
+
+def _said(error: MiniloraError) -> str:
+    return f"{error.cause}. {error.remedy}" if error.remedy else error.cause
+
+
+def invalid(error: RequestValidationError) -> Failure:
+    """The first thing that pydantic objects to. The input is described, never repeated."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UsageError):
+        return failure_of(cause)
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    param = place[0] if place else None
+    if first["type"] == "json_invalid":
+        return Failure(400, "the body is not valid JSON", None, "invalid_json")
+    if first["type"] == "extra_forbidden":
+        return Failure(400, f"unknown field {param!r:.100}", (param or "")[:100], "unknown_field")
+    where = ".".join(place)[:100] or "the body"
+    return Failure(400, f"{where}: {first['msg']}", param, "invalid_value")
+
+
+async def _on_validation(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    return invalid(error).response()
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's own: unknown paths and methods."""
+    if not isinstance(error, HTTPException):
+        raise error
+    response = Failure(error.status_code, str(error.detail)).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    return failure_of(error, request.scope.get("state", {}).get("request_id", "")).response()
+
+
+def install(app: FastAPI) -> None:
+    """Have an application answer every error in this shape."""
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+    for kind in (MiniloraError, TimeoutError, Exception):
+        app.add_exception_handler(kind, _on_error)

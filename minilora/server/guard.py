@@ -1,0 +1,216 @@
+"""What every request must pass before any route sees it: limits, Host, API key, body.
+
+Pure ASGI, around the whole application, so that a path that no route has is guarded like any other. The key is wanted
+unless the router's own view of the path is one of the few open ones: a path in disguise is never open.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from starlette._utils import get_route_path
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .body import BodyReader, Gone, check_json, has_body, linger, replay, values
+from .failures import Failure, RefusedError
+from .settings import ServerConfig
+from .wire import make_protocol
+
+MOST_HEADERS = 100
+MOST_HEADER_BYTES = 32 << 10
+
+OPEN_PATHS = {"/health", "/ready"}
+PAGE = re.compile(r"/|/page/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+ADMIN_PATHS = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+
+LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+
+# Called with each answer's route, as it is written in the program, and status.
+Count = Callable[[str, int], None]
+
+
+def protect(app: ASGIApp, config: ServerConfig, count: Count | None = None) -> ASGIApp:
+    """An application that lets only proper requests through to `app`.
+
+    It leaves the caller in scope["state"]: `key`, a short digest of the API key that differs from start to start, ""
+    where none is asked for, and `admin`, whether it may load and unload adapters.
+    """
+    guard = Guard(app, config, count)
+    if not config.allowed_origins:
+        return guard
+    return CORSMiddleware(
+        guard,
+        allow_origins=config.allowed_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("Retry-After", "X-Request-Id"),
+    )
+
+
+def uvicorn_options(config: ServerConfig) -> dict[str, Any]:
+    """How uvicorn must be set up so that what reaches the guard is bounded too."""
+    return {
+        "http": make_protocol(config),
+        "ws": "none",
+        "lifespan": "off",
+        "server_header": False,
+        "root_path": config.root_path,
+        # Nothing here believes in X-Forwarded-For: it would let anybody on this machine choose an address.
+        "proxy_headers": False,
+        "timeout_keep_alive": config.keep_alive,
+        # The protocol answers those above max_connections, with Retry-After; these wait in the kernel.
+        "limit_concurrency": None,
+        "backlog": 512,
+    }
+
+
+class Guard:
+    """The middleware itself; `protect` makes it."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, count: Count | None = None):
+        self.app, self.config = app, config
+        self._hosts, self._keys = Hosts(config), Keys(config.api_keys, config.admin_keys)
+        self._bodies = BodyReader(config)
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or refuse it."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["type"] == "http":
+            await self._serve(scope, receive, self._counted(scope, send))
+        else:
+            await self.app(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        unread = has_body(scope["headers"])
+        try:
+            check_headers(scope)
+            self._hosts.check(scope)
+            self._identify(scope)
+            if unread:
+                body = await self._bodies.read(scope["headers"], receive)
+                unread, receive = False, replay(body, receive)
+                check_json(body)
+        except Gone:
+            return
+        except RefusedError as refusal:
+            await refuse(refusal, unread, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _identify(self, scope: Scope) -> None:
+        """Find out who asks; raise RefusedError where that one may not."""
+        caller = self._keys.find(values(scope["headers"], b"authorization"))
+        path = get_route_path(scope)
+        if caller is None and not self._is_open(path, scope["method"]):
+            raise RefusedError(
+                401, "this server wants an API key: send 'Authorization: Bearer KEY'", None, "invalid_api_key"
+            )
+        key, admin = caller or ("", False)
+        if path in ADMIN_PATHS and not admin:
+            raise RefusedError(403, "loading and unloading adapters needs an admin key", None, "admin_key_required")
+        scope.setdefault("state", {}).update(key=key, admin=admin)
+
+    def _is_open(self, path: str, method: str) -> bool:
+        if method not in ("GET", "HEAD"):
+            return False
+        return path in OPEN_PATHS or (self.config.enable_page and PAGE.fullmatch(path) is not None)
+
+    def _counted(self, scope: Scope, send: Send) -> Send:
+        if self._count is None:
+            return send
+        count = self._count
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Only routes of the program have names here: clients must not be able to make new ones.
+                count(getattr(scope.get("route"), "path", "other"), message["status"])
+            await send(message)
+
+        return counting
+
+
+async def refuse(refusal: RefusedError, unread: bool, receive: Receive, send: Send) -> None:
+    """Answer with an error; where the body is not read, the connection ends after it."""
+    response = Failure(refusal.status, refusal.cause, refusal.param, refusal.code, refusal.retry_after).response()
+    headers = list(response.raw_headers)
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if unread:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": unread})
+    if unread:
+        await linger(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def check_headers(scope: Scope) -> None:
+    """Raise RefusedError where there are too many headers, or they and the path are too long."""
+    headers = scope["headers"]
+    size = sum(len(name) + len(value) for name, value in headers) + len(scope["query_string"]) + len(scope["path"])
+    if len(headers) > MOST_HEADERS or size > MOST_HEADER_BYTES:
+        raise RefusedError(431, f"more than {MOST_HEADERS} headers or {MOST_HEADER_BYTES} bytes of them and the path")
+
+
+class Hosts:
+    """The names by which the server may be called.
+
+    A web page can have its own name point to 127.0.0.1 and so talk to a server there, as if it were its own (DNS
+    rebinding); the Host header tells. A server for other machines has names that it can't know: it takes any, unless
+    some are configured.
+    """
+
+    def __init__(self, config: ServerConfig):
+        self._names: set[str] | None = None
+        if config.allowed_hosts or (config.uds is None and is_loopback(config.host)):
+            own = f"[{config.host}]" if ":" in config.host else config.host
+            self._names = {name.lower() for name in (*LOOPBACK, own, *config.allowed_hosts)}
+
+    def check(self, scope: Scope) -> None:
+        """Raise RefusedError for a Host header that is missing, malformed or of a foreign name."""
+        hosts = values(scope["headers"], b"host")
+        if not hosts and self._names is None and scope.get("http_version") == "1.0":
+            return
+        match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if match is None:
+            raise RefusedError(400, "the Host header is missing or malformed", None, "invalid_host")
+        if self._names is not None and match[1].lower() not in self._names:
+            raise RefusedError(400, "the Host header names another server; see --allowed-hosts", None, "invalid_host")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Keys:
+    """Who may come in. Keys are kept and compared as digests, always all of them, so that no answer's time tells."""
+
+    def __init__(self, users: tuple[str, ...], admins: tuple[str, ...]):
+        self._users, self._admins = [_digest(key) for key in users], [_digest(key) for key in admins]
+        self._secret = os.urandom(16)
+
+    def find(self, authorization: list[str]) -> tuple[str, bool] | None:
+        """(short digest of the key, whether it is an admin's), ("", False) where no key is asked for, else None."""
+        scheme, _, key = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
+        given = _digest(key.strip(" ") if scheme.lower() == "bearer" else "")
+        user = any([hmac.compare_digest(given, known) for known in self._users])  # noqa: C419 (all are compared)
+        admin = any([hmac.compare_digest(given, known) for known in self._admins])  # noqa: C419
+        if user or admin:
+            return hashlib.blake2b(given, digest_size=8, key=self._secret).hexdigest(), admin
+        return None if self._users else ("", False)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("latin-1")).digest()

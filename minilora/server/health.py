@@ -1,0 +1,52 @@
+"""Whether the server lives and may be sent requests, what Prometheus reads, and the version.
+
+The first two want no key and tell no detail: who balances load has none.
+"""
+
+from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from .. import __version__
+from .answers import FAILURES
+from .failures import RefusedError
+from .state import Server, ServerDep
+
+# A step of the engine that takes longer, with what it compiles on first use, will not come to an end.
+LONGEST_STEP = 300.0
+
+router = APIRouter()
+
+
+def check_alive(server: Server) -> None:
+    """Raise RefusedError where the engine is dead or stuck."""
+    if server.engine.dead is not None or server.engine.stuck_for > LONGEST_STEP:
+        raise RefusedError(503, "the engine has stopped", None, "engine_dead")
+
+
+@router.get("/health", response_class=Response, responses=FAILURES)
+async def health(server: ServerDep) -> Response:
+    """200 while the engine lives, else 503: the process is to be started anew."""
+    check_alive(server)
+    return Response()
+
+
+@router.get("/ready", response_class=Response, responses=FAILURES)
+async def ready(server: ServerDep) -> Response:
+    """200 while new requests are welcome, 503 when the server drains or its engine is dead."""
+    check_alive(server)
+    if server.gate.draining:
+        raise RefusedError(503, "the server is shutting down", None, "draining")
+    return Response()
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=FAILURES)
+async def metrics(server: ServerDep) -> Response:
+    """Counters, gauges and histograms, for Prometheus."""
+    return Response(await server.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version", responses=FAILURES)
+async def version() -> dict[str, str]:
+    """The version of minilora."""
+    return {"version": __version__}

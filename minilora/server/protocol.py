@@ -1,0 +1,258 @@
+"""Requests as pydantic models: OpenAI's fields and vLLM's, each declared here or decided on in fields.py.
+
+Types are strict (no text or boolean for a number), numbers finite, lists and texts of bounded length; the ranges of
+sampling parameters are checked by SamplingParams. Unknown fields are errors.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, model_validator
+
+from ..errors import UsageError
+from ..params import LONGEST_STOP, MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STOPS
+from ..runner import MOST_USES
+from .fields import WITHOUT_EFFECT, without_refused
+
+MOST_PROMPTS = 1024
+MOST_MESSAGES = 2048
+MOST_PARTS = 256
+MOST_TOP_LOGPROBS = 20
+LONGEST_LABEL = 256
+
+Label = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_LABEL)]
+ModelName = Annotated[str, StringConstraints(max_length=512)]
+Prompt = str | list[int]
+
+
+class Strict(BaseModel):
+    """Base of all requests."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class StreamOptions(Strict):
+    """include_usage: a last chunk with the usage; continuous_usage_stats: the usage so far in every chunk."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] | None = Field(None, description="Only false: chunks are not padded.")
+
+
+class LoraUse(Strict):
+    """An adapter of a request, and the factor on its own scale."""
+
+    name: ModelName
+    scale: float = Field(1.0, ge=-100, le=100)
+
+
+class Sampling(Strict):
+    """What chat and text completions have in common."""
+
+    model: ModelName | None = Field(None, description="The base model, an adapter, or base:adapter.")
+    lora: list[LoraUse] | None = Field(
+        None, max_length=MOST_USES, description="Adapters with scales, applied together; model is the base model then."
+    )
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MOST_SEQUENCES)
+    seed: int | None = None
+    stop: (
+        str | Annotated[list[Annotated[str, StringConstraints(max_length=LONGEST_STOP)]], Field(max_length=MOST_STOPS)]
+    ) | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MOST_BIASES)] | None = None
+    # vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MOST_BIASES)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31, description="Lower goes first; below 0 needs an admin key.")
+    cache_salt: Label | None = Field(None, description="Cached prefixes are shared within one salt only.")
+    request_id: Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,128}$")] | None = Field(
+        None, description="Becomes part of the answer's id; need not be unique."
+    )
+    return_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    # without effect
+    user: str | None = Field(None, max_length=LONGEST_LABEL, description=WITHOUT_EFFECT["user"])
+    metadata: dict[str, Any] | None = Field(None, max_length=16, description=WITHOUT_EFFECT["metadata"])
+    safety_identifier: str | None = Field(
+        None, max_length=LONGEST_LABEL, description=WITHOUT_EFFECT["safety_identifier"]
+    )
+    prompt_cache_key: str | None = Field(None, max_length=LONGEST_LABEL, description=WITHOUT_EFFECT["prompt_cache_key"])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_refused(cls, data: Any) -> Any:
+        return without_refused(data)
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "Sampling":
+        if self.stream_options is not None and not self.stream:
+            raise UsageError("stream_options needs stream: true", param="stream_options")
+        return self
+
+    @property
+    def usage_at_end(self) -> bool:
+        """Whether the stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Whether every chunk says the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+# ---------------------------------------------------------------- chat
+
+
+class TextPart(Strict):
+    """A part of a message's content. Other types than text are not supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    """A message. developer is another word for system; the fields after name are in answers that clients send back,
+    and must be empty."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_PARTS)]
+    name: Label | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_parts(cls, data: Any) -> Any:
+        parts = data.get("content") if isinstance(data, dict) else None
+        for part in parts if isinstance(parts, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise UsageError(f"content of type {kind[:40]!r} is not supported, text is", param="messages")
+        return data
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates expect it."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": content, **({"name": self.name} if self.name is not None else {})}
+
+
+Scalar = bool | int | float | Annotated[str, StringConstraints(max_length=1024)] | None
+
+
+class ChatTemplateOptions(Strict):
+    """What a request may say about the rendering of its messages."""
+
+    add_generation_prompt: bool = True
+    chat_template_kwargs: Annotated[dict[Label, Scalar], Field(max_length=16)] | None = Field(
+        None, description="Variables for the model's chat template, as enable_thinking."
+    )
+
+
+class ChatRequest(Sampling, ChatTemplateOptions):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_completion_tokens: int | None = None
+    max_tokens: int | None = Field(None, description="Older name of max_completion_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise UsageError("top_logprobs needs logprobs: true", param="top_logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise UsageError("max_tokens and max_completion_tokens differ", param="max_completion_tokens")
+        return self
+
+
+# ---------------------------------------------------------------- completions
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """OpenAI's four forms of a prompt as a list of texts or token ids."""
+    if isinstance(value, str) or _is_ids(value):
+        return [value]
+    if not isinstance(value, list) or not value or len(value) > MOST_PROMPTS:
+        raise UsageError(f"prompt must be a text, token ids, or up to {MOST_PROMPTS} of these", param="prompt")
+    if not all(isinstance(prompt, str) for prompt in value) and not all(_is_ids(prompt) for prompt in value):
+        raise UsageError("a list of prompts must hold texts only, or lists of token ids only", param="prompt")
+    return value
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: Annotated[
+        list[Prompt], PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    ]
+    max_tokens: int | None = Field(None, description="16 if not given; 0 with echo.")
+    echo: bool | None = False
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise UsageError("max_tokens must be 1 or more, or 0 with echo", param="max_tokens")
+        return self
+
+
+# ---------------------------------------------------------------- tokens and adapters
+
+
+class TokenizeRequest(ChatTemplateOptions):
+    """POST /tokenize: a text, or a conversation as /v1/chat/completions would see it."""
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise UsageError("give either prompt or messages", param="prompt")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: ModelName | None = None
+    tokens: list[int] = Field(max_length=1 << 20)
+
+
+class LoadRequest(Strict):
+    """POST /v1/load_lora_adapter. load_inplace: it may replace an adapter of that name."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadRequest(Strict):
+    """POST /v1/unload_lora_adapter. force: end the requests that use it, instead of letting them finish."""
+
+    lora_name: str
+    lora_int_id: int | None = Field(None, description="Accepted, of no effect: adapters go by name.")
+    force: bool = False

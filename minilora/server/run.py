@@ -1,0 +1,184 @@
+"""Start and run: from options to a listening server, and to the exit code of its end."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import ssl
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import uvicorn
+from fastapi import FastAPI
+
+from ..adapters import describe
+from ..async_engine import AsyncEngine
+from ..checkpoint.lock import resolve_adapter
+from ..errors import ResourceError, UsageError
+from .app import create_app
+from .drain import Ending
+from .guard import is_loopback, uvicorn_options
+from .names import check_name
+from .settings import ServerConfig
+from .start_page import start_page
+from .state import Server
+from .wire import allow_connections
+
+Say = Callable[[str], None]
+
+BACKLOG = 512
+
+
+class Lora(NamedTuple):
+    """An adapter to load at the start. source: a folder, a hub repo or a bundled one's name."""
+
+    name: str
+    source: str
+    scale: float = 1.0
+
+
+def serve(
+    model: str, config: ServerConfig, loras: Sequence[Lora], options: Mapping[str, Any], say: Say, report: Say
+) -> int:
+    """Serve a model until a signal ends it; returns the exit code.
+
+    options: AsyncEngine's; say: called with lines for the operator; report: with what takes long while loading.
+    What can be wrong with options, files and the port is found before the model is loaded: raises UsageError,
+    NotFoundError, ResourceError, and what loading raises.
+    """
+    logging.basicConfig(level=logging.INFO if config.log_requests else logging.WARNING)
+    _check_tls(config)
+    allow_connections(config)
+    for lora in loras:
+        check_name(lora.name, "lora")
+        describe(resolve_adapter(lora.source, report))
+    with bound(config) as listener:
+        if not config.api_keys and config.uds is None and not is_loopback(config.host):
+            say("warning: everybody who reaches this address may use the server; see --api-key-file")
+        engine = AsyncEngine(model, report=report, **options)
+        try:
+            return asyncio.run(_serve(engine, config, loras, listener, say))
+        finally:
+            engine.close()
+
+
+async def _serve(
+    engine: AsyncEngine, config: ServerConfig, loras: Sequence[Lora], listener: socket.socket, say: Say
+) -> int:
+    app = create_app(engine, config)
+    server: Server = app.state.server
+    for lora in loras:
+        await server.names.register(*lora)
+    await engine.warm_up()
+    web = _Web(uvicorn_config(app, config))
+    ending = Ending(web, server, say)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ending.signal)
+    watch = asyncio.ensure_future(ending.watch())
+    listen(listener, config)
+    say(await start_page(server, listener))
+    await web.serve([listener])
+    watch.cancel()
+    return ending.exit_code
+
+
+class _Web(uvicorn.Server):
+    """uvicorn's server, which leaves signals to Ending."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Do nothing about them."""
+        yield
+
+
+def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        **uvicorn_options(config),
+        # Logging is set up by `serve`: all of it goes to stderr.
+        log_config=None,
+        access_log=config.log_requests,
+        timeout_graceful_shutdown=5,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+    )
+
+
+def _check_tls(config: ServerConfig) -> None:
+    if config.ssl_certfile is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except OSError as error:
+        raise UsageError(f"ssl_certfile and ssl_keyfile can't be used: {error.strerror or error}") from None
+
+
+# ---------------------------------------------------------------- the socket
+
+
+@contextlib.contextmanager
+def bound(config: ServerConfig) -> Iterator[socket.socket]:
+    """The socket, with its address but not listening yet. Raises ResourceError where the address is taken."""
+    if config.uds is not None:
+        with _unix_socket(Path(config.uds)) as listener:
+            yield listener
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError):
+        raise UsageError(f"host {config.host!r} has no address") from None
+    # Only of a socket that is said to be TCP does asyncio switch off the waiting for larger packets, which costs 40 ms
+    # for each answer.
+    with socket.socket(family, kind, protocol or socket.IPPROTO_TCP) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with _address_errors(config):
+            listener.bind(address)
+        yield listener
+
+
+def listen(listener: socket.socket, config: ServerConfig) -> None:
+    """Let connections come. Raises ResourceError."""
+    with _address_errors(config):
+        listener.listen(BACKLOG)
+
+
+@contextlib.contextmanager
+def _address_errors(config: ServerConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = config.uds or f"{config.host}:{config.port}"
+        if error.errno == errno.EADDRINUSE:
+            raise ResourceError(f"{where} is in use by another program", "Choose another --port.") from None
+        raise ResourceError(f"cannot listen on {where}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _unix_socket(path: Path) -> Iterator[socket.socket]:
+    """A Unix socket. One that is left from a server that is no more is replaced; the file's mode is umask's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
+                path.unlink()
+        try:
+            listener.bind(str(path))
+        except OSError as error:
+            raise ResourceError(f"cannot listen on {path}: {error.strerror or error}") from None
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0

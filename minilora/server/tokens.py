@@ -1,0 +1,41 @@
+"""POST /tokenize and /detokenize."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+
+from ..errors import UsageError
+from .answers import FAILURES, Detokenized, Tokenized
+from .chat import encode
+from .protocol import DetokenizeRequest, TokenizeRequest
+from .state import Server, ServerDep
+
+router = APIRouter()
+
+
+@router.post("/tokenize", response_model=Tokenized, responses=FAILURES)
+async def tokenize(body: TokenizeRequest, server: ServerDep) -> dict[str, Any]:
+    """The tokens of a text or a conversation."""
+    await server.names.resolve(body.model)
+    tokens = await asyncio.to_thread(_encode, body, server)
+    names = [server.engine.tokenizer.token(token) for token in tokens] if body.return_token_strs else None
+    return {"count": len(tokens), "max_model_len": server.engine.max_model_len, "tokens": tokens, "token_strs": names}
+
+
+def _encode(body: TokenizeRequest, server: Server) -> list[int]:
+    if body.messages is not None:
+        return encode(server, body.messages, body)
+    text = body.prompt or ""
+    server.check_length(len(text), "prompt")
+    return server.engine.tokenizer.encode(text, body.add_special_tokens)
+
+
+@router.post("/detokenize", response_model=Detokenized, responses=FAILURES)
+async def detokenize(body: DetokenizeRequest, server: ServerDep) -> dict[str, Any]:
+    """The text of tokens, special ones included."""
+    await server.names.resolve(body.model)
+    size = server.engine.model.weights.config.vocab_size
+    if wrong := [token for token in body.tokens if not 0 <= token < size]:
+        raise UsageError(f"tokens holds {str(wrong[0])[:40]}, the vocabulary has {size} tokens", param="tokens")
+    return {"prompt": await asyncio.to_thread(server.engine.tokenizer.decode, body.tokens, False)}
