@@ -1,5 +1,6 @@
 """The rows of one step: Sequence is the state of a text, pack() makes the flat arrays that the step reads."""
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -83,20 +84,18 @@ class Packer:
 
     def pack(self, chunks: list[Chunk]) -> StepInput:
         """The arrays of a step; chunks must be ordered so that those with equal adapters are neighbours."""
-        positions = [position for c in chunks for position in range(c.start, c.start + c.length)]
-        counts = [c.length for c in chunks]
-        pages_at = np.cumsum([0] + [len(c.pages) for c in chunks])
-        rows = np.cumsum([0, *counts]).tolist()
-        tiles, long = self._tiles(chunks, rows, pages_at.tolist())
+        rows = [0, *accumulate(chunk.length for chunk in chunks)]
+        pages_at = [0, *accumulate(len(chunk.pages) for chunk in chunks)]
+        tiles, long = self._tiles(chunks, rows, pages_at)
         wanted = [
             range(row + max(c.first_logits - c.start, 0), row + c.length) for c, row in zip(chunks, rows, strict=False)
         ]
         segments, scales = _segments(chunks, rows, self.ranks)
-        out_segments, out_scales = _segments(chunks, np.cumsum([0] + [len(w) for w in wanted]).tolist(), self.ranks)
+        out_segments, out_scales = _segments(chunks, [0, *accumulate(map(len, wanted))], self.ranks)
         return StepInput(
             _numbers([token for c in chunks for token in c.tokens[c.start : c.start + c.length]]),
-            _numbers(positions),
-            np.repeat(pages_at[:-1], counts).astype(np.int64),
+            _numbers([position for c in chunks for position in range(c.start, c.start + c.length)]),
+            _numbers([at for c, at in zip(chunks, pages_at, strict=False) for _ in range(c.length)]),
             _numbers([page for c in chunks for page in c.pages]),
             tiles,
             long,
@@ -139,7 +138,7 @@ def _segments(chunks: list[Chunk], rows: list[int], ranks: int) -> tuple[np.ndar
     """Runs of rows with equal adapters; a run with several adapters is there once for each, in their order."""
     segments: list[tuple[int, ...]] = []
     scales: list[float] = []
-    at = 0
+    at = 0 if any(chunk.uses for chunk in chunks) else len(chunks)
     while at < len(chunks):
         end = at + 1
         while end < len(chunks) and chunks[end].uses == chunks[at].uses:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
@@ -128,12 +129,12 @@ class SamplingParams:
             found[token] = float(value)
         return found
 
-    @property
+    @cached_property
     def greedy(self) -> bool:
         """Whether the best token is always taken."""
         return self.temperature < 1e-5
 
-    @property
+    @cached_property
     def changes_logits(self) -> bool:
         """Whether logits are altered before a token is chosen."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)

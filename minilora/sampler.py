@@ -3,6 +3,8 @@
 A row's token depends on its own logits, its parameters, its seed and its position; never on other rows.
 """
 
+import math
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -108,14 +110,15 @@ class Sampler:
     def draw(self, draws: list[Draw]) -> list[int | Exception]:
         """A token for each, or why there is none: an error of its logits processor, or logits that are no numbers."""
         tokens: list[int | Exception] = [0] * len(draws)
-        greedy = [i for i, d in enumerate(draws) if d.params.greedy and not d.params.changes_logits]
-        plain = [i for i, d in enumerate(draws) if not d.params.greedy and not d.params.changes_logits]
-        rows = [draws[i].row for i in greedy]
-        # The step has found these already.
-        self._keep(tokens, greedy, self._logits, rows, self._best[rows])
-        rows = [draws[i].row for i in plain]
-        self._keep(tokens, plain, self._logits, rows, self._choose(self._logits, [draws[i] for i in plain], rows))
-        if len(greedy) + len(plain) < len(draws):
+        plain = []
+        for i, draw in enumerate(draws):
+            if draw.params.greedy and not draw.params.changes_logits:
+                # The step has found these already.
+                tokens[i] = self._checked(int(self._best[draw.row]), self._logits, draw.row)
+            elif not draw.params.changes_logits:
+                plain.append(i)
+        self._draw_rows(tokens, plain, self._logits, draws, [draws[i].row for i in plain])
+        if any(draw.params.changes_logits for draw in draws):
             self._draw_altered(tokens, draws)
         return tokens
 
@@ -133,23 +136,23 @@ class Sampler:
                 good.append(i)
             except Exception as error:
                 tokens[i] = error
-        rows = list(range(len(good)))
-        found = self._choose(self._changed, [draws[i] for i in good], rows)
-        self._keep(tokens, good, self._changed, rows, found)
+        self._draw_rows(tokens, good, self._changed, draws, list(range(len(good))))
 
-    def _keep(
-        self, tokens: list[int | Exception], which: list[int], logits: np.ndarray, rows: list[int], found: np.ndarray
+    def _draw_rows(
+        self, tokens: list[int | Exception], which: list[int], logits: np.ndarray, draws: list[Draw], rows: list[int]
     ) -> None:
-        """tokens[i] for each i of which: what was found in its row of logits, if that is a number."""
-        if not which:
-            return
-        finite = np.isfinite(logits[np.array(rows) * self._width + found])
-        for i, token, good in zip(which, found.tolist(), finite.tolist(), strict=True):
-            tokens[i] = token if good else RequestError("the logits hold no finite number to choose a token by")
+        """tokens[i] for each i of which, from its row of logits."""
+        found: Iterable[int] = self._choose(logits, [draws[i] for i in which], rows) if which else ()
+        for i, row, token in zip(which, rows, found, strict=True):
+            tokens[i] = self._checked(int(token), logits, row)
+
+    def _checked(self, token: int, logits: np.ndarray, row: int) -> int | Exception:
+        """The token, if its logit is a number."""
+        if math.isfinite(logits[row * self._width + token]):
+            return token
+        return RequestError("the logits hold no finite number to choose a token by")
 
     def _choose(self, logits: np.ndarray, draws: list[Draw], rows: list[int]) -> np.ndarray:
-        if not draws:
-            return np.zeros(0, np.int64)
         width, half, whole = self._width, 1 << 63, 1 << 64
         keys = [(d.seed + half) % whole - half for d in draws]
         numbers = [

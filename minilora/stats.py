@@ -190,13 +190,11 @@ class Recorder:
         self._is_known = is_known
         self.total, self.course = Traffic(), Course()
         self.by_adapter: dict[str, Traffic] = {}
+        # Of each sequence under way, by number: the counters that it goes into.
+        self._of: dict[int, list[Traffic]] = {}
         self.steps = 0
         self.step_seconds = 0.0
         self.step_times = {kind: Histogram(STEP_SECONDS) for kind in STEP_KINDS}
-
-    def _of(self, sequence: Sequence) -> list[Traffic]:
-        known = [name for name in names_of(sequence) if not name or self._is_known(name)]
-        return [self.total, *(self.by_adapter.setdefault(name, Traffic()) for name in known)]
 
     def asked(self, params: SamplingParams, max_tokens: int) -> None:
         """Note what a request asks for. max_tokens: that its texts can have."""
@@ -206,7 +204,9 @@ class Recorder:
     def submitted(self, sequence: Sequence, now: float) -> None:
         """Note a new sequence."""
         sequence.times.submitted = now
-        for traffic in self._of(sequence):
+        known = [name for name in names_of(sequence) if not name or self._is_known(name)]
+        self._of[sequence.number] = [self.total, *(self.by_adapter.setdefault(name, Traffic()) for name in known)]
+        for traffic in self._of[sequence.number]:
             traffic.requests += 1
             traffic.last_request = now
 
@@ -218,7 +218,7 @@ class Recorder:
     def token(self, sequence: Sequence, now: float) -> None:
         """Note a new token."""
         times = sequence.times
-        for traffic in self._of(sequence):
+        for traffic in self._of[sequence.number]:
             traffic.generated_tokens += 1
             if times.last_token is None:
                 traffic.prompt_tokens += sequence.prompt_length
@@ -233,7 +233,7 @@ class Recorder:
 
     def finished(self, sequence: Sequence, now: float) -> None:
         """Note the end of a sequence."""
-        for traffic in self._of(sequence):
+        for traffic in self._of.pop(sequence.number):
             traffic.finished[sequence.finish_reason or ""] += 1
             traffic.latency.add(now - sequence.times.submitted)
         times, course = sequence.times, self.course

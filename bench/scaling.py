@@ -1,0 +1,123 @@
+"""What more cores would give: a model of the step from this machine's measured ceilings and barriers.
+
+    python bench/scaling.py --model smollm2-135m-instruct --cores 1,2,8,16,32,64 --bandwidth 300
+
+Each phase of a layer takes the longer of two times: its bytes over the bandwidth of the threads that have work, at
+most --bandwidth GB/s, and its multiply-adds over their peak, of which --reached is reached. Threads have work in whole
+units (heads, blocks of 32 columns), so a phase of 15 units takes as long on 15 cores as on 64. A barrier ends each
+phase; its threads arrive one after another, so it grows with their number. Measured here: one core's read bandwidth and
+peak, and the barrier of the threads that there are. Last line: one JSON document.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+
+import ceilings
+from engine import numbers
+
+from minilora.checkpoint.lock import resolve_model
+from minilora.packed import load_model
+from minilora.runner import usable_cores
+from minilora.weights import Weights
+from minilora_kernels.jit import kernel, program
+from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
+from minilora_kernels.team import Team, barrier
+
+MEETINGS = 2000
+
+
+@kernel
+def _meet(rank, size, sync, times):
+    for _ in range(times):
+        barrier(sync, size)
+
+
+def arrival_seconds(threads: int) -> float:
+    """What each thread adds to a barrier."""
+    team, meet = Team(threads), program(_meet)
+    team.run(meet, MEETINGS)
+    started = time.perf_counter()
+    team.run(meet, MEETINGS)
+    seconds = time.perf_counter() - started
+    team.close()
+    return seconds / MEETINGS / threads
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a step between two barriers. units: pieces that threads can take; times: in a step."""
+
+    name: str
+    units: int
+    bytes: int
+    products: int
+    times: int
+
+
+def phases(weights: Weights, rows: int) -> list[Phase]:
+    """Of a step with `rows` rows, the matrices only: for short texts the rest is little."""
+    config = weights.config
+    heads, width = config.heads + 2 * config.kv_heads, config.hidden_size // BLOCK
+    units = {"q k v": heads, "o": width, "gate up": config.intermediate_size // BLOCK, "down": width}
+    sizes = {
+        "q k v": (config.qkv_rows, config.hidden_size),
+        "o": (config.hidden_size, config.heads * config.head_dim),
+        "gate up": (2 * config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+    }
+    head = weights.matrices[weights.head]
+    inner = [m for i, m in enumerate(weights.matrices) if i not in (weights.embed, weights.head)]
+    each = sum(int(m[ROWS] // BLOCK * m[BLOCK_BYTES]) for m in inner) / sum(int(m[ROWS] * m[COLUMNS]) for m in inner)
+    found = [Phase(name, units[name], int(n * k * each), rows * n * k, config.layers) for name, (n, k) in sizes.items()]
+    found.append(Phase("attention", rows * config.kv_heads, 0, 0, config.layers))
+    blocks = int(head[ROWS]) // BLOCK
+    return [*found, Phase("head", blocks, blocks * int(head[BLOCK_BYTES]), int(head[ROWS] * head[COLUMNS]), 1)]
+
+
+def predict(parts: list[Phase], cores: int, one: ceilings.Ceilings, options: argparse.Namespace, arrival: float):
+    """Seconds of a step: (work, barriers)."""
+    work = 0.0
+    for part in parts:
+        busy = part.units / -(-part.units // cores)
+        reading = part.bytes / (min(busy * one.read, options.bandwidth) * 1e9)
+        work += part.times * max(reading, part.products / (busy * one.multiply * 1e9 * options.reached))
+    return work, sum(part.times for part in parts) * cores * arrival * (cores > 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--cores", type=numbers, default=[1, 2, 8, 16, 32, 64])
+    parser.add_argument("--rows", type=numbers, default=[1, 8, 512], help="rows of a step")
+    parser.add_argument("--bandwidth", type=float, default=300.0, help="GB/s that the whole machine reads at")
+    parser.add_argument("--reached", type=float, default=0.65, help="share of the int8 peak that products reach")
+    options = parser.parse_args()
+    weights = load_model(resolve_model(options.model, print), options.model).weights
+    one, arrival = ceilings.measure(1), arrival_seconds(usable_cores())
+    print(
+        f"one core: {one.read:.1f} GB/s, {one.multiply:.0f} G multiply-adds/s; a barrier: {1e6 * arrival:.2f} us a thread"
+    )
+    found = []
+    for rows in options.rows:
+        parts = phases(weights, rows)
+        for cores in options.cores:
+            work, waiting = predict(parts, cores, one, options, arrival)
+            speed = rows / (work + waiting)
+            found.append(
+                {
+                    "rows": rows,
+                    "cores": cores,
+                    "tokens_per_s": round(speed),
+                    "barriers": round(waiting / (work + waiting), 3),
+                }
+            )
+            print(f"{rows:4} rows, {cores:3} cores: {speed:10.0f} tokens/s, {found[-1]['barriers']:6.1%} in barriers")
+
+    measured = {"read": one.read, "multiply": one.multiply, "arrival_us": 1e6 * arrival}
+    print(json.dumps({"settings": vars(options), "measured": measured, "predicted": found}))
+
+
+if __name__ == "__main__":
+    main()
