@@ -32,6 +32,8 @@ from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "smollm2-135m-instruct"
+# Random weights in these shapes, by the first word of a file's key.
+SHAPES = {"big": "tinyllama-1.1b", "wide": "llama-3.2-1b"}
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,12 @@ CASES = [
     Case("prefill 512, 135M Q4_1, same file", "small", "small", "prefill", 6),
     Case("prefill 512, 1.1B int4, against Q4_0", "big-q4_0", "big-q4_0", "prefill", 1.6),
     Case("prefill 512, 1.1B int8, against Q8_0", "big-q8_0", "big-q8_0", "prefill", 2.8),
+    Case("prefill 512, Llama-3.2-1B int4, against Q4_0", "wide-q4_0", "wide-q4_0", "prefill", 1.6),
+    Case("prefill 512, Llama-3.2-1B int8, against Q8_0", "wide-q8_0", "wide-q8_0", "prefill", 2.8),
     Case("decode, 135M Q4_1, against Q4_0", "small", "small-q4_0", "decode", 1.5),
     Case("decode, 135M Q4_1, same file", "small", "small", "decode", 2),
     Case("decode, 1.1B int4, against Q4_0", "big-q4_0", "big-q4_0", "decode", 1.05),
+    Case("decode, Llama-3.2-1B int4, against Q4_0", "wide-q4_0", "wide-q4_0", "decode", 1.05),
     Case("decode batch 8, 135M Q4_1, against Q4_0", "small", "small-q4_0", "decode", 3, batch=8),
     Case("decode at depth 4096, 135M, float16 pages", "small", "small-q4_0", "decode", 2.5, depth=4096),
     Case("decode at depth 4096, 135M, int8 pages", "small", "small-q4_0", "decode", 3, depth=4096, cache="int8"),
@@ -83,7 +88,7 @@ class Files:
             if key.startswith("small"):
                 run([self._binaries / "llama-quantize", "--allow-requantize", self["small"], part, kind.upper(), "2"])
             else:
-                run([sys.executable, ROOT / "tools" / "random_gguf.py", "tinyllama-1.1b", kind, part])
+                run([sys.executable, ROOT / "tools" / "random_gguf.py", SHAPES[key.split("-")[0]], kind, part])
             part.rename(path)
         return path
 

@@ -1,8 +1,10 @@
 """Machine code on disk: found again, never mixed up, never trusted blindly. Each start is a process of its own."""
 
 import os
+import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -62,6 +64,22 @@ def test_programs_of_different_processes_do_not_mix(start):
     assert start(5)[0] == "[5] 1"
     assert start(5, 3, 7)[0] == "[5, 3, 7] 1"
     assert start(7, 5, 3)[0] == "[7, 5, 3] 0"
+
+
+def test_processes_that_start_at_once_do_not_harm_each_other(start):
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda factor: start(factor, 7)[0], (3, 3, 5, 5)))
+    assert [answer.rpartition(" ")[0] for answer in found] == ["[3, 7]", "[3, 7]", "[5, 7]", "[5, 7]"]
+    assert start(3, 5, 7)[0] == "[3, 5, 7] 0"
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the other CPU is an x86-64 one")
+def test_each_cpu_has_its_own_code(start):
+    """A home folder that machines share: none runs what was compiled for another."""
+    other = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"}
+    assert start(3)[0] == "[3] 1"
+    assert start(3, **other)[0] == "[3] 1"
+    assert start(3)[0] == start(3, **other)[0] == "[3] 0"
 
 
 def test_an_edited_helper_is_compiled_anew(start):
