@@ -16,10 +16,11 @@ import httptools
 
 @dataclass
 class Answer:
-    """What came back. pieces: (seconds on perf_counter's clock, bytes of the body)."""
+    """What came back. pieces: (seconds on perf_counter's clock, bytes of the body); headers: names in lower case."""
 
     status: int = 0
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def body(self) -> bytes:
@@ -44,6 +45,7 @@ class Connection(asyncio.Protocol):
         self.is_open = False
         self._answer = Answer()
         self._done: asyncio.Future[None] | None = None
+        self._leave_after: int | None = None
 
     def connection_made(self, transport) -> None:
         self._transport, self.is_open = transport, True
@@ -66,19 +68,32 @@ class Connection(asyncio.Protocol):
 
     # httptools calls these.
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._answer.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
     def on_body(self, body: bytes) -> None:
+        if not self.is_open:
+            # More of the same data, after which it left.
+            return
         self._answer.pieces.append((self._now, body))
+        if len(self._answer.pieces) == self._leave_after:
+            self.close()
+            self._finish()
 
     def on_message_complete(self) -> None:
         if not self._parser.should_keep_alive():
             self.close()
+        self._finish()
+
+    def _finish(self) -> None:
         if self._done is not None and not self._done.done():
             self._answer.status = self._parser.get_status_code()
             self._done.set_result(None)
 
-    async def send(self, request: bytes) -> Answer:
-        """Send a whole request; its whole answer. Raises ConnectionError."""
+    async def send(self, request: bytes, leave_after: int | None = None) -> Answer:
+        """Send a whole request; its answer, whole or up to so many pieces. Raises ConnectionError."""
         self._answer, self._parser = Answer(), httptools.HttpResponseParser(self)
+        self._leave_after = leave_after
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         await self._done
@@ -111,11 +126,12 @@ class Client:
             lines += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         return lines.encode() + b"\r\n" + body
 
-    async def send(self, request: bytes) -> Answer:
-        """Send a request on an idle connection or a new one. Raises OSError."""
+    async def send(self, request: bytes, leave_after: int | None = None) -> Answer:
+        """Send a request on an idle connection or a new one. leave_after: close it after so many pieces of the
+        answer, as a client that leaves. Raises OSError."""
         connection = await self._connect()
         try:
-            answer = await connection.send(request)
+            answer = await connection.send(request, leave_after)
         except BaseException:
             connection.close()
             raise

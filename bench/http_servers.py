@@ -1,14 +1,17 @@
-"""What bench/serve_http.py puts under load: `minilora serve`, and for comparison the engine alone and llama-server."""
+"""What benchmarks over HTTP put under load: `minilora serve`, and for comparison the engine alone and llama-server."""
 
 import argparse
 import json
+import shlex
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import psutil
 from workload import Arrival
@@ -18,10 +21,23 @@ ENGINE = ("dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "lora_memo
 WORKLOAD = ("requests", "concurrency", "rate", "burstiness", "trace", "adapters", "popularity", "seed")
 
 
-class OwnServer:
-    """`minilora serve` in a process of its own, ended with the `with` block."""
+# A server that is told to end and still runs after so many seconds is killed: its exit code tells.
+LONGEST_END = 60
 
-    def __init__(self, options: argparse.Namespace, adapters: dict[str, Path]):
+
+class OwnServer:
+    """`minilora serve` in a process of its own, ended with the `with` block.
+
+    arguments: more of its command line; log: a file for its stderr.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        adapters: dict[str, Path],
+        arguments: Sequence[str] = (),
+        log: IO | None = None,
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -29,7 +45,8 @@ class OwnServer:
         command += [*flags(options, ENGINE), "--max-loras", str(max(options.max_num_seqs, 1))]
         for name, path in adapters.items():
             command += ["--lora", f"{name}={path}"]
-        self.process = subprocess.Popen(command + options.serve_arguments.split(), stdout=subprocess.DEVNULL)
+        command += [*arguments, *shlex.split(options.serve_arguments)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "OwnServer":
@@ -46,7 +63,11 @@ class OwnServer:
 
     def __exit__(self, *_) -> None:
         self.process.terminate()
-        self.process.wait()
+        try:
+            self.process.wait(LONGEST_END)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 def flags(options: argparse.Namespace, names: tuple[str, ...]) -> list[str]:

@@ -53,11 +53,11 @@ def render(
     sandbox = compiled.environment
     assert isinstance(sandbox, Sandbox)
     sandbox.start(SECONDS)
+    given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, **names}
     pieces, size = [], 0
     try:
-        for piece in compiled.generate(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **names
-        ):
+        # As one argument: a variable may be called self.
+        for piece in compiled.generate(given):
             sandbox.check()
             pieces.append(piece)
             size += len(piece)

@@ -84,7 +84,7 @@ SERVER_OPTIONS = (
     _several("--allowed-hosts", "allowed_hosts", "Another name of this server in the Host header"),
     _several("--allowed-origins", "allowed_origins", "A web page's origin that may use the server"),
     _several("--served-model-name", "served_model_name", "Name of the base model; the first is in answers"),
-    _several("--lora", "loras", "An adapter to load at once", metavar="NAME[=PATH[:SCALE]]"),
+    _several("--lora", "loras", "An adapter to load at once", metavar="NAME[=PATH[:SCALE]]", envvar="MINILORA_LORA"),
     _option("--lora-dir", "A folder of PEFT folders: each is an adapter, read on first use.", FILE),
     _flag("enable-runtime-lora", "Loading adapters from --lora-dir by requests with an admin key."),
     _flag("isolate-cache-per-key", "Share no cached prefixes between API keys."),

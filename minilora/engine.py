@@ -162,7 +162,7 @@ class Engine:
                 "Lower max_tokens or raise kv_cache_memory.",
             )
         if params.n > self.config.max_num_seqs:
-            raise UsageError(f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}")
+            raise UsageError(f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}", param="n")
         if len({use.adapter for use in uses}) > (most := min(MOST_USES, self.config.max_loras)):
             raise UsageError(f"{len(uses)} adapters in one request, at most {most} are possible")
         params.check_vocabulary(self.model.vocab_size)

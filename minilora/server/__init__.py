@@ -1,11 +1,13 @@
 """The engine behind HTTP: OpenAI's routes and vLLM's, with many adapters, for many users.
 
-settings, run          options; start, signals, end
-app, state             the application, and what its routes share
-guard, admission       who and what is let in; how many at once
+settings, run, start_page, drain    options; start; what is said then; signals and the end
+app, state                          the application, and what its routes share
+wire, guard, body, admission        what is let in: connections, requests, their bodies; how many requests at once
 chat, completions, tokens, models, health, page    the routes
-protocol, sampling, names, stream, failures        requests and answers, in and out
-metrics                what Prometheus reads
+protocol, fields, sampling, names   requests: their fields, those that have no effect; parameters; adapters
+generation, stream, logprobs        what both generation routes do; answers that take long; log-probabilities
+answers, failures                   the shapes of answers and of errors
+metrics, board                      what Prometheus and the page's dashboard read
 """
 
 from importlib import import_module

@@ -10,7 +10,6 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from ..async_engine import AsyncEngine
 from ..errors import UsageError
@@ -22,14 +21,6 @@ REASONS = ("queue_full", "key_limit", "draining")
 # Endings from which the rate is measured, and bounds of what clients are told to wait, in seconds.
 REMEMBERED = 64
 SHORTEST_WAIT, LONGEST_WAIT = 1, 60
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A request that was let in. sequences: texts that it makes."""
-
-    key: str
-    sequences: int
 
 
 class Gate:
@@ -56,7 +47,7 @@ class Gate:
         return max(0, self.active - self._running)
 
     @asynccontextmanager
-    async def admit(self, key: str, sequences: int) -> AsyncIterator[Ticket]:
+    async def admit(self, key: str, sequences: int) -> AsyncIterator[None]:
         """Be inside with so many texts, all or none. key: whose limit counts, "" for nobody's.
 
         Raises RefusedError at once where the server is full or ends, UsageError where it could never be let in.
@@ -64,7 +55,7 @@ class Gate:
         self._check(key, sequences)
         self._change(key, sequences)
         try:
-            yield Ticket(key, sequences)
+            yield
         finally:
             self._change(key, -sequences)
             self._ended.append((time.monotonic(), sequences))

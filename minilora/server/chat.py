@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..chat import encode_chat
-from ..errors import UsageError
 from ..outputs import CompletionOutput, RequestOutput
 from ..tokenizer import Tokenizer
 from . import logprobs
@@ -39,11 +38,7 @@ def encode(server: Server, messages: list[ChatMessage], options: ChatTemplateOpt
     """The tokens of a conversation. Raises UsageError."""
     given, variables = [message.for_template() for message in messages], options.chat_template_kwargs
     server.check_length(sum(len(message["content"]) for message in given), "messages")
-    try:
-        return encode_chat(server.engine.tokenizer, given, options.add_generation_prompt, variables)
-    except UsageError as error:
-        error.param = error.param or "messages"
-        raise
+    return encode_chat(server.engine.tokenizer, given, options.add_generation_prompt, variables)
 
 
 def _head(job: Job, kind: str) -> dict[str, Any]:

@@ -4,6 +4,9 @@ What a client did wrong is named, with the field; what went wrong inside is logg
 """
 
 import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -37,6 +40,8 @@ TYPES = {
     503: "overloaded_error",
 }
 LONGEST = 500
+# What pydantic calls the choices of a field that takes several types.
+_CHOICES = re.compile(r"bool|int|float|str|constrained-str|list\[.*\]")
 
 
 class RefusedError(MiniloraError):
@@ -108,20 +113,41 @@ def _said(error: MiniloraError) -> str:
     return f"{error.cause}. {error.remedy}" if error.remedy else error.cause
 
 
+@contextmanager
+def about(param: str) -> Iterator[None]:
+    """Errors of the block that name no field are about this one."""
+    try:
+        yield
+    except UsageError as error:
+        error.param = error.param or param
+        raise
+
+
 def invalid(error: RequestValidationError) -> Failure:
     """The first thing that pydantic objects to. The input is described, never repeated."""
-    first = error.errors()[0]
+    first = _first(error.errors())
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UsageError):
         return failure_of(cause)
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = place[0] if place else None
     if first["type"] == "json_invalid":
         return Failure(400, "the body is not valid JSON", None, "invalid_json")
-    if first["type"] == "extra_forbidden":
-        return Failure(400, f"unknown field {param!r:.100}", (param or "")[:100], "unknown_field")
-    where = ".".join(place)[:100] or "the body"
-    return Failure(400, f"{where}: {first['msg']}", param, "invalid_value")
+    *way, last = [str(part) for part in first["loc"][1:]] or [""]
+    way = [part for part in way if not _CHOICES.fullmatch(part)]
+    unknown = first["type"] == "extra_forbidden"
+    place = [*way, last] if unknown or not _CHOICES.fullmatch(last) else way
+    where, param = ".".join(place)[:100], place[0][:100] or None
+    if unknown:
+        return Failure(400, f"unknown field {where!r}", param, "unknown_field")
+    return Failure(400, f"{where or 'the body'}: {first['msg']}", param, "invalid_value")
+
+
+def _first(errors: Sequence[Any]) -> Any:
+    """The first error. Of a field that takes a text or a list there is one for each: the list's, if it is inside."""
+    first = errors[0]
+    field = first["loc"][:-1]
+    if first["loc"][-1:] != ("str",) or first["type"] == "extra_forbidden":
+        return first
+    return max((e for e in errors if e["loc"][: len(field)] == field), key=lambda e: len(e["loc"]))
 
 
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:

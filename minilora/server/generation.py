@@ -2,18 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
-from ..errors import UsageError
 from ..outputs import LoRARequest, RequestOutput
 from ..params import SamplingParams
-from .failures import RefusedError
+from .failures import RefusedError, about
 from .protocol import Sampling
 from .state import Server
 from .stream import CLIENT_LEFT, EventStream, attended
@@ -50,8 +49,8 @@ class Job:
     """A request that can run.
 
     model: the name for the answer; id: of the request, for the answer, may be the client's choice; log_id: our own;
-    param: the field that holds its prompts; encode: makes their
-    tokens, in a thread; prompts: how many there are; order: what AsyncEngine.generate takes beside the prompt.
+    param: the field that holds its prompts; encode: makes their tokens, in a thread; prompts: how many there are;
+    order: what AsyncEngine.generate takes beside the prompt.
     """
 
     server: Server
@@ -94,11 +93,11 @@ class Job:
                 async for index, delta in merged:
                     yield index, delta
 
-    def _admitted(self) -> Any:
+    def _admitted(self) -> AbstractAsyncContextManager[None]:
         return self.server.gate.admit(self.key, self.prompts * self.params.n)
 
     async def _tokens(self) -> list[Tokens]:
-        with self._named():
+        with about(self.param):
             prompts = await asyncio.to_thread(self.encode)
         self.server.check_tokens(max(map(len, prompts)), self.param)
         return prompts
@@ -110,23 +109,14 @@ class Job:
         return {"prompt_token_ids": tokens}, params, self.loras
 
     async def _complete(self, tokens: Tokens) -> RequestOutput:
-        with self._named():
+        with about(self.param):
             return await self.server.engine.complete(*self._arguments(tokens), **self.order)
 
     async def _generate(self, tokens: Tokens) -> AsyncGenerator[RequestOutput, None]:
-        with self._named():
+        with about(self.param):
             async with aclosing(self.server.engine.generate(*self._arguments(tokens), **self.order)) as stream:
                 async for delta in stream:
                     yield delta
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Errors about the prompts name their field."""
-        try:
-            yield
-        except UsageError as error:
-            error.param = error.param or self.param
-            raise
 
 
 async def make_job(

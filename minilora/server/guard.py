@@ -17,9 +17,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .body import BodyReader, Gone, check_json, has_body, linger, replay, values
-from .failures import Failure, RefusedError
+from .failures import RefusedError, failure_of
 from .settings import ServerConfig
-from .wire import make_protocol
+from .wire import BACKLOG, make_protocol
 
 MOST_HEADERS = 100
 MOST_HEADER_BYTES = 32 << 10
@@ -66,7 +66,7 @@ def uvicorn_options(config: ServerConfig) -> dict[str, Any]:
         "timeout_keep_alive": config.keep_alive,
         # The protocol answers those above max_connections, with Retry-After; these wait in the kernel.
         "limit_concurrency": None,
-        "backlog": 512,
+        "backlog": BACKLOG,
     }
 
 
@@ -107,12 +107,12 @@ class Guard:
 
     def _identify(self, scope: Scope) -> None:
         """Find out who asks; raise RefusedError where that one may not."""
-        caller = self._keys.find(values(scope["headers"], b"authorization"))
+        given = values(scope["headers"], b"authorization")
+        caller = self._keys.find(given)
         path = get_route_path(scope)
         if caller is None and not self._is_open(path, scope["method"]):
-            raise RefusedError(
-                401, "this server wants an API key: send 'Authorization: Bearer KEY'", None, "invalid_api_key"
-            )
+            cause = "the API key is not one of this server's" if given else "this server wants an API key"
+            raise RefusedError(401, f"{cause}: send 'Authorization: Bearer KEY'", None, "invalid_api_key")
         key, admin = caller or ("", False)
         if path in ADMIN_PATHS and not admin:
             raise RefusedError(403, "loading and unloading adapters needs an admin key", None, "admin_key_required")
@@ -139,7 +139,7 @@ class Guard:
 
 async def refuse(refusal: RefusedError, unread: bool, receive: Receive, send: Send) -> None:
     """Answer with an error; where the body is not read, the connection ends after it."""
-    response = Failure(refusal.status, refusal.cause, refusal.param, refusal.code, refusal.retry_after).response()
+    response = failure_of(refusal).response()
     headers = list(response.raw_headers)
     if refusal.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

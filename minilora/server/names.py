@@ -86,6 +86,8 @@ class Names:
     async def resolve(self, model: str | None, uses: Sequence[tuple[str, float]] = ()) -> Chosen:
         """What a request runs on. uses: names and scales of adapters beside the base model's name; without a model's
         name the base model is meant. Raises NotFoundError, and UsageError where both name adapters."""
+        if len({name for name, _ in uses}) > (most := self._engine.config.max_loras):
+            raise UsageError(f"a request may use {most} adapters at most", param="lora")
         if model is None or model in self.base:
             loras = [await self._use(name, scale) for name, scale in uses]
             return Chosen(model or self.base[0], tuple(loras))
@@ -127,7 +129,7 @@ class Names:
 
     async def _unknown(self, name: str) -> NotFoundError:
         """The error that names the nearest known name."""
-        known = [*self.base, *(await self.listed())]
+        known = [other for other in (*self.base, *(await self.listed())) if other != name]
         hint = "" if len(name) > LONGEST_NAME else await asyncio.to_thread(did_you_mean, name, known[:MOST_COMPARED])
         return NotFoundError(f"no model or adapter is called {name[:LONGEST_NAME]!r}", hint)
 
@@ -137,8 +139,21 @@ class Names:
         if time.monotonic() - when > 1.0:
             found = await asyncio.to_thread(self._scan)
             self._listed = (time.monotonic(), found)
+            for name in [name for name, known in self.known.items() if known.signature and name not in found]:
+                await self._forget(name)
         registered = [name for name, known in self.known.items() if not known.signature or name in found]
         return [*registered, *(name for name in found if name not in self.known and name not in self._unloaded)]
+
+    async def _forget(self, name: str) -> None:
+        """Drop what was found in lora_dir and is there no more, unless somebody sees to that name just now."""
+        lock = self._lock(name)
+        if lock.locked():
+            return
+        async with lock:
+            known = self.known.get(name)
+            if known is not None and known.signature and not await asyncio.to_thread(self._find, name):
+                del self.known[name]
+                await self._engine.remove_lora(name)
 
     def _scan(self) -> list[str]:
         if self._folder is None:

@@ -80,7 +80,6 @@ class Sampling(Strict):
         None, description="Becomes part of the answer's id; need not be unique."
     )
     return_token_ids: bool | None = None
-    add_special_tokens: bool | None = None
     # without effect
     user: str | None = Field(None, max_length=LONGEST_LABEL, description=WITHOUT_EFFECT["user"])
     metadata: dict[str, Any] | None = Field(None, max_length=16, description=WITHOUT_EFFECT["metadata"])
@@ -171,6 +170,7 @@ class ChatRequest(Sampling, ChatTemplateOptions):
     max_tokens: int | None = Field(None, description="Older name of max_completion_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    add_special_tokens: Literal[False] | None = Field(None, description="Only false: the template writes them.")
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatRequest":
@@ -207,6 +207,7 @@ class CompletionRequest(Sampling):
     ]
     max_tokens: int | None = Field(None, description="16 if not given; 0 with echo.")
     echo: bool | None = False
+    add_special_tokens: bool | None = Field(None, description="True if not given.")
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
 
     @model_validator(mode="after")
@@ -225,13 +226,18 @@ class TokenizeRequest(ChatTemplateOptions):
     model: ModelName | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = Field(None, description="Of a prompt; true if not given.")
     return_token_strs: bool | None = False
 
     @model_validator(mode="after")
     def _check_one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise UsageError("give either prompt or messages", param="prompt")
+        if self.messages is not None and self.add_special_tokens:
+            raise UsageError("the chat template writes the special tokens of messages", param="add_special_tokens")
+        for name in ("add_generation_prompt", "chat_template_kwargs") if self.messages is None else ():
+            if name in self.model_fields_set:
+                raise UsageError(f"{name} needs messages", param=name)
         return self
 
 

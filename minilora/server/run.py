@@ -27,11 +27,9 @@ from .names import check_name
 from .settings import ServerConfig
 from .start_page import start_page
 from .state import Server
-from .wire import allow_connections
+from .wire import BACKLOG, allow_connections
 
 Say = Callable[[str], None]
-
-BACKLOG = 512
 
 
 class Lora(NamedTuple):
@@ -54,8 +52,10 @@ def serve(
     logging.basicConfig(level=logging.INFO if config.log_requests else logging.WARNING)
     _check_tls(config)
     allow_connections(config)
-    for lora in loras:
+    for i, lora in enumerate(loras):
         check_name(lora.name, "lora")
+        if lora.name in {other.name for other in loras[:i]}:
+            raise UsageError(f"two adapters are called {lora.name!r}", "Give one of them another name.")
         describe(resolve_adapter(lora.source, report))
     with bound(config) as listener:
         if not config.api_keys and config.uds is None and not is_loopback(config.host):

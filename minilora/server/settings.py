@@ -1,5 +1,6 @@
 """The server's own options. The engine's are params.EngineConfig."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,9 @@ TIMES = (
     *("queue_timeout", "request_timeout", "keep_alive", "sse_ping_seconds"),
     *("header_timeout", "body_timeout", "write_timeout"),
 )
+
+_ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+")
+_PREFIX = re.compile(r"(/[^/\s?#]+)*")
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class ServerConfig:
     lora_dir: the folder whose PEFT folders are found on first use; run-time loading, off without enable_runtime_lora,
     never leaves it. isolate_cache_per_key: API keys share no cached prefixes.
 
-    max_num_queued_reqs: requests that wait beside those that run, for all; max_queued_per_key: requests of one key,
-    waiting or running. queue_timeout: seconds until a request must have begun; request_timeout: until it must be
+    max_num_queued_reqs: texts that wait beside those that run, for all; max_queued_per_key: texts of one key, waiting
+    or running. queue_timeout: seconds until a request must have begun; request_timeout: until it must be
     done; shutdown_timeout: for running requests when the server is told to end. keep_alive: of an idle connection;
     sse_ping_seconds: between two signs of life in a stream. header_timeout, body_timeout: until a request's headers
     and its body must be here; write_timeout: that a client may leave an answer unread. max_body_bytes,
@@ -78,10 +82,21 @@ class ServerConfig:
             if value is not None and value < least:
                 raise UsageError(f"{name} must be {least} or more, not {value}")
         self._check_keys()
+        self._check_names()
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             raise UsageError("TLS needs both ssl_certfile and ssl_keyfile")
         if self.lora_dir is not None and not self.lora_dir.is_dir():
             raise UsageError(f"lora_dir {str(self.lora_dir)!r} is no folder")
+
+    def _check_names(self) -> None:
+        """What others know the server and its model by: what is malformed here would match nothing, ever."""
+        if "" in self.served_model_name or len(set(self.served_model_name)) < len(self.served_model_name):
+            raise UsageError("served_model_name must hold names that are not empty, each once")
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise UsageError(f"allowed_origins must hold origins as https://host:port, or *, not {origin!r}")
+        if not _PREFIX.fullmatch(self.root_path):
+            raise UsageError(f"root_path must begin with a slash and not end with one, not {self.root_path!r}")
 
     def _check_keys(self) -> None:
         for key in (*self.api_keys, *self.admin_keys):
@@ -89,6 +104,12 @@ class ServerConfig:
                 raise UsageError("an API key must be printable ASCII without spaces, and not empty")
         if set(self.api_keys) & set(self.admin_keys):
             raise UsageError("a key is both an API key and an admin key", "Use different ones.")
+        per_key = self.isolate_cache_per_key or self.max_queued_per_key is not None
+        if per_key and not self.api_keys:
+            raise UsageError(
+                "isolate_cache_per_key and max_queued_per_key need API keys",
+                "Give --api-key-file (or MINILORA_API_KEY).",
+            )
         if self.enable_runtime_lora and (not self.admin_keys or self.lora_dir is None):
             raise UsageError(
                 "loading adapters at run time needs an admin key and a folder that it is confined to",

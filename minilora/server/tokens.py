@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from ..errors import UsageError
 from .answers import FAILURES, Detokenized, Tokenized
 from .chat import encode
+from .failures import about
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .state import Server, ServerDep
 
@@ -25,10 +26,12 @@ async def tokenize(body: TokenizeRequest, server: ServerDep) -> dict[str, Any]:
 
 def _encode(body: TokenizeRequest, server: Server) -> list[int]:
     if body.messages is not None:
-        return encode(server, body.messages, body)
+        with about("messages"):
+            return encode(server, body.messages, body)
     text = body.prompt or ""
     server.check_length(len(text), "prompt")
-    return server.engine.tokenizer.encode(text, body.add_special_tokens)
+    with about("prompt"):
+        return server.engine.tokenizer.encode(text, body.add_special_tokens is not False)
 
 
 @router.post("/detokenize", response_model=Detokenized, responses=FAILURES)

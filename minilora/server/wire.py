@@ -19,6 +19,8 @@ from .settings import ServerConfig
 # Above the guard's limits, which say what is wrong: here the request line and chunk extensions count too.
 MOST_HEADERS = 200
 MOST_HEADER_BYTES = 64 << 10
+# Connections that wait in the kernel to be taken.
+BACKLOG = 512
 # Connections above max_connections that get an answer, and not just their end.
 MORE_CONNECTIONS = 256
 # Files that a process has open beside connections: the model's, adapters that are being read, the event loop's.

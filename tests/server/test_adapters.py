@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import shutil
+import time
 
 from minilora import LoRARequest, SamplingParams
 
@@ -86,7 +87,8 @@ def test_s6_unknown_names(server):
         assert answer.json()["error"]["code"] == "model_not_found"
     assert "Did you mean 'a0'" in ask(server, "a00").json()["error"]["message"]
     assert ask(server, lora=[{"name": "a9"}]).status_code == 404
-    assert ask(server, lora=[{"name": MODEL}]).status_code == 404
+    itself = ask(server, lora=[{"name": MODEL}])
+    assert itself.status_code == 404 and "Did you mean" not in itself.json()["error"]["message"]
     both = ask(server, "a0", lora=[{"name": "a1"}])
     assert both.status_code == 400 and both.json()["error"]["param"] == "model"
 
@@ -202,6 +204,17 @@ def test_a_folder_that_goes_away(shop, expected):
     assert ask(shop, "a0").status_code == 404 and shop.stats().adapters.registered == 0
     away.rename(shop.folder / "a0")
     assert text(shop, "a0") == expected["a0"]
+
+
+def test_folders_that_come_and_go_leave_nothing(shop, shelf):
+    """Whoever lists the models has those forgotten whose folders are gone, though no request names them again."""
+    for i in range(3):
+        shutil.copytree(shelf / "a1", shop.folder / f"t{i}")
+        assert text(shop, f"t{i}")
+        shutil.rmtree(shop.folder / f"t{i}")
+    time.sleep(1.1)  # The folder is looked at once a second.
+    assert not {"t0", "t1", "t2"} & models(shop).keys()
+    assert shop.stats().adapters.registered == 0 and not shop.app.state.server.names.known
 
 
 def test_more_adapters_than_room_in_a_folder(serve, tmp_path):

@@ -17,7 +17,9 @@ from .conftest import assert_idle
 
 
 def make(running=2, **options):
-    return Gate(ServerConfig(**options), types.SimpleNamespace(config=EngineConfig(max_num_seqs=running)))
+    return Gate(
+        ServerConfig(api_keys=("k",), **options), types.SimpleNamespace(config=EngineConfig(max_num_seqs=running))
+    )
 
 
 def drive(coroutine):

@@ -1,5 +1,7 @@
 """POST /v1/completions, /tokenize and /detokenize, beside LLM's answers."""
 
+import json
+
 import openai
 import pytest
 
@@ -127,6 +129,14 @@ def test_tokenize_and_back(server, llm):
     assert answer["prompt_token_ids"] == chat
     for body in ({}, {"prompt": "x", "messages": messages}, {"prompt": "x", "model": "other"}):
         assert client.post("/tokenize", json=body).status_code in (400, 404)
+    for body, param in (
+        ({"messages": messages, "add_special_tokens": True}, "add_special_tokens"),
+        ({"prompt": "x", "add_generation_prompt": False}, "add_generation_prompt"),
+        ({"prompt": "x", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        ({"prompt": "half a pair \ud800"}, "prompt"),
+    ):
+        answer = client.post("/tokenize", content=json.dumps(body), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param
     assert client.post("/detokenize", json={"tokens": [263]}).json()["error"]["param"] == "tokens"
 
 

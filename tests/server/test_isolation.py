@@ -1,4 +1,4 @@
-"""What users can't do to each other: S12, S13, S17, S23, S24."""
+"""What users can't do to each other: S9, S12, S13, S17, S23, S24."""
 
 import concurrent.futures
 import json

@@ -61,7 +61,38 @@ def test_unknown_fields_are_named(post, path):
     assert error["code"] == "unknown_field"
     error = refused(post(path, **{"x" * 5000: 1}), "x" * 100)
     assert refused(post(path, stream=True, stream_options={"include_usage": True, "more": 1}), "stream_options")
-    refused(post(path, lora=[{"name": "a0", "weight": 1}]), "lora")
+    error = refused(post(path, lora=[{"name": "a0", "weight": 1}]), "lora")
+    assert error["message"] == "unknown field 'lora.0.weight'"
+
+
+def test_fields_of_several_types(post):
+    """The message is about the type that was meant, and says where it is wrong."""
+    parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y", "cache_control": {}}]
+    for fields, param, message in (
+        ({"messages": [{"role": "user", "content": parts}]}, "messages", "unknown field 'messages.0.content.1.cache"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "messages.0.content: Input should be"),
+        ({"stop": ["a", 1]}, "stop", "stop.1: Input should be a valid string"),
+        ({"stop": 1}, "stop", "stop: Input should be a valid string"),
+        ({"str": 1}, "str", "unknown field 'str'"),
+        ({"chat_template_kwargs": {"a": []}}, "chat_template_kwargs", "chat_template_kwargs.a: Input should be"),
+    ):
+        assert refused(post(**fields), param)["message"].startswith(message)
+
+
+def test_limits_of_the_engine_are_told_of_their_field(post):
+    refused(post(n=100), "n")
+    refused(post(lora=[{"name": "a0"}, {"name": "a1"}, {"name": "a2"}, {"name": "a3"}, *[{"name": "x"}] * 5]), "lora")
+
+
+def test_special_tokens_of_a_chat_are_the_templates(post):
+    """Asking for more would have no effect; not asking is what clients of vLLM send."""
+    refused(post(add_special_tokens=True), "add_special_tokens")
+    assert post(add_special_tokens=False).status_code == 200
+    assert post("/v1/completions", add_special_tokens=True).status_code == 200
+
+
+def test_variables_of_a_template_may_have_any_name(post):
+    assert post(chat_template_kwargs={"self": 1, "template": "x", "not a name": None}).status_code == 200
 
 
 def test_every_field_is_decided_once():

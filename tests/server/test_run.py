@@ -213,6 +213,13 @@ def test_configuration_goes_before_by_rank(start, tmp_path):
     assert all("k1" not in line and "k2" not in line for line in process.lines)
 
 
+def test_adapters_of_the_environment(start, shelf):
+    process = start(MINILORA_LORA=f"x={shelf / 'a0'} y={shelf / 'a1'}:0.5")
+    assert [card["id"] for card in httpx.get(f"{process.url}/v1/models").json()["data"]][1:] == ["x", "y"]
+    process.signal()
+    assert process.end()[0] == 0
+
+
 def test_a_json_file_and_a_unix_socket(start, tmp_path):
     path, config = tmp_path / "socket", tmp_path / "server.json"
     with socket.socket(socket.AF_UNIX) as stale:
@@ -272,6 +279,13 @@ def test_what_is_wrong_is_said_before_loading(tmp_path, shelf):
             (["--config", unknown], "Did you mean 'port'", 2),
             (["--config", tmp_path / "none.toml"], "none.toml: No such file", 2),
             (["--config", keys], "keys: ", 2),
+            (["--lora", f"x={shelf / 'a0'}", "--lora", f"x={shelf / 'a1'}"], "two adapters are called 'x'", 2),
+            (["--isolate-cache-per-key"], "need API keys", 2),
+            (["--max-queued-per-key", "2"], "need API keys", 2),
+            (["--served-model-name", ""], "not empty", 2),
+            (["--served-model-name", "a", "--served-model-name", "a"], "each once", 2),
+            (["--allowed-origins", "example.org"], "https://host:port", 2),
+            (["--root-path", "api"], "begin with a slash", 2),
             (["--request-timeout", "nan"], "request_timeout", 2),
             (["--port", "70000"], "65535", 2),
         ):

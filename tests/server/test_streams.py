@@ -35,7 +35,7 @@ def slow(serve, shelf):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_request(slow, stream, path):
-    """Within two steps of the engine from when the server hears of it."""
+    """Streamed or not: nothing of it is left in the engine or at the gate."""
     body = {**LONG, "max_tokens": 50_000, "stream": stream, "n": 2}
     if "chat" in path:
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
