@@ -268,8 +268,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=16)
     for name in ("dtype", "kv-cache-dtype"):
         parser.add_argument(f"--{name}", default="auto")
-    for name in ("max-model-len", "lora-memory", "threads"):
-        parser.add_argument(f"--{name}", type=int, default=1024 if name == "max-model-len" else None)
+    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--lora-memory", type=int, default=512 << 20, help="bytes; all of it is used in a minute")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--serve-arguments", default="", help="more arguments of `minilora serve`")
     options = parser.parse_args()
     if not options.overload and not options.minutes:
