@@ -68,8 +68,10 @@ class Board:
         try:
             while True:
                 # All watchers see one document: the engine is asked once a second, however many they are.
-                yield await self.read(age=PERIOD * 0.9)
-                if self._gate.draining and not self._gate.active:
+                document = await self.read(age=PERIOD * 0.9)
+                yield document
+                # Nobody is left before having been told.
+                if document["state"] == "draining" and not self._gate.active:
                     return
                 await asyncio.sleep(PERIOD)
         finally:

@@ -6,6 +6,7 @@ Whatever is unknown is an error: a wrong name never falls back to the base model
 """
 
 import asyncio
+import logging
 import math
 import os
 import re
@@ -22,6 +23,8 @@ from ..checkpoint.lock import entries
 from ..errors import AdapterError, FormatError, NotFoundError, ResourceError, UnsupportedError, UsageError, did_you_mean
 from ..outputs import LoRARequest
 from .settings import ServerConfig
+
+log = logging.getLogger("minilora.server")
 
 LONGEST_NAME, LONGEST_PATH = 128, 1024
 # Names that a wrong one is compared with, to say what may have been meant.
@@ -158,8 +161,12 @@ class Names:
     def _scan(self) -> list[str]:
         if self._folder is None:
             return []
-        with os.scandir(self._folder) as folders:
-            names = sorted(entry.name for entry in folders if entry.is_dir() and _is_name(entry.name))
+        try:
+            with os.scandir(self._folder) as folders:
+                names = sorted(entry.name for entry in folders if entry.is_dir() and _is_name(entry.name))
+        except OSError as error:
+            log.warning("lora_dir cannot be read, its adapters are not there: %s", error)
+            return []
         return [name for name in names if self._find(name)]
 
     # ------------------------------------------------------------ loading and unloading

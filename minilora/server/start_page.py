@@ -22,7 +22,7 @@ async def start_page(server: Server, listener: socket.socket) -> str:
         ("model", f"{names.base[0]}, {formats}, {len(weights.arena) / 1e6:.0f} MB"),
         ("KV cache", f"{engine.kv_tokens} tokens; a text has {server.longest} at most"),
         ("adapters", _adapters(await names.listed(), server.config)),
-        ("address", f"{url}{' (with a page for browsers)' if server.config.enable_page else ''}"),
+        ("address", url + _notes(server.config)),
         ("try", _curl(url, names.base[0], server.config)),
     ]
     return "\n".join(f"{name:9} {text}" for name, text in lines)
@@ -40,7 +40,13 @@ def _url(config: ServerConfig, listener: socket.socket) -> str:
     # Port 0 has become a real one.
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"{'https' if config.ssl_certfile else 'http'}://{host}:{port}{config.root_path}"
+    return f"{'https' if config.ssl_certfile else 'http'}://{host}:{port}"
+
+
+def _notes(config: ServerConfig) -> str:
+    page = ["with a page for browsers"] if config.enable_page else []
+    prefix = [f"a proxy shows it under {config.root_path}"] if config.root_path else []
+    return f" ({', '.join(page + prefix)})" if page or prefix else ""
 
 
 def _curl(url: str, model: str, config: ServerConfig) -> str:

@@ -217,6 +217,17 @@ def test_folders_that_come_and_go_leave_nothing(shop, shelf):
     assert shop.stats().adapters.registered == 0 and not shop.app.state.server.names.known
 
 
+def test_the_folder_of_all_that_goes_away(shop, expected, caplog):
+    """What it held is unknown then, the base model serves on, and the operator is told."""
+    away = shop.folder.with_name("all-away")
+    shop.folder.rename(away)
+    assert ask(shop, "a0").status_code == ask(shop, "nothing").status_code == 404
+    assert "a0" not in models(shop) and text(shop, MODEL) == expected[MODEL]
+    assert "lora_dir cannot be read" in caplog.text
+    away.rename(shop.folder)
+    assert text(shop, "a0") == expected["a0"]
+
+
 def test_more_adapters_than_room_in_a_folder(serve, tmp_path):
     """A folder of many adapters, of which few fit: found, read and put away as requests come."""
     for i in range(12):

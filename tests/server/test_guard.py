@@ -134,6 +134,12 @@ DISGUISES = (
 )
 
 
+def test_s21_no_redirect_takes_a_key_to_another_scheme(engine):
+    app = create_app(engine, ServerConfig(**KEYS))
+    for path in ("/version/", "/v1/load_lora_adapter/", "/metrics/"):
+        assert ask(app, "GET", path, headers=(HOST, bearer("chief"))).status == 404
+
+
 @pytest.mark.parametrize("path", DISGUISES)
 def test_s21_disguised_paths_never_get_past_the_key(engine, path):
     app = create_app(engine, ServerConfig(**KEYS))

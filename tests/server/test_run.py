@@ -213,6 +213,16 @@ def test_configuration_goes_before_by_rank(start, tmp_path):
     assert all("k1" not in line and "k2" not in line for line in process.lines)
 
 
+def test_the_address_of_a_server_behind_a_prefix(start):
+    """It is the one that works here; the proxy's is told beside it."""
+    process = start("--root-path", "/llm")
+    command = process.wait_for(r"^try +(curl .*)")[1]
+    assert httpx.get(f"{process.url}/v1/models").status_code == 200
+    assert f"{process.url}/v1/chat/completions" in command and "under /llm" in "\n".join(process.lines)
+    process.signal()
+    assert process.end()[0] == 0
+
+
 def test_adapters_of_the_environment(start, shelf):
     process = start(MINILORA_LORA=f"x={shelf / 'a0'} y={shelf / 'a1'}:0.5")
     assert [card["id"] for card in httpx.get(f"{process.url}/v1/models").json()["data"]][1:] == ["x", "y"]
