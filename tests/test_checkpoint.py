@@ -126,7 +126,7 @@ def test_missing_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "missing.safetensors"]
 )
-def test_an_index_cannot_name_other_places(tmp_path, name):
+def test_s7_path_traversal_an_index_cannot_name_other_places(tmp_path, name):
     make_checkpoint(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises((FormatError, NotFoundError)):
@@ -159,7 +159,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_safetensors_are_refused(tmp_path, name):
+def test_s3_safetensors_rules(tmp_path, name):
     make_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(MALFORMED[name])
     with pytest.raises(FormatError, match=r"model\.safetensors"):

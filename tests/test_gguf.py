@@ -72,7 +72,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_files_are_refused(tmp_path, name):
+def test_s1_gguf_bounds(tmp_path, name):
     path = tmp_path / "bad.gguf"
     path.write_bytes(MALFORMED[name])
     with pytest.raises((FormatError, UnsupportedError)) as caught:
@@ -95,7 +95,7 @@ def test_a_valid_small_file_is_read(tmp_path):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_damaged_models_never_crash(tmp_path_factory, data):
+def test_s2_gguf_oob_read_never(tmp_path_factory, data):
     """Any bytes of a valid file changed or cut: refused, or read as what they now say; quickly either way."""
     base = tmp_path_factory.getbasetemp() / "base.gguf"
     if not base.exists():

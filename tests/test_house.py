@@ -73,7 +73,7 @@ def test_the_scheduler_has_no_arrays():
 FORBIDDEN = {"pickle", "marshal", "shelve", "cloudpickle", "dill", "yaml", "joblib"}
 
 
-def test_nothing_runs_code_from_files():
+def test_s4_no_pickle_nothing_runs_code_from_files():
     """No pickle but Numba's own machine code, which lies in a private folder; no eval, no exec."""
     for path in [*(ROOT / "minilora").rglob("*.py"), *KERNELS.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -88,7 +88,7 @@ def test_nothing_runs_code_from_files():
                 assert node.func.id not in ("eval", "exec"), path
 
 
-def test_no_check_depends_on_assert():
+def test_s9_no_check_depends_on_assert():
     """python -O drops asserts: none stands for a check of input."""
     for path in [*(ROOT / "minilora").rglob("*.py"), *KERNELS.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

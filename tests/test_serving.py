@@ -560,7 +560,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.driver.idle()
 
 
-def test_any_operations_in_any_order(weights, shelf):
+def test_s25_batch_slot_hygiene_any_operations_in_any_order(weights, shelf):
     EngineMachine.weights, EngineMachine.shelf = weights, shelf
     machine = EngineMachine.TestCase
     machine.settings = settings(

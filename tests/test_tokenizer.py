@@ -229,7 +229,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("template", ESCAPES)
-def test_templates_cannot_escape(template):
+def test_s11_jinja_sandbox_templates_cannot_escape(template):
     try:
         text = render(template, [{"role": "user", "content": "x"}], {})
     except (UsageError, FormatError):
@@ -244,7 +244,7 @@ def test_templates_cannot_escape(template):
         "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}",
     ],
 )
-def test_templates_are_limited(template, monkeypatch):
+def test_s12_jinja_dos_templates_are_limited(template, monkeypatch):
     monkeypatch.setattr("minilora.chat.SECONDS", 0.2)
     with pytest.raises(UsageError, match=r"chat template"):
         render(template, [{"role": "user", "content": "x"}], {})

@@ -115,7 +115,12 @@ class Guard:
             raise RefusedError(401, f"{cause}: send 'Authorization: Bearer KEY'", None, "invalid_api_key")
         key, admin = caller or ("", False)
         if path in ADMIN_PATHS and not admin:
-            raise RefusedError(403, "loading and unloading adapters needs an admin key", None, "admin_key_required")
+            raise RefusedError(
+                403,
+                "loading and unloading adapters needs --enable-runtime-lora and an admin key",
+                None,
+                "admin_key_required",
+            )
         scope.setdefault("state", {}).update(key=key, admin=admin)
 
     def _is_open(self, path: str, method: str) -> bool:

@@ -23,7 +23,12 @@ export function offerModels(found) {
 }
 
 function keep() {
-  sessionStorage.setItem(STORE, JSON.stringify(messages));
+  try {
+    sessionStorage.setItem(STORE, JSON.stringify(messages));
+  } catch {
+    // Longer than the browser stores: it stays on the page, but not when the page is loaded anew.
+    sessionStorage.removeItem(STORE);
+  }
   for (const id of ["export-markdown", "export-json"]) find(id).disabled = messages.length === 0;
   find("welcome").hidden = messages.length > 0;
 }
