@@ -247,15 +247,14 @@ class AdapterRegistry:
             )
         if not self.pool.can_use(set(digests)):
             return False
+        # Residents first, else room for one adapter could be made by evicting another of the same request.
+        found.sort(key=lambda version: version.digest not in self.pool)
         hits = sum(digest in self.pool for digest in digests)
-        held: list[str] = []
-        for version, digest in zip(found, digests, strict=True):
+        for count, version in enumerate(found):
             if not self._insert(version):
-                for other in held:
-                    self.pool.release(other)
+                self.release(found[:count])
                 return False
-            self.pool.acquire(digest)
-            held.append(digest)
+            self.pool.acquire(version.digest or "")
         self.pool.hits += hits
         return True
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -117,6 +118,41 @@ def test_never_evicted_while_in_use(folders):
     assert versions[0].digest in store.registry.pool and versions[1].digest in store.registry.pool
     store.end(versions[0])
     assert store.registry.acquire([versions[2]])
+    store.registry.close()
+
+
+def test_an_adapter_is_not_evicted_for_another_of_its_own_request(folders):
+    """The second one is resident and unused when the first needs its room: the stranger goes."""
+    store = Store(room=2)
+    second, stranger, first = (store.registry.add(f"a{i}", folders[i]) for i in range(3))
+    for version in (second, stranger):
+        store.start(version)
+        store.end(version)
+    store.registry.enter([first, second])
+    store.registry.is_ready([first, second])
+    store.settle()
+    # Between being found ready and its start, another request touches the stranger.
+    store.registry.is_ready([stranger])
+    assert store.registry.acquire([first, second])
+    assert stranger.digest not in store.registry.pool
+    store.end(first, second)
+    store.registry.close()
+
+
+def test_a_request_that_does_not_start_holds_nothing(folders):
+    store = Store(room=2)
+    running, first, second = (store.registry.add(f"a{i}", folders[i]) for i in range(3))
+    store.start(running)
+    store.registry.enter([first, second])
+    while not store.registry.is_ready([first, second]):
+        store.settle()
+    assert not store.registry.acquire([first, second])
+    store.registry.pool.check_references({running.digest: 1})
+    store.end(running)
+    while not store.registry.is_ready([first, second]):
+        store.settle()
+    assert store.registry.acquire([first, second])
+    store.end(first, second)
     store.registry.close()
 
 
@@ -301,36 +337,36 @@ class RegistryMachine(RuleBasedStateMachine):
         self.store.registry.remove(names[i % len(names)])
 
     @precondition(lambda self: self.store.registry.names)
-    @rule(i=st.integers(0, 9))
-    def submit(self, i):
-        names = sorted(self.store.registry.names)
-        version = self.store.registry.get(names[i % len(names)])
-        self.store.registry.enter([version])
-        self.store.registry.is_ready([version])
-        self.waiting.append(version)
+    @rule(wanted=st.lists(st.integers(0, 9), min_size=1, max_size=2))
+    def submit(self, wanted):
+        registry = self.store.registry
+        names = sorted(registry.names)
+        versions = [registry.get(name) for name in sorted({names[i % len(names)] for i in wanted})]
+        registry.enter(versions)
+        registry.is_ready(versions)
+        self.waiting.append(versions)
 
     @precondition(lambda self: self.waiting)
     @rule(i=st.integers(0, 9))
     def start(self, i):
-        version = self.waiting[i % len(self.waiting)]
-        while not self.store.registry.is_ready([version]):
+        versions = self.waiting[i % len(self.waiting)]
+        while not self.store.registry.is_ready(versions):
             self.store.settle()
-        if self.store.registry.acquire([version]):
-            self.waiting.remove(version)
-            self.running.append(version)
+        if self.store.registry.acquire(versions):
+            self.waiting.remove(versions)
+            self.running.append(versions)
 
     @precondition(lambda self: self.waiting)
     @rule(i=st.integers(0, 9))
     def cancel(self, i):
-        version = self.waiting.pop(i % len(self.waiting))
-        self.store.registry.leave([version])
+        self.store.registry.leave(self.waiting.pop(i % len(self.waiting)))
 
     @precondition(lambda self: self.running)
     @rule(i=st.integers(0, 9))
     def end(self, i):
-        version = self.running.pop(i % len(self.running))
-        self.store.registry.release([version])
-        self.store.registry.leave([version])
+        versions = self.running.pop(i % len(self.running))
+        self.store.registry.release(versions)
+        self.store.registry.leave(versions)
 
     @rule()
     def settle(self):
@@ -341,17 +377,19 @@ class RegistryMachine(RuleBasedStateMachine):
         registry = self.store.registry
         registry.check_integrity()
         pool = registry.pool
-        for version in self.running:
-            slot = pool._slots[version.digest]
+        held = Counter(version.digest for versions in self.running for version in versions)
+        pool.check_references(held)
+        for digest in held:
+            slot = pool._slots[digest]
             data = pool.arrays.arena[slot.start : slot.start + slot.size]
-            assert np.array_equal(data, self.expected[version.digest])
+            assert np.array_equal(data, self.expected[digest])
 
     def teardown(self):
         registry = self.store.registry
-        for version in self.running:
-            registry.release([version])
-        for version in self.running + self.waiting:
-            registry.leave([version])
+        for versions in self.running:
+            registry.release(versions)
+        for versions in self.running + self.waiting:
+            registry.leave(versions)
         for name in list(registry.names):
             registry.remove(name)
         self.store.settle()
@@ -360,7 +398,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
 
 TestRegistry = RegistryMachine.TestCase
-TestRegistry.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+TestRegistry.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
 @pytest.fixture(autouse=True, scope="module")

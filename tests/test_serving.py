@@ -48,7 +48,8 @@ class Driver:
         self.outputs = {}
 
     def submit(self, name=None, prompt=PROMPT, params=PARAMS, scale=1.0, **order):
-        uses = () if name is None else (AdapterUse(self.engine.adapters.get(name), scale),)
+        names = () if name is None else (name,) if isinstance(name, str) else name
+        uses = tuple(AdapterUse(self.engine.adapters.get(one), scale) for one in names)
         return self.engine.submit(prompt, params, uses, **order)[0]
 
     def step(self):
@@ -73,11 +74,10 @@ class Driver:
         self.engine.close()
 
 
-def alone(weights, folder, prompt=PROMPT, params=PARAMS, scale=1.0):
+def alone(weights, *folders, prompt=PROMPT, params=PARAMS, scale=1.0):
     driver = Driver(weights)
-    if folder is not None:
-        driver.engine.add_adapter(folder, "x")
-    sequence = driver.submit(None if folder is None else "x", prompt, params, scale)
+    names = [driver.engine.add_adapter(folder, f"x{i}").name for i, folder in enumerate(folders)]
+    sequence = driver.submit(names, prompt, params, scale)
     found = driver.run().trace(sequence)
     driver.idle()
     return found
@@ -254,7 +254,7 @@ def test_l5_unloaded_while_in_use(weights, shelf, moment, force):
         assert used.finish_reason == "error" and isinstance(used.error, AdapterError)
     else:
         assert driver.trace(used) == alone(weights, shelf[0])
-    assert driver.trace(bystander) == alone(weights, None)
+    assert driver.trace(bystander) == alone(weights)
     assert driver.engine.stats().adapters.bytes == 0
     driver.idle()
 
@@ -262,7 +262,7 @@ def test_l5_unloaded_while_in_use(weights, shelf, moment, force):
 def test_l6_alternation_over_a_shared_prefix(weights, shelf):
     prompt = random_tokens(np.random.default_rng(2), 600)
     params = SamplingParams(max_tokens=4, logprobs=1, temperature=0, ignore_eos=True)
-    expected = [alone(weights, shelf[i], prompt, params) for i in range(2)]
+    expected = [alone(weights, shelf[i], prompt=prompt, params=params) for i in range(2)]
     driver = Driver(weights, max_num_batched_tokens=96, max_num_seqs=4)
     for i in range(2):
         driver.engine.add_adapter(shelf[i], f"a{i}")
@@ -437,7 +437,7 @@ def test_logits_that_are_no_numbers_are_an_error(weights, tmp_path):
     bad, good = driver.submit("huge", scale=1e38), driver.submit()
     driver.run()
     assert bad.finish_reason == "error" and "finite" in str(bad.error)
-    assert driver.trace(good) == alone(weights, None)
+    assert driver.trace(good) == alone(weights)
     driver.idle()
 
 
@@ -499,10 +499,14 @@ def test_statistics_add_up(weights, shelf):
 # ---------------------------------------------------------------- random operations on everything
 
 
+# Places on the shelf: all but the largest adapter.
+USED = (0, 1, 2, 3, 4, 6, 7)
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Requests, cancellations and adapters in any order; every answer that comes equals the one alone."""
 
-    weights = shelf = None
+    weights = shelf = room = None
     known: dict = {}
 
     def __init__(self):
@@ -511,8 +515,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.driver = Driver(
             self.weights,
             max_num_seqs=3,
-            max_loras=2,
-            max_cpu_loras=2,
+            max_loras=4,
+            max_cpu_loras=4,
+            lora_memory=self.room,
             kv_cache_memory=9 * page,
             max_num_batched_tokens=48,
         )
@@ -521,10 +526,13 @@ class EngineMachine(RuleBasedStateMachine):
             self.driver.engine.add_adapter(self.shelf[i], f"a{i}")
         self.meaning = {f"a{i}": i for i in range(4)}
 
-    @rule(name=st.none() | st.sampled_from(["a0", "a1", "a2", "a3"]), length=st.sampled_from([1, 31, 33, 70, 150]))
-    def submit(self, name, length):
-        sequence = self.driver.submit(name, PROMPT[:length], SHORT)
-        self.requests.append((sequence, None if name is None else self.meaning[name], length))
+    @rule(
+        names=st.lists(st.sampled_from(["a0", "a1", "a2", "a3"]), max_size=2, unique=True),
+        length=st.sampled_from([1, 31, 33, 70, 150]),
+    )
+    def submit(self, names, length):
+        sequence = self.driver.submit(names, PROMPT[:length], SHORT)
+        self.requests.append((sequence, tuple(self.meaning[name] for name in names), length))
 
     @rule(count=st.integers(1, 5))
     def step(self, count):
@@ -537,7 +545,7 @@ class EngineMachine(RuleBasedStateMachine):
         sequence, *_ = self.requests.pop(i % len(self.requests))
         self.driver.engine.cancel(sequence)
 
-    @rule(name=st.sampled_from(["a0", "a1", "a2", "a3"]), i=st.integers(0, 7))
+    @rule(name=st.sampled_from(["a0", "a1", "a2", "a3"]), i=st.sampled_from(USED))
     def replace(self, name, i):
         self.driver.engine.add_adapter(self.shelf[i], name)
         self.meaning[name] = i
@@ -554,14 +562,17 @@ class EngineMachine(RuleBasedStateMachine):
         self.driver.run()
         for sequence, which, length in self.requests:
             if (which, length) not in self.known:
-                folder = None if which is None else self.shelf[which]
-                self.known[which, length] = alone(self.weights, folder, PROMPT[:length], SHORT)
+                folders = [self.shelf[i] for i in which]
+                self.known[which, length] = alone(self.weights, *folders, prompt=PROMPT[:length], params=SHORT)
             assert self.driver.trace(sequence) == self.known[which, length]
         self.driver.idle()
 
 
 def test_s25_batch_slot_hygiene_any_operations_in_any_order(weights, shelf):
     EngineMachine.weights, EngineMachine.shelf = weights, shelf
+    registry = Driver(weights).engine.adapters
+    # Room for any two of those that it uses, but not for three large ones.
+    EngineMachine.room = sum(sorted(len(registry.read(shelf[i]).packed.data) for i in USED)[-2:])
     machine = EngineMachine.TestCase
     machine.settings = settings(
         max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
