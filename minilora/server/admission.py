@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from ..async_engine import AsyncEngine
 from ..errors import UsageError
-from .failures import RefusedError
+from .failures import ApiError
 from .settings import ServerConfig
 
 # Why requests are refused, as the metrics name it.
@@ -50,7 +50,7 @@ class Gate:
     async def admit(self, key: str, sequences: int) -> AsyncIterator[None]:
         """Be inside with so many texts, all or none. key: whose limit counts, "" for nobody's.
 
-        Raises RefusedError at once where the server is full or ends, UsageError where it could never be let in.
+        Raises ApiError at once where the server is full or ends, UsageError where it could never be let in.
         """
         self._check(key, sequences)
         self._change(key, sequences)
@@ -71,10 +71,10 @@ class Gate:
         if self.active + sequences > self.capacity:
             raise self._refusal(503, "queue_full", "the server is full", sequences)
 
-    def _refusal(self, status: int, reason: str, cause: str, sequences: int) -> RefusedError:
+    def _refusal(self, status: int, reason: str, cause: str, sequences: int) -> ApiError:
         self.rejections[reason] += 1
         wait = LONGEST_WAIT if reason == "draining" else self.retry_after(sequences)
-        return RefusedError(status, f"{cause}; try again in {wait} seconds", None, reason, wait)
+        return ApiError(status, f"{cause}; try again in {wait} seconds", None, reason, wait)
 
     def _change(self, key: str, sequences: int) -> None:
         self.active += sequences

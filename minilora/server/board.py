@@ -10,7 +10,7 @@ from .. import __version__
 from ..async_engine import AsyncEngine
 from ..stats import Histogram, Stats
 from .admission import Gate
-from .failures import RefusedError
+from .failures import ApiError
 from .names import Names
 
 PERIOD = 1.0
@@ -62,7 +62,7 @@ class Board:
             return document
 
     async def watch(self) -> AsyncGenerator[Document]:
-        """The document once a second until the server has drained. Raises RefusedError and EngineDeadError."""
+        """The document once a second until the server has drained. Raises ApiError and EngineDeadError."""
         self.check_room()
         self.watchers += 1
         try:
@@ -78,10 +78,10 @@ class Board:
             self.watchers -= 1
 
     def check_room(self) -> None:
-        """Raise RefusedError where no more may watch."""
+        """Raise ApiError where no more may watch."""
         if self.watchers >= MOST_WATCHERS:
             cause = f"{MOST_WATCHERS} dashboards are open, no more are served"
-            raise RefusedError(429, cause, None, "too_many_dashboards", RETRY_AFTER)
+            raise ApiError(429, cause, None, "too_many_dashboards", RETRY_AFTER)
 
     def _document(self, stats: Stats) -> Document:
         total, capacity = stats.total, max(stats.pages, 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from starlette.types import Message, Receive
 
-from .failures import RefusedError
+from .failures import ApiError
 from .settings import ServerConfig
 
 MOST_DEPTH = 64
@@ -48,7 +48,7 @@ class BodyReader:
         self._budget = MOST_AT_ONCE * self._most
 
     async def read(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body. Raises RefusedError for what is no JSON by its headers, too large or too slow; Gone."""
+        """The whole body. Raises ApiError for what is no JSON by its headers, too large or too slow; Gone."""
         self._check_headers(headers)
         body = bytearray()
         try:
@@ -61,52 +61,52 @@ class BodyReader:
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise RefusedError(408, f"the body did not come within {self._seconds:g} seconds") from None
+            raise ApiError(408, f"the body did not come within {self._seconds:g} seconds") from None
         finally:
             self._budget += len(body)
 
     def _take(self, body: bytearray, chunk: bytes) -> None:
         self._check_size(len(body) + len(chunk))
         if len(chunk) > self._budget:
-            raise RefusedError(503, "too many large requests at once", None, "overloaded", retry_after=1)
+            raise ApiError(503, "too many large requests at once", None, "overloaded", retry_after=1)
         self._budget -= len(chunk)
         body += chunk
 
     def _check_headers(self, headers: Headers) -> None:
         if any(coding.lower() != "identity" for coding in values(headers, b"content-encoding")):
-            raise RefusedError(415, "compressed bodies are not accepted; send it without Content-Encoding")
+            raise ApiError(415, "compressed bodies are not accepted; send it without Content-Encoding")
         if [coding.lower() for coding in values(headers, b"transfer-encoding")] not in ([], ["chunked"]):
-            raise RefusedError(400, "the only Transfer-Encoding is chunked")
+            raise ApiError(400, "the only Transfer-Encoding is chunked")
         kinds, lengths = values(headers, b"content-type"), values(headers, b"content-length")
         if len(kinds) != 1 or not JSON.fullmatch(kinds[0]):
-            raise RefusedError(415, "the body must be JSON in UTF-8, with Content-Type application/json")
+            raise ApiError(415, "the body must be JSON in UTF-8, with Content-Type application/json")
         if len(lengths) > 1 or not all(length.isascii() and length.isdecimal() for length in lengths):
-            raise RefusedError(400, "the Content-Length is malformed")
+            raise ApiError(400, "the Content-Length is malformed")
         # Python refuses to read numbers of thousands of digits.
         self._check_size(max((int(length[:20]) for length in lengths), default=0))
 
     def _check_size(self, size: int) -> None:
         if size > self._most:
-            raise RefusedError(413, f"the body is larger than {self._most} bytes", None, "body_too_large")
+            raise ApiError(413, f"the body is larger than {self._most} bytes", None, "body_too_large")
 
 
 def check_json(body: bytes) -> None:
-    """Raise RefusedError unless this can be a JSON object in UTF-8, of finite numbers, nested at most MOST_DEPTH deep.
+    """Raise ApiError unless this can be a JSON object in UTF-8, of finite numbers, nested at most MOST_DEPTH deep.
 
     Takes time linear in the body. Whether it is well-formed is for the parser to say.
     """
     try:
         body.decode()
     except UnicodeDecodeError:
-        raise RefusedError(400, "the body is not UTF-8", None, "invalid_json") from None
+        raise ApiError(400, "the body is not UTF-8", None, "invalid_json") from None
     if b"\0" in body or body.lstrip(b" \t\r\n")[:1] != b"{":
-        raise RefusedError(400, "the body must be a JSON object", None, "invalid_json")
+        raise ApiError(400, "the body must be a JSON object", None, "invalid_json")
     outside = _STRING.sub(b"", body)
     if _NO_NUMBER.search(outside):
-        raise RefusedError(400, "NaN and Infinity are not JSON", None, "invalid_json")
+        raise ApiError(400, "NaN and Infinity are not JSON", None, "invalid_json")
     if not is_shallow(outside.translate(None, _NO_BRACKETS).translate(_SQUARE), MOST_DEPTH):
         cause = f"the JSON is nested more than {MOST_DEPTH} deep, or its brackets do not match"
-        raise RefusedError(400, cause, None, "invalid_json")
+        raise ApiError(400, cause, None, "invalid_json")
 
 
 def is_shallow(brackets: bytes, most: int) -> bool:

@@ -38,7 +38,7 @@ def encode(server: Server, messages: list[ChatMessage], options: ChatTemplateOpt
     """The tokens of a conversation. Raises UsageError."""
     given, variables = [message.for_template() for message in messages], options.chat_template_kwargs
     server.check_length(sum(len(message["content"]) for message in given), "messages")
-    return encode_chat(server.engine.tokenizer, given, options.add_generation_prompt, variables)
+    return encode_chat(server.engine.tokenizer, given, options.add_generation_prompt is not False, variables)
 
 
 def _head(job: Job, kind: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ async def _events(job: Job, body: ChatRequest) -> AsyncGenerator[bytes, None]:
     tokenizer = job.server.engine.tokenizer
     async for _, delta in job.deltas():
         tally.add(0, delta)
-        usage = {"usage": tally.usage() if body.usage_in_chunks else None} if body.stream_options else {}
+        usage = tally.of_chunk(body)
         extras = {} if begun else _prompt_extras(body, delta)
         for text in delta.outputs:
             data = b""

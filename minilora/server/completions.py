@@ -96,21 +96,21 @@ class _Choice:
 
 
 def _answer(job: Job, body: CompletionRequest, outputs: list[RequestOutput]) -> dict[str, Any]:
-    tally, choices = Tally(), []
+    tally, choices = Tally(generates=body.max_tokens != 0), []
     for prompt, output in enumerate(outputs):
         tally.add(prompt, output)
         for text in output.outputs:
             choices.append(_Choice(job, body, prompt * job.params.n + text.index, output).add(output, text))
-    return {**_head(job), "choices": choices, "usage": tally.usage(body.max_tokens != 0)}
+    return {**_head(job), "choices": choices, "usage": tally.usage()}
 
 
 async def _events(job: Job, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
     """Chunks with new text of one choice each; at the end the usage, for who asks for it."""
-    head, tally, generated = _head(job), Tally(), body.max_tokens != 0
+    head, tally = _head(job), Tally(generates=body.max_tokens != 0)
     choices: dict[int, _Choice] = {}
     async for prompt, delta in job.deltas():
         tally.add(prompt, delta)
-        usage = {"usage": tally.usage(generated) if body.usage_in_chunks else None} if body.stream_options else {}
+        usage = tally.of_chunk(body)
         for text in delta.outputs:
             number = prompt * job.params.n + text.index
             if number not in choices:
@@ -118,4 +118,4 @@ async def _events(job: Job, body: CompletionRequest) -> AsyncGenerator[bytes, No
             if choice := choices[number].add(delta, text):
                 yield event({**head, "choices": [choice], **usage})
     if body.usage_at_end:
-        yield event({**head, "choices": [], "usage": tally.usage(generated)})
+        yield event({**head, "choices": [], "usage": tally.usage()})

@@ -44,8 +44,11 @@ LONGEST = 500
 _CHOICES = re.compile(r"bool|int|float|str|constrained-str|list\[.*\]")
 
 
-class RefusedError(MiniloraError):
-    """A request that is answered with this status. retry_after: seconds, None where trying again is of no use."""
+class ApiError(MiniloraError):
+    """What a client is told: a refused request, or in place of any other error.
+
+    retry_after: seconds, None where trying again is of no use.
+    """
 
     def __init__(
         self,
@@ -55,29 +58,14 @@ class RefusedError(MiniloraError):
         code: str | None = None,
         retry_after: float | None = None,
     ):
-        super().__init__(message)
+        super().__init__(message if len(message) <= LONGEST else message[: LONGEST - 3] + "...")
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
-
-
-class Failure:
-    """What a client is told about an error. retry_after: seconds, None where trying again is of no use."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: float | None = None,
-    ):
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
-        self.message = message if len(message) <= LONGEST else message[: LONGEST - 3] + "..."
 
     @property
     def body(self) -> dict[str, Any]:
         """The JSON document."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.cause, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The answer with status and headers."""
@@ -85,28 +73,28 @@ class Failure:
         return JSONResponse(self.body, self.status, headers)
 
 
-def failure_of(error: BaseException, request_id: str = "") -> Failure:
+def failure_of(error: BaseException, request_id: str = "") -> ApiError:
     """What to tell about any error. One that is not the client's doing is logged here, under the request's id."""
-    if isinstance(error, RefusedError):
-        return Failure(error.status, error.cause, error.param, error.code, error.retry_after)
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, UsageError):
-        return Failure(400, _said(error), error.param, "invalid_value")
+        return ApiError(400, _said(error), error.param, "invalid_value")
     if isinstance(error, NotFoundError):
-        return Failure(404, _said(error), "model", "model_not_found")
+        return ApiError(404, _said(error), "model", "model_not_found")
     if isinstance(error, QueueTimeoutError):
-        return Failure(503, error.cause, None, "queue_timeout", retry_after=5)
+        return ApiError(503, error.cause, None, "queue_timeout", retry_after=5)
     if isinstance(error, TimeoutError):
-        return Failure(504, "the request took longer than the server allows", None, "request_timeout")
+        return ApiError(504, "the request took longer than the server allows", None, "request_timeout")
     cause = error.__cause__ if isinstance(error, RequestError) else None
     if isinstance(cause, UnloadedError):
-        return Failure(404, cause.cause, "model", "adapter_unloaded")
+        return ApiError(404, cause.cause, "model", "adapter_unloaded")
     if isinstance(error, EngineDeadError):
-        return Failure(503, "the engine has stopped", None, "engine_dead", retry_after=10)
+        return ApiError(503, "the engine has stopped", None, "engine_dead", retry_after=10)
     log.error("request %s failed", request_id, exc_info=error)
     told = f"; the server's log has more under request {request_id}" if request_id else ""
     if isinstance(cause or error, AdapterError | FormatError | UnsupportedError | DownloadError):
-        return Failure(500, f"the adapter could not be loaded{told}", "model", "adapter_error")
-    return Failure(500, f"the request failed{told}", None, "internal_error")
+        return ApiError(500, f"the adapter could not be loaded{told}", "model", "adapter_error")
+    return ApiError(500, f"the request failed{told}", None, "internal_error")
 
 
 def _said(error: MiniloraError) -> str:
@@ -123,22 +111,22 @@ def about(param: str) -> Iterator[None]:
         raise
 
 
-def invalid(error: RequestValidationError) -> Failure:
+def invalid(error: RequestValidationError) -> ApiError:
     """The first thing that pydantic objects to. The input is described, never repeated."""
     first = _first(error.errors())
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UsageError):
         return failure_of(cause)
     if first["type"] == "json_invalid":
-        return Failure(400, "the body is not valid JSON", None, "invalid_json")
+        return ApiError(400, "the body is not valid JSON", None, "invalid_json")
     *way, last = [str(part) for part in first["loc"][1:]] or [""]
     way = [part for part in way if not _CHOICES.fullmatch(part)]
     unknown = first["type"] == "extra_forbidden"
     place = [*way, last] if unknown or not _CHOICES.fullmatch(last) else way
     where, param = ".".join(place)[:100], place[0][:100] or None
     if unknown:
-        return Failure(400, f"unknown field {where!r}", param, "unknown_field")
-    return Failure(400, f"{where or 'the body'}: {first['msg']}", param, "invalid_value")
+        return ApiError(400, f"unknown field {where!r}", param, "unknown_field")
+    return ApiError(400, f"{where or 'the body'}: {first['msg']}", param, "invalid_value")
 
 
 def _first(errors: Sequence[Any]) -> Any:
@@ -160,7 +148,7 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     """Starlette's own: unknown paths and methods."""
     if not isinstance(error, HTTPException):
         raise error
-    response = Failure(error.status_code, str(error.detail)).response()
+    response = ApiError(error.status_code, str(error.detail)).response()
     response.headers.update(error.headers or {})
     return response
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..outputs import LoRARequest, RequestOutput
 from ..params import SamplingParams
-from .failures import RefusedError, about
+from .failures import ApiError, about
 from .protocol import Sampling
 from .state import Server
 from .stream import CLIENT_LEFT, EventStream, attended
@@ -21,25 +21,35 @@ Tokens = list[int]
 
 
 class Tally:
-    """Counts the tokens of a request's prompts and texts, from whole outputs or from deltas."""
+    """Counts the tokens of a request's prompts and texts, from whole outputs or from deltas.
 
-    def __init__(self) -> None:
+    generates: whether the texts' tokens count; false where only the prompt is wanted back.
+    """
+
+    def __init__(self, generates: bool = True) -> None:
+        self._generates = generates
         self._prompts: dict[int, tuple[int, int]] = {}
         self._generated = 0
 
     def add(self, index: int, output: RequestOutput) -> None:
         """Count an output of the prompt with this index."""
         self._prompts[index] = (len(output.prompt_token_ids), output.num_cached_tokens)
-        self._generated += sum(len(text.token_ids) for text in output.outputs)
+        if self._generates:
+            self._generated += sum(len(text.token_ids) for text in output.outputs)
 
-    def usage(self, generated: bool = True) -> dict[str, Any]:
-        """OpenAI's usage. generated: whether the texts' tokens count."""
+    def of_chunk(self, body: Sampling) -> dict[str, Any]:
+        """A chunk's field for the usage: so far, null before the last one, or none, as the request wants it."""
+        if body.usage_in_chunks:
+            return {"usage": self.usage()}
+        return {"usage": None} if body.usage_at_end else {}
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage."""
         prompt = sum(tokens for tokens, _ in self._prompts.values())
-        completion = self._generated if generated else 0
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
+            "completion_tokens": self._generated,
+            "total_tokens": prompt + self._generated,
             "prompt_tokens_details": {"cached_tokens": sum(cached for _, cached in self._prompts.values())},
         }
 
@@ -128,18 +138,21 @@ async def make_job(
     encode: Callable[[], list[Tokens]],
     prompts: int = 1,
 ) -> Job:
-    """A job for a request's body. Raises NotFoundError for an unknown model, UsageError or RefusedError for what
+    """A job for a request's body. Raises NotFoundError for an unknown model, UsageError or ApiError for what
     this request may not ask."""
     state, config = request.scope["state"], server.config
     key, admin = state["key"], state["admin"]
-    if body.priority < 0 and (config.api_keys or config.admin_keys) and not admin:
-        raise RefusedError(403, "a priority below 0 needs an admin key", "priority", "permission_denied")
-    chosen = await server.names.resolve(body.model, [(use.name, use.scale) for use in body.lora or ()])
+    priority = body.priority or 0
+    if priority < 0 and (config.api_keys or config.admin_keys) and not admin:
+        raise ApiError(403, "a priority below 0 needs an admin key", "priority", "permission_denied")
+    chosen = await server.names.resolve(
+        body.model, [(use.name, 1.0 if use.scale is None else use.scale) for use in body.lora or ()]
+    )
     log_id = state["request_id"]
     identity = body.request_id or log_id
     order = {
         "request_id": identity,
-        "priority": body.priority,
+        "priority": priority,
         "tenant": key if len(config.api_keys) > 1 else None,
         "salt": _salt(key if config.isolate_cache_per_key else "", body.cache_salt),
         "start_within": config.queue_timeout,

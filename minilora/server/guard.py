@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .body import BodyReader, Gone, check_json, has_body, linger, replay, values
-from .failures import RefusedError, failure_of
+from .failures import ApiError, failure_of
 from .settings import ServerConfig
 from .wire import BACKLOG, make_protocol
 
@@ -100,22 +100,22 @@ class Guard:
                 check_json(body)
         except Gone:
             return
-        except RefusedError as refusal:
+        except ApiError as refusal:
             await refuse(refusal, unread, receive, send)
             return
         await self.app(scope, receive, send)
 
     def _identify(self, scope: Scope) -> None:
-        """Find out who asks; raise RefusedError where that one may not."""
+        """Find out who asks; raise ApiError where that one may not."""
         given = values(scope["headers"], b"authorization")
         caller = self._keys.find(given)
         path = get_route_path(scope)
         if caller is None and not self._is_open(path, scope["method"]):
             cause = "the API key is not one of this server's" if given else "this server wants an API key"
-            raise RefusedError(401, f"{cause}: send 'Authorization: Bearer KEY'", None, "invalid_api_key")
+            raise ApiError(401, f"{cause}: send 'Authorization: Bearer KEY'", None, "invalid_api_key")
         key, admin = caller or ("", False)
         if path in ADMIN_PATHS and not admin:
-            raise RefusedError(
+            raise ApiError(
                 403,
                 "loading and unloading adapters needs --enable-runtime-lora and an admin key",
                 None,
@@ -142,7 +142,7 @@ class Guard:
         return counting
 
 
-async def refuse(refusal: RefusedError, unread: bool, receive: Receive, send: Send) -> None:
+async def refuse(refusal: ApiError, unread: bool, receive: Receive, send: Send) -> None:
     """Answer with an error; where the body is not read, the connection ends after it."""
     response = failure_of(refusal).response()
     headers = list(response.raw_headers)
@@ -158,11 +158,11 @@ async def refuse(refusal: RefusedError, unread: bool, receive: Receive, send: Se
 
 
 def check_headers(scope: Scope) -> None:
-    """Raise RefusedError where there are too many headers, or they and the path are too long."""
+    """Raise ApiError where there are too many headers, or they and the path are too long."""
     headers = scope["headers"]
     size = sum(len(name) + len(value) for name, value in headers) + len(scope["query_string"]) + len(scope["path"])
     if len(headers) > MOST_HEADERS or size > MOST_HEADER_BYTES:
-        raise RefusedError(431, f"more than {MOST_HEADERS} headers or {MOST_HEADER_BYTES} bytes of them and the path")
+        raise ApiError(431, f"more than {MOST_HEADERS} headers or {MOST_HEADER_BYTES} bytes of them and the path")
 
 
 class Hosts:
@@ -180,15 +180,15 @@ class Hosts:
             self._names = {name.lower() for name in (*LOOPBACK, own, *config.allowed_hosts)}
 
     def check(self, scope: Scope) -> None:
-        """Raise RefusedError for a Host header that is missing, malformed or of a foreign name."""
+        """Raise ApiError for a Host header that is missing, malformed or of a foreign name."""
         hosts = values(scope["headers"], b"host")
         if not hosts and self._names is None and scope.get("http_version") == "1.0":
             return
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if match is None:
-            raise RefusedError(400, "the Host header is missing or malformed", None, "invalid_host")
+            raise ApiError(400, "the Host header is missing or malformed", None, "invalid_host")
         if self._names is not None and match[1].lower() not in self._names:
-            raise RefusedError(400, "the Host header names another server; see --allowed-hosts", None, "invalid_host")
+            raise ApiError(400, "the Host header names another server; see --allowed-hosts", None, "invalid_host")
 
 
 def is_loopback(host: str) -> bool:

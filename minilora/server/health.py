@@ -9,7 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from .. import __version__
 from .answers import FAILURES
-from .failures import RefusedError
+from .failures import ApiError
 from .state import Server, ServerDep
 
 # A step of the engine that takes longer, with what it compiles on first use, will not come to an end.
@@ -19,9 +19,9 @@ router = APIRouter()
 
 
 def check_alive(server: Server) -> None:
-    """Raise RefusedError where the engine is dead or stuck."""
+    """Raise ApiError where the engine is dead or stuck."""
     if server.engine.dead is not None or server.engine.stuck_for > LONGEST_STEP:
-        raise RefusedError(503, "the engine has stopped", None, "engine_dead")
+        raise ApiError(503, "the engine has stopped", None, "engine_dead")
 
 
 @router.get("/health", response_class=Response, responses=FAILURES)
@@ -36,7 +36,7 @@ async def ready(server: ServerDep) -> Response:
     """200 while new requests are welcome, 503 when the server drains or its engine is dead."""
     check_alive(server)
     if server.gate.draining:
-        raise RefusedError(503, "the server is shutting down", None, "draining")
+        raise ApiError(503, "the server is shutting down", None, "draining")
     return Response()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from .answers import FAILURES, ModelCard, ModelList, Unloaded
-from .failures import RefusedError
+from .failures import ApiError
 from .protocol import LoadRequest, UnloadRequest
 from .state import Server, ServerDep
 
@@ -44,7 +44,7 @@ def _card(server: Server, name: str) -> dict[str, Any]:
 async def load_lora_adapter(body: LoadRequest, server: ServerDep) -> dict[str, Any]:
     """Load an adapter from the server's folder of adapters. Needs an admin key and --enable-runtime-lora."""
     _check_enabled(server)
-    await server.names.load(body.lora_name, body.lora_path, body.load_inplace)
+    await server.names.load(body.lora_name, body.lora_path, bool(body.load_inplace))
     return _card(server, body.lora_name)
 
 
@@ -52,10 +52,10 @@ async def load_lora_adapter(body: LoadRequest, server: ServerDep) -> dict[str, A
 async def unload_lora_adapter(body: UnloadRequest, server: ServerDep) -> dict[str, Any]:
     """Unload an adapter. Needs an admin key and --enable-runtime-lora."""
     _check_enabled(server)
-    await server.names.unload(body.lora_name, body.force)
+    await server.names.unload(body.lora_name, bool(body.force))
     return {"id": body.lora_name, "object": "model", "deleted": True}
 
 
 def _check_enabled(server: Server) -> None:
     if not server.config.enable_runtime_lora:
-        raise RefusedError(403, "loading adapters at run time is off; see --enable-runtime-lora", None, "not_enabled")
+        raise ApiError(403, "loading adapters at run time is off; see --enable-runtime-lora", None, "not_enabled")

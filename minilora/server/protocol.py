@@ -1,7 +1,7 @@
 """Requests as pydantic models: OpenAI's fields and vLLM's, each declared here or decided on in fields.py.
 
 Types are strict (no text or boolean for a number), numbers finite, lists and texts of bounded length; the ranges of
-sampling parameters are checked by SamplingParams. Unknown fields are errors.
+sampling parameters are checked by SamplingParams. Unknown fields are errors; null is as if a field were not given.
 """
 
 from typing import Annotated, Any, Literal
@@ -33,8 +33,8 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     """include_usage: a last chunk with the usage; continuous_usage_stats: the usage so far in every chunk."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
     include_obfuscation: Literal[False] | None = Field(None, description="Only false: chunks are not padded.")
 
 
@@ -42,7 +42,7 @@ class LoraUse(Strict):
     """An adapter of a request, and the factor on its own scale."""
 
     name: ModelName
-    scale: float = Field(1.0, ge=-100, le=100)
+    scale: float | None = Field(None, ge=-100, le=100, description="1 if not given.")
 
 
 class Sampling(Strict):
@@ -74,7 +74,9 @@ class Sampling(Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31, description="Lower goes first; below 0 needs an admin key.")
+    priority: int | None = Field(
+        None, ge=-(1 << 31), lt=1 << 31, description="Lower goes first, 0 if not given; below 0 needs an admin key."
+    )
     cache_salt: Label | None = Field(None, description="Cached prefixes are shared within one salt only.")
     request_id: Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,128}$")] | None = Field(
         None, description="Becomes part of the answer's id; need not be unique."
@@ -102,12 +104,12 @@ class Sampling(Strict):
     @property
     def usage_at_end(self) -> bool:
         """Whether the stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def usage_in_chunks(self) -> bool:
         """Whether every chunk says the usage so far."""
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 # ---------------------------------------------------------------- chat
@@ -156,7 +158,7 @@ Scalar = bool | int | float | Annotated[str, StringConstraints(max_length=1024)]
 class ChatTemplateOptions(Strict):
     """What a request may say about the rendering of its messages."""
 
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = Field(None, description="True if not given.")
     chat_template_kwargs: Annotated[dict[Label, Scalar], Field(max_length=16)] | None = Field(
         None, description="Variables for the model's chat template, as enable_thinking."
     )
@@ -236,7 +238,7 @@ class TokenizeRequest(ChatTemplateOptions):
         if self.messages is not None and self.add_special_tokens:
             raise UsageError("the chat template writes the special tokens of messages", param="add_special_tokens")
         for name in ("add_generation_prompt", "chat_template_kwargs") if self.messages is None else ():
-            if name in self.model_fields_set:
+            if getattr(self, name) is not None:
                 raise UsageError(f"{name} needs messages", param=name)
         return self
 
@@ -253,7 +255,7 @@ class LoadRequest(Strict):
 
     lora_name: str
     lora_path: str
-    load_inplace: bool = False
+    load_inplace: bool | None = False
 
 
 class UnloadRequest(Strict):
@@ -261,4 +263,4 @@ class UnloadRequest(Strict):
 
     lora_name: str
     lora_int_id: int | None = Field(None, description="Accepted, of no effect: adapters go by name.")
-    force: bool = False
+    force: bool | None = False

@@ -8,7 +8,7 @@ from fastapi import Depends, Request
 from ..async_engine import AsyncEngine
 from .admission import Gate
 from .board import Board
-from .failures import RefusedError
+from .failures import ApiError
 from .metrics import Metrics
 from .names import Names
 from .settings import ServerConfig
@@ -37,20 +37,20 @@ class Server:
         self._most_characters = 4 * engine.tokenizer.longest_token * engine.max_model_len
 
     def check_length(self, characters: int, param: str) -> None:
-        """Raise RefusedError for a text that is too long however it is cut into tokens, before it is."""
+        """Raise ApiError for a text that is too long however it is cut into tokens, before it is."""
         if characters > self._most_characters:
             raise too_long(param, f"{characters} characters can't be {self.engine.max_model_len} tokens or fewer")
 
     def check_tokens(self, tokens: int, param: str) -> None:
-        """Raise RefusedError for a prompt that leaves no room for one more token."""
+        """Raise ApiError for a prompt that leaves no room for one more token."""
         most = self.engine.max_model_len - 1
         if tokens > most:
             raise too_long(param, f"the prompt has {tokens} tokens, the model takes {most} and one of its own")
 
 
-def too_long(param: str, message: str) -> RefusedError:
+def too_long(param: str, message: str) -> ApiError:
     """The error that OpenAI's clients know for a prompt that does not fit."""
-    return RefusedError(400, message, param, "context_length_exceeded")
+    return ApiError(400, message, param, "context_length_exceeded")
 
 
 async def _server(request: Request) -> Server:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..errors import ResourceError
-from .failures import Failure, RefusedError, failure_of
+from .failures import ApiError, failure_of
 from .settings import ServerConfig
 
 # Above the guard's limits, which say what is wrong: here the request line and chunk extensions count too.
@@ -26,7 +26,7 @@ MORE_CONNECTIONS = 256
 # Files that a process has open beside connections: the model's, adapters that are being read, the event loop's.
 OTHER_FILES = 256
 
-MALFORMED = RefusedError(400, "the request is not valid HTTP", None, "invalid_http")
+MALFORMED = ApiError(400, "the request is not valid HTTP", None, "invalid_http")
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -102,7 +102,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
         elif self._begun:
-            self._fault = RefusedError(408, "the headers did not come in time", None, "request_timeout")
+            self._fault = ApiError(408, "the headers did not come in time", None, "request_timeout")
             self.send_400_response("")
         else:
             self.transport.close()
@@ -127,7 +127,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._header_bytes += size
         if self._header_bytes > MOST_HEADER_BYTES or len(self.headers) > MOST_HEADERS:
-            self._fault = RefusedError(431, "the headers and the path are too long", None, "headers_too_large")
+            self._fault = ApiError(431, "the headers and the path are too long", None, "headers_too_large")
             raise httptools.HttpParserError("too long")
 
     def on_headers_complete(self) -> None:
@@ -198,7 +198,7 @@ def allow_connections(config: ServerConfig) -> None:
 
 async def crowded(scope: Scope, receive: Receive, send: Send) -> None:
     """The application for connections above the limit."""
-    failure = Failure(503, "too many connections", None, "overloaded", retry_after=1)
+    failure = ApiError(503, "too many connections", None, "overloaded", retry_after=1)
     response = failure.response()
     response.headers["connection"] = "close"
     await response(scope, receive, send)

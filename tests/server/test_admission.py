@@ -11,7 +11,7 @@ from minilora.errors import UsageError
 from minilora.params import EngineConfig
 from minilora.server import ServerConfig, admission
 from minilora.server.admission import LONGEST_WAIT, Gate
-from minilora.server.failures import RefusedError
+from minilora.server.failures import ApiError
 
 from .conftest import assert_idle
 
@@ -32,7 +32,7 @@ def drive(coroutine):
 
 
 def refused(gate, key="", sequences=1):
-    with pytest.raises(RefusedError) as error:
+    with pytest.raises(ApiError) as error:
         drive(gate.admit(key, sequences).__aenter__())
     assert 1 <= error.value.retry_after <= LONGEST_WAIT and isinstance(error.value.retry_after, int)
     return error.value
@@ -183,7 +183,7 @@ def test_random_comings_and_goings(seed):
                     await ticket.__aenter__()
                     held.append((key, count, ticket))
                 else:
-                    with pytest.raises(RefusedError) as error:
+                    with pytest.raises(ApiError) as error:
                         await ticket.__aenter__()
                     assert error.value.status == (503 if fits_key else 429)
             assert gate.active == sum(n for _, n, _ in held) <= 12

@@ -11,7 +11,7 @@ import pytest
 from minilora import AsyncEngine
 from minilora.server import ServerConfig, body, create_app, guard
 from minilora.server.body import MOST_DEPTH, BodyReader, check_json
-from minilora.server.failures import RefusedError
+from minilora.server.failures import ApiError
 from minilora.server.guard import MOST_HEADER_BYTES, MOST_HEADERS, Hosts, is_loopback, protect
 
 from .conftest import SIZES
@@ -399,7 +399,7 @@ def test_s19_memory_of_bodies_is_bounded():
     whole = reader._budget
     for _ in range(16):
         reader._take(bytearray(), b" " * 1000)
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(ApiError) as refused:
         reader._take(bytearray(), b" ")
     assert refused.value.status == 503 and refused.value.retry_after
     reader._budget = whole
@@ -463,7 +463,7 @@ def test_good_json_passes(body):
     ],
 )
 def test_s19_bad_json_is_refused(body):
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(ApiError) as refused:
         check_json(body)
     assert refused.value.status == 400
 
@@ -480,5 +480,5 @@ HOSTILE = (b'"', b'\\"', b'"\\', b"[", b"{[", b"[]", b'"[', b'""', b"\\", b"[[]"
 def test_s19_checking_json_takes_linear_time(unit):
     """With quadratic time these would not end today."""
     body = b"{" + unit * ((4 << 20) // len(unit))
-    with pytest.raises(RefusedError):
+    with pytest.raises(ApiError):
         check_json(body)

@@ -9,7 +9,16 @@ import psutil
 import pytest
 
 from minilora.server.fields import REFUSED, WITHOUT_EFFECT
-from minilora.server.protocol import ChatRequest, CompletionRequest
+from minilora.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadRequest,
+    LoraUse,
+    StreamOptions,
+    TokenizeRequest,
+    UnloadRequest,
+)
 
 from .conftest import MODEL, assert_idle
 
@@ -99,6 +108,41 @@ def test_every_field_is_decided_once():
     """Declared, refused by name, or without effect, and never two of these."""
     declared = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
     assert not declared & REFUSED.keys() and declared >= WITHOUT_EFFECT.keys()
+
+
+OPTIONAL = {
+    ChatRequest: CHAT,
+    CompletionRequest: TEXT,
+    TokenizeRequest: {"prompt": "Hi"},
+    DetokenizeRequest: {"tokens": [1]},
+    LoadRequest: {"lora_name": "a", "lora_path": "b"},
+    UnloadRequest: {"lora_name": "a"},
+    StreamOptions: {},
+    LoraUse: {"name": "a0"},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONAL)
+def test_any_optional_field_may_be_null(kind):
+    needed = OPTIONAL[kind]
+    for name, field in kind.model_fields.items():
+        if name not in needed:
+            assert not field.is_required(), f"{name} is missing above"
+            kind.model_validate({**needed, name: None})
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_null_is_as_if_a_field_were_not_given(post, path):
+    kind, base = {"/v1/chat/completions": (ChatRequest, CHAT), "/v1/completions": (CompletionRequest, TEXT)}[path]
+    nulls = dict.fromkeys(kind.model_fields.keys() - base.keys())
+    expected, found = (post(path, **{**fields, "temperature": 0}) for fields in ({}, nulls))
+    assert found.status_code == 200, found.text
+    assert found.json()["choices"] == expected.json()["choices"]
+    assert found.json()["usage"] == expected.json()["usage"]
+    scaled = [post(path, temperature=0, lora=[{"name": "a0", **scale}]) for scale in ({}, {"scale": None})]
+    assert scaled[0].json()["choices"] == scaled[1].json()["choices"]
+    streamed = {"stream": True, "stream_options": {"include_usage": None, "continuous_usage_stats": None}}
+    assert '"usage"' not in post(path, **streamed).text
 
 
 def test_stream_options_without_a_stream(post):

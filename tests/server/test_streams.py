@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from minilora.errors import QueueTimeoutError
-from minilora.server.failures import RefusedError
+from minilora.server.failures import ApiError
 from minilora.server.stream import EventStream, attended, event
 
 from .conftest import MODEL, assert_idle
@@ -192,13 +192,13 @@ def test_signs_of_life():
 
 
 def test_an_error_before_the_first_event_has_its_status():
-    for error in (RefusedError(429, "no"), QueueTimeoutError("late"), ValueError("x")):
+    for error in (ApiError(429, "no"), QueueTimeoutError("late"), ValueError("x")):
         with pytest.raises(type(error)):
             run(numbers(count=0, error=error))
 
 
 def test_an_error_after_it_is_an_event():
-    client = run(numbers(count=2, error=RefusedError(429, "no", None, "code")))
+    client = run(numbers(count=2, error=ApiError(429, "no", None, "code")))
     assert client.sent[0]["status"] == 200
     assert b'"code":"code"' in client.body and client.body.endswith(b"data: [DONE]\n\n")
     assert not client.sent[-1].get("more_body")
