@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import ResourceError, UnsupportedError
+from .memory import huge_pages
 
 _SYSTEM = Path("/sys/devices/system/node")
 # mbind(2): its number by machine, and the policies "on this node if there is room" and "page by page over all".
@@ -65,7 +66,7 @@ def copy_to(array: np.ndarray, found: Sequence[Node]) -> np.ndarray:
     """A copy of a uint8 array on one node, or spread over several. Raises ResourceError."""
     try:
         # Whole pages of its own, so that the policy holds from the first byte to the last.
-        copy = np.frombuffer(mmap.mmap(-1, max(1, len(array))), np.uint8)
+        copy = huge_pages(mmap.mmap(-1, max(1, len(array)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     except OSError:
         raise ResourceError(f"no memory for a copy of {len(array)} bytes", "Use --numa interleave or off.") from None
     _set_policy(copy, _INTERLEAVE if len(found) > 1 else _PREFERRED, found)

@@ -10,10 +10,11 @@ damaged or was made from other bytes is made again.
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.folder import read_json
 from .config import ModelConfig, token_ids
 from .errors import FormatError
+from .memory import HUGE_PAGE, huge_pages
 from .params import SamplingParams
 from .tokenizer import DEFINITION, SETTINGS, TEMPLATE, Tokenizer, TokenizerFiles
 from .weights import Packer, Plan, Target, Weights, pack_in_memory
@@ -137,15 +139,29 @@ def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with (building / ARENA).open("wb") as file:
-            for chunk in Packer(plan).chunks():
-                file.write(chunk.data)
+        _write_arena(building / ARENA, Packer(plan).chunks())
         tokenizer.save(building)
         (building / MANIFEST).write_text(json.dumps(_manifest(building, plan)))
         _replace_folder(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _write_arena(path: Path, chunks: Iterable[np.ndarray]) -> None:
+    """Write uint8 arrays one after the other, a huge page at a time: Linux keeps such pieces in huge pages."""
+    piece, filled = np.empty(HUGE_PAGE, np.uint8), 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            at = 0
+            while at < len(chunk):
+                count = min(len(chunk) - at, HUGE_PAGE - filled)
+                piece[filled : filled + count] = chunk[at : at + count]
+                at, filled = at + count, filled + count
+                if filled == HUGE_PAGE:
+                    file.write(piece.data)
+                    filled = 0
+        file.write(piece[:filled].data)
 
 
 def _replace_folder(building: Path, folder: Path) -> None:
@@ -233,6 +249,7 @@ def _map(path: Path, size: int) -> np.ndarray:
     try:
         if path.stat().st_size != size:
             raise FormatError(f"{path} has {path.stat().st_size} bytes instead of {size}", "Delete the folder.")
-        return np.memmap(path, np.uint8, mode="c").view(np.ndarray)
+        with path.open("rb") as file:
+            return huge_pages(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except FileNotFoundError:
         raise FormatError(f"{path} is missing", "Delete the folder.") from None

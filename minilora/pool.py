@@ -14,7 +14,7 @@ from minilora_kernels.pack import FLOAT16
 from .adapters import AdapterArrays, PackedAdapter
 from .config import ModelConfig
 from .errors import ResourceError
-from .weights import ALIGNMENT, aligned_empty
+from .memory import ALIGNMENT, aligned_empty
 
 
 @dataclass

@@ -20,6 +20,7 @@ from minilora_kernels.quantize import quantize
 from .checkpoint.base import Checkpoint
 from .config import ModelConfig
 from .errors import FormatError, UsageError
+from .memory import ALIGNMENT, aligned_empty
 
 # Columns of the layers table: byte offsets of float32 vectors in the arena (-1: none), rows of the matrices
 # table, and what the layer does.
@@ -42,7 +43,6 @@ from .errors import FormatError, UsageError
 ) = range(15)
 LAYER_WIDTH = 15
 
-ALIGNMENT = 64
 CHUNK_ROWS = 4096
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
@@ -485,13 +485,6 @@ class Weights:
     def floats(self) -> dict[str, np.ndarray]:
         """Every tensor as float32 under its Hugging Face name: what the packed numbers stand for."""
         return dict(_unpack_all(self))
-
-
-def aligned_empty(size: int) -> np.ndarray:
-    """uint8 memory that begins on a cache line."""
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size]
 
 
 def pack_in_memory(plan: Plan) -> Weights:

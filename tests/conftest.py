@@ -8,8 +8,21 @@ import pytest
 
 from minilora.checkpoint.lock import resolve_model
 from minilora.packed import load_model
+from minilora_kernels.jit import cache_root
 
 from .support import ARCHITECTURES, make_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_packed_models_left_behind(tmp_path_factory):
+    """Compiled kernels and downloads are kept from run to run, packed models of the tests are not."""
+    kept, root = cache_root(), tmp_path_factory.mktemp("cache")
+    for name in ("kernels", "models"):
+        (kept / name).mkdir(parents=True, exist_ok=True)
+        (root / name).symlink_to(kept / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINILORA_CACHE", str(root))
+        yield
 
 
 @pytest.fixture(scope="session")

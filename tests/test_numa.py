@@ -1,6 +1,7 @@
 """Memory nodes, simulated on one: threads bound, weights copied or spread, and the same bits."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from minilora.sequence import AdapterUse
 from minilora_kernels.team import Each
 
 from .support import make_adapter, make_engine, prompt_logits, random_tokens
+
+MAPS = Path("/proc/self/numa_maps")
 
 pytestmark = pytest.mark.skipif(not numa._SYSTEM.is_dir(), reason="this system tells nothing of memory nodes")
 
@@ -62,6 +65,22 @@ def test_memory_is_placed_and_keeps_its_content():
     fresh = np.zeros(1 << 20, np.float32)
     spread(fresh, found)
     assert not fresh.any()
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="this system tells nothing of memory policies")
+def test_the_system_knows_where_memory_is_to_lie():
+    [node, *_] = nodes()
+    fresh, copy = np.zeros(1 << 22, np.uint8), copy_to(np.arange(1 << 22, dtype=np.uint8), [node])
+    assert policy(fresh) == "default" and policy(copy) == f"prefer:{node.number}"
+    spread(fresh, [node])
+    assert policy(fresh) == f"interleave:{node.number}"
+
+
+def policy(array):
+    """The policy of the memory in the middle of an array."""
+    middle = array.ctypes.data + array.nbytes // 2
+    lines = [line.split() for line in MAPS.read_text().splitlines()]
+    return [found for start, found, *_ in lines if int(start, 16) <= middle][-1]
 
 
 def test_a_node_that_is_not_there():

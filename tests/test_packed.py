@@ -12,7 +12,8 @@ import pytest
 
 from minilora.checkpoint import open_checkpoint
 from minilora.errors import FormatError, NotFoundError, UsageError
-from minilora.packed import ARENA, MANIFEST, checksum, load_model, read_packed, write_packed
+from minilora.memory import HUGE_PAGE
+from minilora.packed import ARENA, MANIFEST, _write_arena, checksum, load_model, read_packed, write_packed
 from minilora.weights import Plan, Target
 
 from .support import make_checkpoint
@@ -50,6 +51,13 @@ def test_packed_once_and_mapped_afterwards(cache, model):
     assert np.array_equal(first.weights.arena, again.weights.arena)
     assert np.array_equal(again.weights.matrices, first.weights.matrices)
     assert again.weights.arena.base is not None and again.weights.arena.flags.writeable
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [HUGE_PAGE], [HUGE_PAGE - 1, 2], [5, 2 * HUGE_PAGE, 0, 70, HUGE_PAGE]])
+def test_the_arena_is_written_in_huge_pages_and_whole(tmp_path, sizes):
+    chunks = [np.random.default_rng(size).integers(0, 256, size, np.uint8) for size in sizes]
+    _write_arena(tmp_path / "file", chunks)
+    assert (tmp_path / "file").read_bytes() == b"".join(chunk.tobytes() for chunk in chunks)
 
 
 def test_formats_have_folders_of_their_own(cache, model):
