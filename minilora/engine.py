@@ -376,7 +376,9 @@ class Engine:
     # ------------------------------------------------------------ state
 
     def warm_up(self) -> None:
-        """Compile what the first requests would have to wait for. Counters begin anew; nothing else may be running."""
+        """Compile what the first requests would have to wait for; counters begin anew. Raises UsageError while busy."""
+        if self.busy:
+            raise UsageError("the engine is at work: warm it up before the first request")
         params = SamplingParams(max_tokens=2, temperature=1.0, logprobs=1, ignore_eos=True)
         self.submit([0], params)
         while self.busy:

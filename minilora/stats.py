@@ -191,7 +191,7 @@ class Recorder:
         self.total, self.course = Traffic(), Course()
         self.by_adapter: dict[str, Traffic] = {}
         # Of each sequence under way, by number: the counters that it goes into.
-        self._of: dict[int, list[Traffic]] = {}
+        self._ledgers: dict[int, list[Traffic]] = {}
         self.steps = 0
         self.step_seconds = 0.0
         self.step_times = {kind: Histogram(STEP_SECONDS) for kind in STEP_KINDS}
@@ -205,8 +205,8 @@ class Recorder:
         """Note a new sequence."""
         sequence.times.submitted = now
         known = [name for name in names_of(sequence) if not name or self._is_known(name)]
-        self._of[sequence.number] = [self.total, *(self.by_adapter.setdefault(name, Traffic()) for name in known)]
-        for traffic in self._of[sequence.number]:
+        self._ledgers[sequence.number] = [self.total, *(self.by_adapter.setdefault(name, Traffic()) for name in known)]
+        for traffic in self._ledgers[sequence.number]:
             traffic.requests += 1
             traffic.last_request = now
 
@@ -218,7 +218,7 @@ class Recorder:
     def token(self, sequence: Sequence, now: float) -> None:
         """Note a new token."""
         times = sequence.times
-        for traffic in self._of[sequence.number]:
+        for traffic in self._ledgers[sequence.number]:
             traffic.generated_tokens += 1
             if times.last_token is None:
                 traffic.prompt_tokens += sequence.prompt_length
@@ -233,7 +233,7 @@ class Recorder:
 
     def finished(self, sequence: Sequence, now: float) -> None:
         """Note the end of a sequence."""
-        for traffic in self._of.pop(sequence.number):
+        for traffic in self._ledgers.pop(sequence.number):
             traffic.finished[sequence.finish_reason or ""] += 1
             traffic.latency.add(now - sequence.times.submitted)
         times, course = sequence.times, self.course

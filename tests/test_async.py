@@ -174,6 +174,11 @@ def test_warming_up_leaves_no_trace(serve):
         await engine.warm_up()
         stats = await engine.stats()
         assert (stats.steps, stats.total.requests, stats.total.generated_tokens) == (0, 0, 0)
+        answer = engine.generate(PROMPT, GREEDY)
+        await anext(answer)
+        with pytest.raises(UsageError, match="at work"):
+            await engine.warm_up()
+        await answer.aclose()
 
     serve(main)
 

@@ -186,6 +186,7 @@ def _score_tile(rows: int, kv_format: int):
         for d in range(0, kv.size, 2):
             for c in range(2):
                 row = (d + c) * SUBPAGE
+                # Of int8 a cache line holds two rows, and is asked for once.
                 for n in range(0, SUBPAGE, line):
                     if values >= 0 and (c + 1) * SUBPAGE % line == 0:
                         prefetch(kv.values, values * kv.size + row + n)
