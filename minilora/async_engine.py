@@ -9,15 +9,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+from .adapters import Adapter
 from .chat import Message, encode_chat
 from .errors import EngineDeadError, QueueTimeoutError, RequestError
 from .llm_engine import DEFAULT_MODEL, LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
 from .outputs import CompletionOutput, LoRARequest, RequestOutput
 from .params import EngineConfig, SamplingParams
+from .registry import Loaded
 from .stats import Stats
 
 Answer = TypeVar("Answer")
@@ -56,6 +59,8 @@ class AsyncEngine:
         # When the thread began what it is doing, None while it waits for work.
         self._began: float | None = None
         self._lock = threading.Lock()
+        # One adapter at a time: while it is read it takes several times its size.
+        self._reader = ThreadPoolExecutor(1, "minilora-reader")
         self._thread = threading.Thread(target=self._work, name="minilora-engine", daemon=True)
         self._thread.start()
 
@@ -148,8 +153,15 @@ class AsyncEngine:
     ) -> None:
         """LLM.add_lora; finding and reading the adapter holds nobody up."""
         found = await asyncio.to_thread(self._llm.find_adapter, source, settings)
-        loaded = await asyncio.to_thread(self._llm.engine.adapters.read, found) if load else None
+        loaded = await self._read(found) if load else None
         await self._ask(lambda: self._llm.register(name, source, found, weight, loaded))
+
+    async def _read(self, found: Path | Adapter) -> Loaded:
+        try:
+            reading = self._reader.submit(self._llm.engine.adapters.read, found)
+        except RuntimeError:
+            raise EngineDeadError("the engine was closed") from None
+        return await asyncio.wrap_future(reading)
 
     async def remove_lora(self, name: str, force: bool = False) -> None:
         """LLM.remove_lora."""
@@ -195,6 +207,7 @@ class AsyncEngine:
         """End the thread; requests under way end with EngineDeadError."""
         self._closing = True
         self._wake.set()
+        self._reader.shutdown(wait=False)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

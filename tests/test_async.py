@@ -221,7 +221,7 @@ def test_a_dead_engine_says_so(serve, monkeypatch):
     serve(main)
 
 
-def test_closing_ends_what_runs(serve):
+def test_closing_ends_what_runs(serve, shelf):
     async def main(engine):
         running = asyncio.create_task(engine.complete(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True)))
         while not (await engine.stats()).running:
@@ -229,6 +229,8 @@ def test_closing_ends_what_runs(serve):
         await asyncio.to_thread(engine.close)
         with pytest.raises(EngineDeadError, match="closed"):
             await running
+        with pytest.raises(EngineDeadError, match="closed"):
+            await engine.add_lora("late", shelf[0])
 
     serve(main)
 
