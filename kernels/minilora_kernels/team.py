@@ -278,7 +278,7 @@ class Team:
     @property
     def lost(self) -> float:
         """Seconds of the last run that its threads, all together, could not run: others had their cores."""
-        return float(self._sync[_CLOCKS::_LINE].sum()) / 1e9
+        return sum(self._sync[_CLOCKS::_LINE].tolist()) / 1e9
 
     def abort(self) -> None:
         """Open every barrier of the running job: its results are void."""
