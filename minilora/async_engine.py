@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from .adapters import Adapter
 from .chat import Message, encode_chat
-from .errors import EngineDeadError, QueueTimeoutError, RequestError
+from .errors import EngineClosedError, EngineDeadError, QueueTimeoutError, RequestError
 from .llm_engine import DEFAULT_MODEL, LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
 from .outputs import CompletionOutput, LoRARequest, RequestOutput
 from .params import EngineConfig, SamplingParams
@@ -160,7 +160,7 @@ class AsyncEngine:
         try:
             reading = self._reader.submit(self._llm.engine.adapters.read, found)
         except RuntimeError:
-            raise EngineDeadError("the engine was closed") from None
+            raise EngineClosedError("the engine was closed") from None
         return await asyncio.wrap_future(reading)
 
     async def remove_lora(self, name: str, force: bool = False) -> None:
@@ -204,7 +204,7 @@ class AsyncEngine:
         return 0.0 if began is None else time.monotonic() - began
 
     def close(self) -> None:
-        """End the thread; requests under way end with EngineDeadError."""
+        """End the thread; requests under way end with EngineClosedError."""
         self._closing = True
         self._wake.set()
         self._reader.shutdown(wait=False)
@@ -218,7 +218,7 @@ class AsyncEngine:
         future: Future[Answer] = Future()
         with self._lock:
             if self._death is not None:
-                raise EngineDeadError(self._death.cause, self._death.remedy)
+                raise self._death.copy()
             self._orders.append((act, future))
         self._wake.set()
         return future
@@ -247,7 +247,7 @@ class AsyncEngine:
                 if not self._llm.busy or (self._llm.engine.stalled and self._llm.engine.adapters.loading):
                     self._began = None
                     self._wake.wait()
-            self._die(EngineDeadError("the engine was closed"))
+            self._die(EngineClosedError("the engine was closed"))
         except BaseException as error:
             death = EngineDeadError(f"the engine stopped on an error: {error!r}", "Restart it, and report this error.")
             death.__cause__ = error
@@ -286,9 +286,9 @@ class AsyncEngine:
             orders, self._orders = list(self._orders), deque()
         for _, future in orders:
             if future.set_running_or_notify_cancel():
-                future.set_exception(EngineDeadError(death.cause, death.remedy))
+                future.set_exception(death.copy())
         for stream in self._streams.values():
-            _call(stream.loop, [(stream, EngineDeadError(death.cause, death.remedy))])
+            _call(stream.loop, [(stream, death.copy())])
         self._streams.clear()
 
 

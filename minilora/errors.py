@@ -12,12 +12,14 @@
     ├── RequestError       a request failed for a reason of its own, or with the step that it was in
     ├── QueueTimeoutError  a request waited too long for its turn
     └── EngineDeadError    the engine has stopped and takes no more requests
+        └── EngineClosedError  because it was told to
 
 Each says the cause in one line and, where there is one, the remedy in a second.
 """
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class MiniloraError(Exception):
@@ -77,6 +79,14 @@ class QueueTimeoutError(MiniloraError):
 
 class EngineDeadError(MiniloraError):
     """The engine has stopped."""
+
+    def copy(self) -> Self:
+        """Another of the same content: each that waits for the engine raises its own."""
+        return type(self)(self.cause, self.remedy)
+
+
+class EngineClosedError(EngineDeadError):
+    """The engine has stopped because it was told to."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

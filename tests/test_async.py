@@ -8,7 +8,14 @@ import pytest
 
 from minilora import LLM, AsyncEngine, LoRARequest, SamplingParams
 from minilora.config import ModelConfig
-from minilora.errors import EngineDeadError, NotFoundError, QueueTimeoutError, RequestError, UsageError
+from minilora.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    NotFoundError,
+    QueueTimeoutError,
+    RequestError,
+    UsageError,
+)
 
 from .support import BASE_CONFIG, LINEAR, peft_tensors, save_adapter
 
@@ -227,9 +234,9 @@ def test_closing_ends_what_runs(serve, shelf):
         while not (await engine.stats()).running:
             await asyncio.sleep(0.001)
         await asyncio.to_thread(engine.close)
-        with pytest.raises(EngineDeadError, match="closed"):
+        with pytest.raises(EngineClosedError, match="closed"):
             await running
-        with pytest.raises(EngineDeadError, match="closed"):
+        with pytest.raises(EngineClosedError, match="closed"):
             await engine.add_lora("late", shelf[0])
 
     serve(main)

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from ..errors import (
     AdapterError,
     DownloadError,
+    EngineClosedError,
     EngineDeadError,
     FormatError,
     MiniloraError,
@@ -88,6 +89,8 @@ def failure_of(error: BaseException, request_id: str = "") -> ApiError:
     cause = error.__cause__ if isinstance(error, RequestError) else None
     if isinstance(cause, UnloadedError):
         return ApiError(404, cause.cause, "model", "adapter_unloaded")
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, "the server is shutting down", None, "draining", retry_after=10)
     if isinstance(error, EngineDeadError):
         return ApiError(503, "the engine has stopped", None, "engine_dead", retry_after=10)
     log.error("request %s failed", request_id, exc_info=error)

@@ -279,15 +279,15 @@ def test_watchers_leave_a_server_that_has_drained(serve):
         assert json.loads([line for line in lines if line][-1].removeprefix("data: "))["state"] == "draining"
 
 
-def test_a_dead_engine_is_told(serve):
+def test_an_engine_that_was_closed_is_told(serve):
     running = serve()
     with running.client.stream("GET", "/stats", headers={"Accept": "text/event-stream"}) as answer:
         lines = answer.iter_lines()
         next(lines)
         running.engine.close()
-        assert json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]["code"] == "engine_dead"
+        assert json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]["code"] == "draining"
     answer = running.client.get("/stats")
-    assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_dead"
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
 
 
 # ------------------------------------------------------------ figures

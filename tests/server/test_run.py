@@ -165,7 +165,7 @@ def test_what_does_not_finish_is_told(start, second):
         process.wait_for("running texts")
         process.signal(signal.SIGINT)
     thread.join(60)
-    assert results[0][-2] == "data: [DONE]" and '"code":"engine_dead"' in results[0][-4]
+    assert results[0][-2] == "data: [DONE]" and '"code":"draining"' in results[0][-4]
     assert process.end() == (1, "")
 
 
