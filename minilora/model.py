@@ -24,7 +24,7 @@ from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, r
 from minilora_kernels.sample import argmax
 from minilora_kernels.team import barrier, claim, clock_in, clock_out, share
 
-from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN, AdapterArrays
+from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN, UP_OUT, AdapterArrays
 from .batch import (
     LONG_PAGES,
     LONG_PARTS,
@@ -203,20 +203,25 @@ def _make_adapters(lora_format):
         for i in range(len(segments)):
             first, end, slot = segments[i, 0], segments[i, 1], segments[i, 2]
             at, panels = inputs[slot, layer, which, 0], inputs[slot, layer, which, 1] // PANEL
+            then, scale = inputs[segments[min(i + 1, len(segments) - 1), 2], layer, which, 0], scales[i]
             for panel in range(panels):
+                following = then if panel + 1 == panels else at + (panel + 1) * (head + columns * size)
                 for row in range(first, end, BLOCK):
                     if low <= unit < high:
-                        x_at, s_at = (x_row + row) * x.stride, row * b.s_stride + segments[i, 3]
-                        count = min(BLOCK, end - row)
+                        x_at, to = (x_row + row) * x.stride, row * b.s_stride + segments[i, 3]
+                        rows, ahead = min(BLOCK, end - row), following if unit + 1 < high else at
                         shrink(
-                            arena, at, columns, panel, x.values, x_at, x.stride, count, scales[i], b.s, s_at, b.s_stride
+                            arena, at, ahead, columns, panel, x.values, x_at, x.stride, rows, scale, b.s, to, b.s_stride
                         )
                     unit += 1
         barrier(c.sync, c.size)
 
     @kernel
-    def expand_all(c, segments, layer, which, row0, row1, low, high, to):
-        """Add s B of matrix `which` to rows row0 .. row1, panels low .. high; to: Place of row row0, panel 0."""
+    def expand_all(c, segments, layer, which, row0, row1, low, high, to, next_which, next_low):
+        """Add s B of matrix `which` to rows row0 .. row1, panels low .. high; to: Place of row row0, panel 0.
+
+        next_which, next_low: the matrix and the panel that follow after the last segment, for prefetching.
+        """
         outputs, b, arena, last = c.adapters.outputs, c.buffers, c.adapters.arena, len(segments) - 1
         for i in range(len(segments) if low < high else 0):
             first, end, slot = max(row0, segments[i, 0]), min(row1, segments[i, 1]), segments[i, 2]
@@ -224,8 +229,10 @@ def _make_adapters(lora_format):
             if ranks > 0 and first < end:
                 s_at = first * b.s_stride + segments[i, 3] + outputs[slot, layer, which, 2]
                 out_at = to.at + (first - row0) * to.stride + low * to.step
-                then = segments[min(i + 1, last), 2]
-                following = outputs[then, layer, which, 0] + low * (head + outputs[then, layer, which, 1] * size)
+                then, what, panel = segments[min(i + 1, last), 2], which, low
+                if i == last:
+                    then, what, panel = segments[0, 2], next_which, next_low
+                following = outputs[then, layer, what, 0] + panel * (head + outputs[then, layer, what, 1] * size)
                 count = end - first
                 expand(
                     arena,
@@ -291,7 +298,7 @@ def _make_projection(linear, expand_all, write_key, write_value):
             panels = (shape.heads if which == Q_OUT else shape.kv_heads) * shape.head_dim // PANEL
             to = Place(b.qkv, row0 * b.qkv_stride + start * PANEL, b.qkv_stride, PANEL)
             low, high = max(first - start, 0), min(end - start, panels)
-            expand_all(c, c.batch.segments, layer, which, row0, row1, low, high, to)
+            expand_all(c, c.batch.segments, layer, which, row0, row1, low, high, to, min(which + 1, 2), 0)
             start += panels
 
     @kernel
@@ -417,8 +424,8 @@ def _make_output(linear, shrink_all, expand_all):
         for row in range(0, count, step):
             rows, at = min(step, count - row), row * width
             linear(w.arena, w.matrices, matrix, x, x_row + row, rows, block0, block1, b.x, at + column, width, 1)
-            to = Place(b.x, at, width, PANEL)
-            expand_all(c, batch.segments, layer, which_out, row, row + rows, 2 * block0, 2 * block1, to)
+            to, low, high = Place(b.x, at, width, PANEL), 2 * block0, 2 * block1
+            expand_all(c, batch.segments, layer, which_out, row, row + rows, low, high, to, which_out, low)
             for r in range(rows if bias >= 0 else 0):
                 add_row(b.x, at + r * width + column, w.arena, bias + 4 * column, (block1 - block0) * BLOCK)
         barrier(c.sync, c.size)
@@ -454,9 +461,11 @@ def _make_gate_up(linear, expand_all):
             for block in range(low * unit, high * unit, CHUNK_BLOCKS):
                 end = min(block + CHUNK_BLOCKS, high * unit)
                 linear(w.arena, w.matrices, matrix, b.a, x_row + row, rows, block, end, b.scratch, scratch, stride, 0)
-                for which in range(2):
-                    to = Place(b.scratch, scratch - block * BLOCK + which * PANEL, stride, BLOCK)
-                    expand_all(c, c.batch.segments, layer, GATE_OUT + which, row, row + rows, block, end, to)
+                gate = Place(b.scratch, scratch - block * BLOCK, stride, BLOCK)
+                up = Place(b.scratch, gate.at + PANEL, stride, BLOCK)
+                segments, row_end = c.batch.segments, row + rows
+                expand_all(c, segments, layer, GATE_OUT, row, row_end, block, end, gate, UP_OUT, block)
+                expand_all(c, segments, layer, UP_OUT, row, row_end, block, end, up, GATE_OUT, end)
                 finish(c, layer, group, row, rows, block, end)
         barrier(c.sync, c.size)
 
@@ -477,8 +486,9 @@ def _make_head(linear, shrink_all, expand_all):
             shrink_all(c, batch.out_segments, batch.out_scales, shape.layers, 0, shape.width, b.a, 0)
         block0, block1 = _share(c, padded // BLOCK)
         linear(w.arena, w.matrices, w.head, b.a, 0, count, block0, block1, b.logits, block0 * BLOCK, padded, 0)
-        end = min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)
-        expand_all(c, batch.out_segments, shape.layers, 0, 0, count, 2 * block0, end, Place(b.logits, 0, padded, PANEL))
+        panel0, panel1 = 2 * block0, min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)
+        to = Place(b.logits, 0, padded, PANEL)
+        expand_all(c, batch.out_segments, shape.layers, 0, 0, count, panel0, panel1, to, 0, panel0)
         for j in range(count):
             for i in range(max(shape.vocabulary, block0 * BLOCK), block1 * BLOCK):
                 b.logits[j * padded + i] = -np.inf

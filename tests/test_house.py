@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "minilora_kernels"
 # A module imports from its own row and lower ones only.
 LAYERS = [
     {"minilora_kernels"},
-    {"errors", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "sandbox", "chat", "checkpoint"},
+    {"errors", "memory", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "sandbox", "chat", "checkpoint"},
     {"weights", "packed", "adapters", "pool", "registry", "numa", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
     {"fairness", "scheduler", "engine"},

@@ -420,6 +420,7 @@ def _lora_cases(fmt: int) -> list[Case]:
         return (
             a,
             0,
+            0,
             s["K"],
             padded // 16 - 1,
             _normal(rng, s["M"] * s["K"]),

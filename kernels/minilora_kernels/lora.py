@@ -17,7 +17,8 @@ from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import f32x16, fma, load_f16, load_f32, load_i8, load_scalar_f32, prefetch, splat_f32, store_f32, tile
 
 CHAINS = 4
-AHEAD = 1024
+# How far ahead of its use memory is asked for: bytes of A, panels of B.
+AHEAD = 8192
 PANELS_AHEAD = 8
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -76,8 +77,8 @@ def _shrink_tile(rows: int, fmt: int):
     new_acc, new_a = tile(f32x16, rows, CHAINS), tile(f32x16, CHAINS)
 
     @kernel
-    def multiply(arena, at, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
-        acc, a, lanes = new_acc(), new_a(), splat_f32(scale)
+    def multiply(arena, at, following, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
+        acc, a, lanes, length = new_acc(), new_a(), splat_f32(scale), columns * PANEL * size
         if scaled:
             lanes = lanes * load_f32(arena, at)
         at += head
@@ -86,7 +87,8 @@ def _shrink_tile(rows: int, fmt: int):
                 acc[m, c] = splat_f32(ZERO)
         for k in range(0, columns, CHAINS):
             for i in range(0, CHAINS * PANEL * size, 64):
-                prefetch(arena, at + k * PANEL * size + AHEAD + i)
+                ahead = k * PANEL * size + AHEAD + i
+                prefetch(arena, at + ahead if ahead < length else following + ahead - length)
             for c in range(CHAINS):
                 a[c] = load(arena, at + (k + c) * PANEL * size)
             for m in range(rows):
@@ -144,19 +146,22 @@ def make_lora(fmt: int):
     load, size, head, scaled = _loader(fmt), _size(fmt), _head(fmt), fmt == INT8
 
     @kernel
-    def shrink(arena, at, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
+    def shrink(arena, at, following, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
         """s[m, 16 * panel + i] = scale * sum over k of x[m, k] * A[16 * panel + i, k], m < rows, i < 16.
 
         arena: uint8, A's panels from byte `at`; columns: K, a multiple of 4; x, s: float32, row m at m * stride.
+        following: the byte that is likely to be read after this panel, for prefetching.
         """
         at += panel * (head + columns * PANEL * size)
         s_at += panel * PANEL
         m = 0
         while rows - m >= 4:
-            shrink4(arena, at, columns, x, x_at + m * x_stride, x_stride, scale, s, s_at + m * s_stride, s_stride)
+            x_m, s_m = x_at + m * x_stride, s_at + m * s_stride
+            shrink4(arena, at, following, columns, x, x_m, x_stride, scale, s, s_m, s_stride)
             m += 4
         while m < rows:
-            shrink1(arena, at, columns, x, x_at + m * x_stride, x_stride, scale, s, s_at + m * s_stride, s_stride)
+            x_m, s_m = x_at + m * x_stride, s_at + m * s_stride
+            shrink1(arena, at, following, columns, x, x_m, x_stride, scale, s, s_m, s_stride)
             m += 1
 
     @kernel

@@ -238,7 +238,7 @@ def _panels(arena, at, panels, inner, fmt):
 def make_lora(fmt):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
 
-    def shrink(arena, at, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
+    def shrink(arena, at, following, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
         a = _panels(arena, at, panel + 1, columns, fmt)[panel]
         _grid(s, s_at + panel * PANEL, s_stride, rows, PANEL)[:] = scale * (_grid(x, x_at, x_stride, rows, columns) @ a)
 
