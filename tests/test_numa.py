@@ -71,9 +71,8 @@ def test_memory_is_placed_and_keeps_its_content():
 def test_the_system_knows_where_memory_is_to_lie():
     [node, *_] = nodes()
     fresh, copy = np.zeros(1 << 22, np.uint8), copy_to(np.arange(1 << 22, dtype=np.uint8), [node])
-    assert policy(fresh) == "default" and policy(copy) == f"prefer:{node.number}"
     spread(fresh, [node])
-    assert policy(fresh) == f"interleave:{node.number}"
+    assert policy(fresh) == f"interleave:{node.number}" and policy(copy) == f"prefer:{node.number}"
 
 
 def policy(array):
