@@ -269,7 +269,7 @@ def parse() -> argparse.Namespace:
     for name in ("dtype", "kv-cache-dtype"):
         parser.add_argument(f"--{name}", default="auto")
     parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--lora-memory", type=int, default=512 << 20, help="bytes; all of it is used in a minute")
+    parser.add_argument("--lora-memory", type=int, default=128 << 20, help="bytes; too few for all adapters at once")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--serve-arguments", default="", help="more arguments of `minilora serve`")
     options = parser.parse_args()
