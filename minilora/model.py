@@ -209,6 +209,7 @@ def _make_adapters(lora_format):
                 for row in range(first, end, BLOCK):
                     if low <= unit < high:
                         x_at, to = (x_row + row) * x.stride, row * b.s_stride + segments[i, 3]
+                        # What follows this thread's last unit is another's: it asks for what it has.
                         rows, ahead = min(BLOCK, end - row), following if unit + 1 < high else at
                         shrink(
                             arena, at, ahead, columns, panel, x.values, x_at, x.stride, rows, scale, b.s, to, b.s_stride
@@ -229,10 +230,10 @@ def _make_adapters(lora_format):
             if ranks > 0 and first < end:
                 s_at = first * b.s_stride + segments[i, 3] + outputs[slot, layer, which, 2]
                 out_at = to.at + (first - row0) * to.stride + low * to.step
-                then, what, panel = segments[min(i + 1, last), 2], which, low
+                then, matrix, panel = segments[min(i + 1, last), 2], which, low
                 if i == last:
-                    then, what, panel = segments[0, 2], next_which, next_low
-                following = outputs[then, layer, what, 0] + panel * (head + outputs[then, layer, what, 1] * size)
+                    then, matrix, panel = segments[0, 2], next_which, next_low
+                following = outputs[then, layer, matrix, 0] + panel * (head + outputs[then, layer, matrix, 1] * size)
                 count = end - first
                 expand(
                     arena,

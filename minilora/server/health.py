@@ -8,6 +8,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from .. import __version__
+from ..errors import EngineDeadError
 from .answers import FAILURES
 from .failures import ApiError
 from .state import Server, ServerDep
@@ -19,9 +20,11 @@ router = APIRouter()
 
 
 def check_alive(server: Server) -> None:
-    """Raise ApiError where the engine is dead or stuck."""
-    if server.engine.dead is not None or server.engine.stuck_for > LONGEST_STEP:
-        raise ApiError(503, "the engine has stopped", None, "engine_dead")
+    """Raise EngineDeadError where the engine is dead or stuck."""
+    if (dead := server.engine.dead) is not None:
+        raise dead.copy()
+    if server.engine.stuck_for > LONGEST_STEP:
+        raise EngineDeadError("a step of the engine does not end")
 
 
 @router.get("/health", response_class=Response, responses=FAILURES)
