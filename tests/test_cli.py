@@ -200,35 +200,37 @@ def test_chat(model, adapter):
     assert "no command /nonsense" in run.stderr and "nothing" in run.stderr and "/reset" in run.stderr
 
 
-def start(model, *arguments):
-    """A process that writes a long answer."""
-    command = [
-        sys.executable,
-        "-m",
-        "minilora",
-        "generate",
-        "x",
-        "-m",
-        str(model),
-        "--max-tokens",
-        "900",
-        "--temperature",
-        "5",
-        *arguments,
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+@pytest.fixture
+def endless(tmp_path):
+    """A model whose answers end at their limit only: no token is an end of text."""
+    make_checkpoint(tmp_path, eos_token_id=None, max_position_embeddings=16384)
+    (tmp_path / "generation_config.json").write_text("{}")
+    return tmp_path
 
 
-def test_interrupt_is_exit_code_130(model):
-    with start(model, "--threads", "2") as process:
+def start(endless, *arguments):
+    """A process that is still writing after 5 bytes are read: its answer is longer than the pipe holds."""
+    options = ("--max-tokens", "16000", "--temperature", "5", *arguments)
+    return subprocess.Popen(
+        [sys.executable, "-m", "minilora", "generate", "x", "-m", str(endless), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        bufsize=0,
+        pipesize=4096,
+    )
+
+
+def test_interrupt_is_exit_code_130(endless):
+    with start(endless, "--threads", "2") as process:
         process.stdout.read(5)
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
     assert process.returncode == 130 and b"Traceback" not in errors
 
 
-def test_a_closed_pipe_is_quiet(model):
-    with start(model) as process:
+def test_a_closed_pipe_is_quiet(endless):
+    with start(endless) as process:
         process.stdout.read(5)
         process.stdout.close()
         errors = process.stderr.read()
