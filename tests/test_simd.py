@@ -11,6 +11,7 @@ from minilora_kernels.simd import (
     exp,
     fma,
     hmax,
+    hmax_i32,
     hsum,
     keep_lanes,
     load_bf16,
@@ -19,12 +20,16 @@ from minilora_kernels.simd import (
     load_i32,
     load_scalar_f16,
     load_u8,
+    magnitude,
     round_i32,
     store_f16,
     store_f32,
     store_i8,
     times8,
     to_f32,
+    vmax,
+    vmax_i32,
+    vmin,
 )
 
 ALL_HALVES = np.arange(1 << 16, dtype=np.uint16)
@@ -87,6 +92,17 @@ def _odds_and_ends(x, out, small):
     store_f32(out, 48, to_f32(times8(round_i32(v))))
 
 
+@kernel
+def _largest_magnitude(x):
+    return hmax_i32(vmax_i32(magnitude(load_f32(x, 0)), magnitude(load_f32(x, 16))))
+
+
+@kernel
+def _larger_and_smaller(x, out):
+    store_f32(out, 0, vmax(load_f32(x, 0), load_f32(x, 16)))
+    store_f32(out, 16, vmin(load_f32(x, 0), load_f32(x, 16)))
+
+
 def test_every_float16_widens_exactly():
     expected = ALL_HALVES.view(np.float16).astype(np.float32)
     for convert in (_widen, _widen_scalars):
@@ -121,10 +137,11 @@ def test_narrowing_rounds_like_numpy_and_never_overflows():
     out = np.zeros(len(x), np.uint16)
     program(_narrow)(x, out)
     assert np.array_equal(out.view(np.float16), np.clip(x, -65504, 65504).astype(np.float16))
-    big = np.array([1e6, -1e6, np.inf, -np.inf] * 4, np.float32)
+    big = np.array([1e6, -1e6, np.inf, -np.inf, np.nan, -np.nan, 1, 2] * 2, np.float32)
     out = np.zeros(16, np.uint16)
     program(_narrow)(big, out)
     assert out.view(np.float16)[:4].tolist() == [65504, -65504, 65504, -65504]
+    assert np.isnan(out.view(np.float16)[4:6]).all()
 
 
 def test_exp():
@@ -133,6 +150,8 @@ def test_exp():
     )
     out = np.zeros(len(x), np.float32)
     program(_exp)(x, out)
+    program(_exp)(np.full(16, np.nan, np.float32), nothing := np.zeros(16, np.float32))
+    assert np.isnan(nothing).all()
     expected = np.where(x < -87, 0, np.exp(x.astype(np.float64)))
     assert np.abs(out - expected).max() <= 3e-7 * expected.max() and (np.abs(out - expected) <= 3e-7 * expected).all()
 
@@ -170,3 +189,20 @@ def test_odds_and_ends():
     assert np.array_equal(out[16:32], np.where((np.arange(16) >= 3) & (np.arange(16) < 9), v, -7))
     assert np.allclose(out[32:48], v * v + x[16:], rtol=1e-6)
     assert np.array_equal(small, np.rint(v).astype(np.int8)) and np.array_equal(out[48:], np.rint(v) * 8)
+
+
+def test_magnitudes_are_in_the_order_of_numbers_and_nan_is_above_all():
+    x = np.linspace(-3, 2, 32, dtype=np.float32)
+    found = program(_largest_magnitude)
+    assert np.int32(found(x)).view(np.float32) == 3
+    for place, value in ((5, np.inf), (20, np.nan)):
+        x[place] = value
+        assert np.array_equal(np.int32(found(x)).view(np.float32), np.float32(value), equal_nan=True)
+
+
+def test_of_two_numbers_the_second_stays_beside_nan():
+    x, out = np.arange(32, dtype=np.float32), np.zeros(32, np.float32)
+    x[3], x[4], x[21] = np.nan, 99, np.nan
+    program(_larger_and_smaller)(x, out)
+    assert out[:3].tolist() == [16, 17, 18] and out[16:19].tolist() == [0, 1, 2]
+    assert out[3] == out[19] == 19 and (out[4], out[20]) == (99, 20) and np.isnan(out[[5, 21]]).all()

@@ -122,7 +122,7 @@ def _first_token(kv, layer, page, head):
 def _scale_of(x, at, size):
     largest = splat_f32(ZERO)
     for i in range(0, size, 16):
-        largest = vmax(largest, vabs(load_f32(x, at + i)))
+        largest = vmax(vabs(load_f32(x, at + i)), largest)
     return hmax(largest) / LARGEST_INT8
 
 
@@ -302,23 +302,48 @@ def _make_values(kv_format):
 
 
 @kernel
+def _weigh(scratch, at, maximum, total):
+    """The score at `at` becomes its weight; returns total + weight, lane by lane."""
+    weight = exp(load_f32(scratch, at) - splat_f32(maximum))
+    store_f32(scratch, at, weight)
+    return total + weight
+
+
+@kernel
+def _weigh_some(scratch, at, maximum, total, first, end):
+    """_weigh for lanes first <= i < end; the weights of others are 0."""
+    weight = keep_lanes(exp(load_f32(scratch, at) - splat_f32(maximum)), first, end, ZERO)
+    store_f32(scratch, at, weight)
+    return total + weight
+
+
+@kernel
 def _softmax_row(scratch, at, first, end, start, stop):
     """Scores to weights exp(score - maximum) in place: lanes first..end count, others of start..stop become 0.
 
     start and stop are multiples of 16. Returns (maximum, sum of weights); (-inf, 0) where no lane counts.
     """
+    if first >= end:
+        for t in range(start, stop, 16):
+            store_f32(scratch, at + t, splat_f32(ZERO))
+        return LOWEST, ZERO
+    # All lanes of the vectors between whole0 and whole1 count.
+    whole0 = min((first + 15) // 16 * 16, stop)
+    whole1 = max(whole0, end // 16 * 16)
     largest = splat_f32(LOWEST)
-    for t in range(start, stop, 16):
-        largest = vmax(largest, keep_lanes(load_f32(scratch, at + t), first - t, end - t, LOWEST))
-    maximum = hmax(largest)
-    total = splat_f32(ZERO)
-    for t in range(start, stop, 16):
-        weight = splat_f32(ZERO)
-        if first < end:
-            weight = exp(load_f32(scratch, at + t) - splat_f32(maximum))
-            weight = keep_lanes(weight, first - t, end - t, ZERO)
-        store_f32(scratch, at + t, weight)
-        total = total + weight
+    for t in range(start, whole0, 16):
+        largest = vmax(keep_lanes(load_f32(scratch, at + t), first - t, end - t, LOWEST), largest)
+    for t in range(whole0, whole1, 16):
+        largest = vmax(load_f32(scratch, at + t), largest)
+    for t in range(whole1, stop, 16):
+        largest = vmax(keep_lanes(load_f32(scratch, at + t), first - t, end - t, LOWEST), largest)
+    maximum, total = hmax(largest), splat_f32(ZERO)
+    for t in range(start, whole0, 16):
+        total = _weigh_some(scratch, at + t, maximum, total, first - t, end - t)
+    for t in range(whole0, whole1, 16):
+        total = _weigh(scratch, at + t, maximum, total)
+    for t in range(whole1, stop, 16):
+        total = _weigh_some(scratch, at + t, maximum, total, first - t, end - t)
     return maximum, hsum(total)
 
 

@@ -21,7 +21,7 @@ def narrow(x, n, out, at):
     largest = splat_f32(ZERO)
     for i in range(0, n, 16):
         v = load_f32(x, i)
-        largest = vmax(largest, vabs(v))
+        largest = vmax(vabs(v), largest)
         store_f16(out, at + i, v)
     return hmax(largest)
 
@@ -42,7 +42,7 @@ def quantize_panels(x, panels, inner, out, at):
     for p in range(panels):
         first, largest = p * inner * 16, splat_f32(ZERO)
         for k in range(inner):
-            largest = vmax(largest, vabs(load_f32(x, first + 16 * k)))
+            largest = vmax(vabs(load_f32(x, first + 16 * k)), largest)
         # A row of zeros: any scale above 0 will do.
         scale = vmax(largest, splat_f32(TINY)) / splat_f32(LARGEST_INT8)
         store_f32(out, at, scale)

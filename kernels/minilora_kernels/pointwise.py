@@ -26,25 +26,27 @@ from .simd import (
     exp,
     f32x16,
     fma,
-    hmax,
+    hmax_i32,
     hsum,
     hsum_i32,
     load_f32,
     load_scalar_bf16,
     load_scalar_f16,
     load_scalar_f32,
+    magnitude,
+    number_of,
     round_i32,
     splat_f32,
     splat_i32,
     store_f32,
     store_i8,
     tile,
-    vabs,
-    vmax,
+    vmax_i32,
 )
 
 ZERO, ONE = np.float32(0), np.float32(1)
 LARGEST_INT8 = np.float32(127)
+NAN, INFINITY_BITS = np.float32(np.nan), np.int32(0x7F800000)
 
 _four_sums = tile(f32x16, 4)
 
@@ -86,12 +88,11 @@ def quantize_row(x, at, n, group, rows, row, column):
     """
     to, scale_to = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group
     for g in range(n // group):
-        largest = nothing = splat_f32(ZERO)
+        largest = splat_i32(np.int32(0))
         for i in range(0, group, 16):
-            v = load_f32(x, at + i)
-            largest = vmax(largest, vabs(v))
-            nothing = nothing + (v - v)
-        scale = hmax(largest) / LARGEST_INT8 + hsum(nothing)
+            largest = vmax_i32(magnitude(load_f32(x, at + i)), largest)
+        largest_bits = hmax_i32(largest)
+        scale = number_of(largest_bits) / LARGEST_INT8 if largest_bits < INFINITY_BITS else NAN
         inverse = splat_f32(ONE / scale if scale > ZERO else ZERO)
         total = splat_i32(np.int32(0))
         for i in range(0, group, 16):

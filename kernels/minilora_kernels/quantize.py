@@ -65,7 +65,7 @@ def fit_ranges(weight, group, scales, minima):
         )
         for i in range(g * group, (g + 1) * group, 16):
             w = load_f32(weight, i)
-            low, high, total, square = vmin(low, w), vmax(high, w), total + w, fma(w, w, square)
+            low, high, total, square = vmin(w, low), vmax(w, high), total + w, fma(w, w, square)
         lowest, highest = -hmax(splat_f32(ZERO) - low), hmax(high)
         best, scales[g], minima[g] = np.float32(np.inf), ZERO, lowest
         for r in range(RANGES):
@@ -98,7 +98,7 @@ def _fit(weight, at, group, low, step, total, square):
         sums[j] = nought
     for i in range(at, at + group, 16):
         w = load_f32(weight, i)
-        level = to_f32(round_i32(vmin(top, vmax(nought, (w - base) * inverse))))
+        level = to_f32(round_i32(vmin(vmax((w - base) * inverse, nought), top)))
         sums[0], sums[1], sums[2] = sums[0] + level, fma(level, level, sums[1]), fma(level, w, sums[2])
     levels, squares, products, n = hsum(sums[0]), hsum(sums[1]), hsum(sums[2]), np.float32(group)
     spread = n * squares - levels * levels

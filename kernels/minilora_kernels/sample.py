@@ -22,7 +22,7 @@ LOWEST = np.float32(-np.inf)
 def _largest(x, at, n):
     found = splat_f32(LOWEST)
     for i in range(0, n, 16):
-        found = vmax(found, load_f32(x, at + i))
+        found = vmax(load_f32(x, at + i), found)
     return hmax(found)
 
 

@@ -246,10 +246,9 @@ def _widen_f16(builder, h, floats, words):
 
 
 def _narrow_f16(builder, v):
-    """Round to nearest, ties to even; beyond the range of float16 its largest value, never infinity."""
+    """Round to nearest, ties to even; beyond the range of float16 its largest value, never infinity. NaN stays NaN."""
     limit = 65504.0
-    v = call(builder, "llvm.minnum.v16f32", _F32, v, constant(_F32, limit))
-    v = call(builder, "llvm.maxnum.v16f32", _F32, v, constant(_F32, -limit))
+    v = _maximum(builder, constant(_F32, -limit), _minimum(builder, constant(_F32, limit), v))
     if cpu.has_half():
         return builder.bitcast(builder.fptrunc(v, _HALF), _SHORT)
     raw = builder.bitcast(v, _I32)
@@ -261,6 +260,8 @@ def _narrow_f16(builder, v):
     half = builder.bitcast(builder.fadd(builder.bitcast(size, _F32), constant(_F32, 0.5)), _I32)
     tiny = builder.icmp_unsigned("<", size, constant(_I32, 113 << 23))
     value = builder.select(tiny, builder.sub(half, constant(_I32, 0x3F000000)), builder.lshr(moved, constant(_I32, 13)))
+    not_a_number = builder.icmp_unsigned(">", size, constant(_I32, 0x7F800000))
+    value = builder.select(not_a_number, constant(_I32, 0x7E00), value)
     return builder.trunc(builder.or_(value, sign), _SHORT)
 
 
@@ -345,10 +346,32 @@ def _fma(builder, x, y, z):
     return builder.fadd(builder.fmul(x, y), z)
 
 
+def _maximum(builder, x, y):
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def _minimum(builder, x, y):
+    return builder.select(builder.fcmp_ordered("<", x, y), x, y)
+
+
+def _larger(builder, x, y):
+    return builder.select(builder.icmp_signed(">", x, y), x, y)
+
+
+def _magnitude(builder, v):
+    return builder.and_(builder.bitcast(v, _I32), constant(_I32, 0x7FFFFFFF))
+
+
 fma = primitive(f32x16, [f32x16] * 3, _fma)
 """x * y + z, rounded once where the CPU can."""
-vmax = primitive(f32x16, [f32x16] * 2, _float_call("maxnum"))
-vmin = primitive(f32x16, [f32x16] * 2, _float_call("minnum"))
+vmax = primitive(f32x16, [f32x16] * 2, _maximum)
+vmin = primitive(f32x16, [f32x16] * 2, _minimum)
+"""The larger and the smaller of two; the second where one of them is NaN."""
+vmax_i32 = primitive(i32x16, [i32x16] * 2, _larger)
+magnitude = primitive(i32x16, [f32x16], _magnitude)
+"""The bits of |x|: as integers in the order of the numbers, then infinity, then NaN."""
+number_of = primitive(types.float32, [types.int32], lambda b, bits: b.bitcast(bits, ir.FloatType()))
+"""The float32 with these bits."""
 vabs = primitive(f32x16, [f32x16], _float_call("fabs"))
 to_f32 = primitive(f32x16, [i32x16], lambda b, v: b.sitofp(v, _F32))
 round_i32 = primitive(i32x16, [f32x16], lambda b, v: b.fptosi(_float_call("roundeven")(b, v), _I32))
@@ -392,12 +415,9 @@ def _halving(combine):
     return emit
 
 
-def _maximum(builder, x, y):
-    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
-
-
 hsum = primitive(types.float32, [f32x16], _halving(lambda b, x, y: b.fadd(x, y)))
 hmax = primitive(types.float32, [f32x16], _halving(_maximum))
+hmax_i32 = primitive(types.int32, [i32x16], _halving(_larger))
 hsum_i32 = primitive(types.int32, [i32x16], _halving(lambda b, x, y: b.add(x, y)))
 
 
@@ -416,18 +436,22 @@ def keep_lanes(typing_context, v, first, end, other):
 
 
 def _exp(builder, x):
-    """exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, exp(r) by the Cephes polynomial (1e-7 relative)."""
+    """exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, exp(r) by the Cephes polynomial (1e-7 relative).
+
+    A number this large has no fraction: adding it rounds, and its last bits are then the exponent of 2^n.
+    """
     underflow = builder.fcmp_ordered("<", x, constant(_F32, -87.0))
-    x = _float_call("maxnum")(builder, x, constant(_F32, -87.0))
-    x = _float_call("minnum")(builder, x, constant(_F32, 88.0))
-    n = _float_call("roundeven")(builder, builder.fmul(x, constant(_F32, 1.4426950408889634)))
+    x = _maximum(builder, constant(_F32, -87.0), x)
+    x = _minimum(builder, constant(_F32, 88.0), x)
+    large = constant(_F32, 1.5 * 2**23 + 127)
+    shifted = _fma(builder, x, constant(_F32, 1.4426950408889634), large)
+    n = builder.fsub(shifted, large)
     r = _fma(builder, n, constant(_F32, -0.693359375), x)
     r = _fma(builder, n, constant(_F32, 2.12194440e-4), r)
     p = constant(_F32, 1.9875691500e-4)
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
         p = _fma(builder, p, r, constant(_F32, c))
-    exponent = builder.add(builder.fptosi(n, _I32), constant(_I32, 127))
-    power = builder.bitcast(builder.shl(exponent, constant(_I32, 23)), _F32)
+    power = builder.bitcast(builder.shl(builder.bitcast(shifted, _I32), constant(_I32, 23)), _F32)
     return builder.select(underflow, constant(_F32, 0.0), builder.fmul(p, power))
 
 
