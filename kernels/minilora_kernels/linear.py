@@ -41,6 +41,7 @@ from .simd import (
     load_word,
     low_nibbles,
     prefetch,
+    prefetch_once,
     repeat4,
     splat_f32,
     splat_i32,
@@ -91,7 +92,7 @@ def _quantized_tile(rows: int, fmt: int):
         for _ in range(columns // group):
             if ahead > 0:
                 for i in range(0, header + step * (group // 4), 64):
-                    prefetch(weights, at + ahead + i)
+                    prefetch_once(weights, at + ahead + i)
             for m in range(rows):
                 if minimum:
                     start = splat_i32(np.int32(0))

@@ -311,18 +311,27 @@ scatter_f16 = _scatterer(f32x16, _narrow_f16)
 scatter_i8 = _scatterer(i32x16, _narrow_i8)
 
 
-@intrinsic
-def prefetch(typing_context, array, offset):
-    """Ask for the cache line at array[offset]; beyond the array's end nothing happens."""
+def _prefetcher(locality):
+    """An intrinsic ask(array, offset) for a cache line; beyond the array's end nothing happens."""
 
-    def codegen(context, builder, sig, args):
-        place = _pointer(context, builder, sig, args, ir.IntType(8))
-        kind = ir.FunctionType(ir.VoidType(), [place.type, _WORD, _WORD, _WORD])
-        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(ask, [place, *(ir.Constant(_WORD, n) for n in (0, 3, 1))])
-        return context.get_dummy_value()
+    @intrinsic
+    def ask(typing_context, array, offset):
+        def codegen(context, builder, sig, args):
+            place = _pointer(context, builder, sig, args, ir.IntType(8))
+            kind = ir.FunctionType(ir.VoidType(), [place.type, _WORD, _WORD, _WORD])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(function, [place, *(ir.Constant(_WORD, n) for n in (0, locality, 1))])
+            return context.get_dummy_value()
 
-    return types.void(array, types.intp), codegen
+        return types.void(array, types.intp), codegen
+
+    return ask
+
+
+prefetch = _prefetcher(3)
+"""Ask for the cache line at array[offset], to have it in all caches."""
+prefetch_once = _prefetcher(0)
+"""Ask for a cache line of what is read once in a step: it should not push out of the caches what is read again."""
 
 
 # ---------------------------------------------------------------- making vectors
