@@ -77,4 +77,4 @@ class PlainLLM:
             return kernels.argmax(logits, 0, len(logits))
         number = kernels.uniform(sequence.seed & (1 << 64) - 1, draw.position)
         cuts = (params.temperature, params.top_k, params.top_p, params.min_p)
-        return kernels.sample(logits, 0, len(logits), *cuts, number, None, None, 0, None, 0)
+        return kernels.sample(logits, 0, len(logits), *cuts, number, None, None, 0)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels.jit import program
-from minilora_kernels.sample import BINS, argmax, log_sum_exp, sample, top, uniform
+from minilora_kernels.sample import argmax, log_sum_exp, sample, top, uniform
 from minilora_kernels.sample import rank as rank_of
 from minilora_kernels.team import Team, claim
 
@@ -43,7 +43,7 @@ class Questions(NamedTuple):
     values: np.ndarray
 
 
-def _choose(rank, size, sync, logits, width, rows, weights, ids, bins):
+def _choose(rank, size, sync, logits, width, rows, weights, ids):
     i = claim(sync)
     while i < len(rows.tokens):
         at, top_k = rows.numbers[i, 0], rows.numbers[i, 1]
@@ -52,10 +52,8 @@ def _choose(rank, size, sync, logits, width, rows, weights, ids, bins):
             rows.tokens[i] = argmax(logits, at, width)
         else:
             draw = uniform(np.uint64(rows.numbers[i, 2]), rows.numbers[i, 3])
-            to, bins_at = rank * width, rank * 2 * BINS
-            rows.tokens[i] = sample(
-                logits, at, width, temperature, top_k, top_p, min_p, draw, weights, ids, to, bins, bins_at
-            )
+            to = rank * width
+            rows.tokens[i] = sample(logits, at, width, temperature, top_k, top_p, min_p, draw, weights, ids, to)
         i = claim(sync)
 
 
@@ -100,7 +98,6 @@ class Sampler:
         self._width, self._vocabulary = width, vocabulary
         self._weights = np.empty(team.size * width, np.float32)
         self._ids = np.empty(team.size * width, np.int64)
-        self._bins = np.empty(team.size * 2 * BINS, np.float64)
         self._changed = np.empty(0, np.float32)
 
     def logits(self, count: int) -> np.ndarray:
@@ -160,7 +157,7 @@ class Sampler:
         ]
         cuts = [(0 if d.params.greedy else d.params.temperature, d.params.top_p, d.params.min_p) for d in draws]
         choices = Choices(np.array(numbers, np.int64), np.array(cuts, np.float32), np.zeros(len(draws), np.int64))
-        self._team.run(_programs()[0], logits, width, choices, self._weights, self._ids, self._bins)
+        self._team.run(_programs()[0], logits, width, choices, self._weights, self._ids)
         return choices.tokens
 
     def look_up(self, wanted: list[tuple[int, int, int]]) -> list[TokenLogprobs]:

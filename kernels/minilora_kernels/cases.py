@@ -550,14 +550,12 @@ def _make_sample(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
         _scratch(v),
         _scratch(v, np.int64),
         0,
-        _scratch(2 * sample.BINS, np.float64),
-        0,
     )
 
 
 _SAMPLING = tuple(
     {"V": v, **more}
-    for v in (64, 2048)
+    for v in (64, 2048, 8192)
     for more in (
         {},
         {"t": 60},
@@ -571,6 +569,9 @@ _SAMPLING = tuple(
         {"levels": 3, "p": 90},
         {"levels": 3, "k": 30},
         {"levels": 4, "k": 50, "p": 70},
+        {"t": 5000, "k": 16},
+        {"t": 5000, "k": 48, "p": 60},
+        {"t": 200, "k": 32, "min_p": 20},
     )
 )
 

@@ -293,7 +293,7 @@ def uniform(seed, position):
     return float(state >> np.uint64(11)) / (1 << 53)
 
 
-def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to, bins, bins_at):
+def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to):
     """A token drawn from softmax(x / temperature), cut by min_p, then top_k, then top_p."""
     v = _span(x, at, n).astype(np.float64)
     w = np.exp((v - v.max()) / temperature)

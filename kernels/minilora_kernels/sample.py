@@ -7,12 +7,13 @@ choice depends on its own logits, parameters and random number only.
 import numpy as np
 
 from .jit import kernel
-from .simd import count_above, exp, hmax, hsum, load_f32, load_word, splat_f32, store_f32, vmax
+from .simd import count_above, exp, hmax, hsum, load_f32, number_of, only_above, splat_f32, store_f32, vmax
 
 CHUNK = 1024
-# A radix search over float32 from 0 to 1: their 30 bits that count, in three levels.
-BITS, LEVELS = 10, 3
-BINS = 1 << BITS
+# Weights are in [0, 1], and such numbers are in the order of their bits.
+BITS_OF_ONE = np.int32(0x3F800000)
+# Tokens that are worth another look at all of them.
+MANY = 2048
 
 ZERO, ONE = np.float32(0), np.float32(1)
 LOWEST = np.float32(-np.inf)
@@ -137,109 +138,131 @@ def _choose_from_all(weights, to, n, target):
 
 
 @kernel
+def _above(weights, to, n, floor):
+    """(number, mass) of the weights that exceed `floor`; n is a multiple of 16."""
+    limit, count, mass = splat_f32(floor), 0, np.float64(0)
+    for first in range(0, n, CHUNK):
+        sums = splat_f32(ZERO)
+        for i in range(first, min(first + CHUNK, n), 16):
+            w = load_f32(weights, to + i)
+            count += count_above(w, limit)
+            sums = sums + only_above(w, limit)
+        mass += hsum(sums)
+    return count, mass
+
+
+@kernel
 def _gather(weights, to, n, floor, ids):
-    """ids, from `to` on: all tokens whose weight exceeds `floor`, by rising index; returns their number and mass."""
-    size, mass, limit = 0, np.float64(0), splat_f32(floor)
+    """Move the weights that exceed `floor` to the front, by rising index, zeros after them to a multiple of 16.
+
+    ids: int64, their tokens from `to` on. Returns their number rounded up to a multiple of 16.
+    """
+    size, limit = 0, splat_f32(floor)
     for first in range(0, n, 16):
         if count_above(load_f32(weights, to + first), limit) > 0:
             for i in range(first, first + 16):
                 if weights[to + i] > floor:
-                    ids[to + size] = i
-                    mass += weights[to + i]
+                    ids[to + size], weights[to + size] = i, weights[to + i]
                     size += 1
-    return size, mass
+    while size % 16 > 0:
+        ids[to + size], weights[to + size] = 0, ZERO
+        size += 1
+    return size
 
 
 @kernel
-def _fill_bins(weights, to, ids, size, level, prefix, bins, bins_at):
-    """Number and mass of the weights that begin with the bits `prefix`, by their next BITS bits."""
-    shift = BITS * (LEVELS - 1 - level)
-    for b in range(bins_at, bins_at + 2 * BINS):
-        bins[b] = 0
-    for j in range(size):
-        at = to + ids[to + j]
-        bits = np.int64(load_word(weights, at)) >> shift
-        if bits >> BITS == prefix:
-            b = bins_at + 2 * (bits & (BINS - 1))
-            bins[b] += 1
-            bins[b + 1] += weights[at]
-
-
-@kernel
-def _cut(weights, to, ids, size, most, mass_limit, bins, bins_at):
+def _cut(weights, to, size, most, mass_limit):
     """Where the smallest set of best tokens ends that has `most` tokens or `mass_limit` of mass.
 
-    Returns (threshold, ties, mass): the set is all tokens of ids above the threshold, and the first `ties` of those
-    at it; all of them where they are too few. Weights in (0, 1] sort like their bits: a radix search.
+    Returns (threshold, ties, mass): the set is all weights above the threshold, and the first `ties` of those at it;
+    all of them where they are too few. The threshold is found by halving the range of its bits.
     """
-    prefix, count, mass = np.int64(0), np.int64(0), np.float64(0)
-    inside, more = np.float64(0), np.float64(0)
-    for level in range(LEVELS):
-        _fill_bins(weights, to, ids, size, level, prefix, bins, bins_at)
-        chosen, reached = -1, False
-        for b in range(BINS - 1, -1, -1):
-            if bins[bins_at + 2 * b] > 0 and not reached:
-                if chosen >= 0:
-                    count, mass = count + np.int64(inside), mass + more
-                chosen, inside, more = b, bins[bins_at + 2 * b], bins[bins_at + 2 * b + 1]
-                reached = count + inside >= most or mass + more >= mass_limit
-        if level == 0 and not reached:
-            return ZERO, 0, mass + more
-        prefix = (prefix << BITS) + chosen
-    weight = more / inside
-    ties = max(1, np.int64(min(inside, np.float64(most - count), np.ceil((mass_limit - mass) / weight))))
-    return np.float32(weight), ties, mass + ties * weight
+    count, mass = _above(weights, to, size, ZERO)
+    if count < most and mass < mass_limit:
+        return ZERO, 0, mass
+    enough, too_few = np.int32(0), BITS_OF_ONE
+    while too_few - enough > 1:
+        middle = np.int32((enough + too_few) // 2)
+        count, mass = _above(weights, to, size, number_of(middle))
+        if count >= most or mass >= mass_limit:
+            enough = middle
+        else:
+            too_few = middle
+    threshold = number_of(too_few)
+    at_least, _ = _above(weights, to, size, number_of(enough))
+    count, mass = _above(weights, to, size, threshold)
+    wanted = min(np.float64(most - count), np.ceil((mass_limit - mass) / threshold))
+    ties = max(1, np.int64(min(np.float64(at_least - count), wanted)))
+    return threshold, ties, mass + ties * np.float64(threshold)
 
 
 @kernel
 def _choose_above(weights, to, ids, size, threshold, ties, target):
     """The first token of those that `_cut` left at which their running sum exceeds `target`, else the last of them."""
     last = ids[to]
-    for j in range(size):
-        weight = weights[to + ids[to + j]]
-        if weight > threshold or (weight == threshold and ties > 0):
-            ties -= weight == threshold
-            last = ids[to + j]
-            target -= weight
-            if target < 0:
-                return last
+    # Nothing above the number before the threshold: nothing of the set.
+    limit = splat_f32(np.nextafter(threshold, -ONE) if ties > 0 else threshold)
+    for first in range(to, to + size, 16):
+        if count_above(load_f32(weights, first), limit) > 0:
+            for j in range(first, first + 16):
+                weight = weights[j]
+                if weight > threshold or (weight == threshold and ties > 0):
+                    ties -= weight == threshold
+                    last = ids[j]
+                    target -= weight
+                    if target < 0:
+                        return last
     return last
 
 
 @kernel
-def _candidates(weights, to, n, total, limit, top_p, min_p, ids):
-    """ids: tokens among which all are that the cuts can leave; returns their number and mass."""
-    if min_p > ZERO:
-        return _gather(weights, to, n, np.nextafter(min_p, ZERO), ids)
-    # Few tokens carry nearly all the mass: look at those first, at all of them only where they don't do.
-    floor = np.float32(1e-4)
-    while True:
-        size, mass = _gather(weights, to, n, floor, ids)
-        if (limit < n and size >= limit) or (limit == n and mass >= total * top_p) or floor == ZERO:
-            return size, mass
-        floor = floor * np.float32(1e-4) if floor > np.float32(1e-30) else ZERO
+def _raised(weights, to, n, floor, limit):
+    """A higher floor that still has `limit` weights above it, but hardly more than MANY if there is such a one."""
+    ceiling, count, fewer = ONE, MANY + 1, 0
+    while count > MANY and fewer <= MANY:
+        middle = np.float32(0.5) * (floor + ceiling)
+        if middle <= floor or middle >= ceiling:
+            return floor
+        found, _ = _above(weights, to, n, middle)
+        if found >= limit:
+            floor, count = middle, found
+        else:
+            ceiling, fewer = middle, found
+    return floor
 
 
 @kernel
-def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to, bins, bins_at):
+def _floor_of(weights, to, n, total, limit, top_p, min_p):
+    """A number so that the weights above it include all that the cuts can leave, and not many more."""
+    if min_p > ZERO:
+        return np.nextafter(min_p, ZERO)
+    # Few tokens carry nearly all the mass: look at those first, at all of them only where they don't do.
+    tokens, share = (limit, np.float64(np.inf)) if limit < n else (n + 1, total * top_p)
+    floor = np.float32(1e-2)
+    count, mass = _above(weights, to, n, floor)
+    while count < tokens and mass < share and floor > ZERO:
+        floor = floor * np.float32(1e-2) if floor > np.float32(1e-30) else ZERO
+        count, mass = _above(weights, to, n, floor)
+    return _raised(weights, to, n, floor, limit) if count > MANY and limit < n else floor
+
+
+@kernel
+def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to):
     """A token drawn from softmax(x / temperature) after three cuts, each on what the one before left.
 
     min_p: at least min_p times the best token's probability; top_k: the top_k best, 0 for all; top_p: the
     smallest set of best tokens with that much of the mass. x: float32, n a multiple of 16; temperature > 0;
     draw: in [0, 1), see `uniform`: the running sum over what is left, by rising index, passes it at the token.
-    weights: float32 and ids: int64, n numbers each from `to` on, and bins: float64, 2 * BINS from bins_at on, are
-    overwritten.
+    weights: float32 and ids: int64, n numbers each from `to` on, are overwritten.
     """
     total = _weigh(x, at, n, temperature, weights, to)
     if top_k == 0 and top_p >= ONE and min_p <= ZERO:
         return _choose_from_all(weights, to, n, draw * total)
     limit, everything = min(top_k, n) if top_k > 0 else n, np.float64(np.inf)
-    size, mass = _candidates(weights, to, n, total, limit, top_p, min_p, ids)
-    threshold, ties = ZERO, 0
-    if limit < size:
-        threshold, ties, mass = _cut(weights, to, ids, size, limit, everything, bins, bins_at)
-    elif min_p <= ZERO and limit == n:
-        mass = total
+    size = _gather(weights, to, n, _floor_of(weights, to, n, total, limit, top_p, min_p), ids)
+    threshold, ties, mass = ZERO, 0, total
+    if limit < n or min_p > ZERO:
+        threshold, ties, mass = _cut(weights, to, size, limit, everything)
     if top_p < ONE:
-        threshold, ties, mass = _cut(weights, to, ids, size, limit, mass * top_p, bins, bins_at)
+        threshold, ties, mass = _cut(weights, to, size, limit, mass * top_p)
     return _choose_above(weights, to, ids, size, threshold, ties, draw * mass)

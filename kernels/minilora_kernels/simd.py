@@ -480,6 +480,10 @@ def _ctpop(builder):
 
 count_above = primitive(types.intp, [f32x16, f32x16], _count_above)
 """How many lanes of the first are greater than the second's."""
+only_above = primitive(
+    f32x16, [f32x16] * 2, lambda b, v, limit: b.select(b.fcmp_ordered(">", v, limit), v, constant(_F32, 0.0))
+)
+"""The lanes of the first that are greater than the second's, 0 for others."""
 
 # ---------------------------------------------------------------- bytes
 
