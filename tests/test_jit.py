@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
 
 import pytest
 
@@ -37,8 +38,10 @@ def start(tmp_path):
     """A function: factors -> what a fresh process computes with them, and how many programs it had to compile."""
 
     def run(*factors, offset=0, options=(), **environment):
-        source = tmp_path / "scaled.py"
-        source.write_text(MODULE.format(offset=offset))
+        source, part = tmp_path / "scaled.py", tmp_path / uuid4().hex
+        # Whole at any time: another thread's process may be about to read it.
+        part.write_text(MODULE.format(offset=offset))
+        part.replace(source)
         kernels = os.path.join(os.path.dirname(__file__), "..", "kernels")
         env = {**os.environ, "MINILORA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": kernels, **environment}
         done = subprocess.run(
