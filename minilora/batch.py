@@ -1,6 +1,7 @@
 """The rows of one step: Sequence is the state of a text, pack() makes the flat arrays that the step reads."""
 
-from itertools import accumulate
+from itertools import accumulate, chain
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -84,26 +85,28 @@ class Packer:
 
     def pack(self, chunks: list[Chunk]) -> StepInput:
         """The arrays of a step; chunks must be ordered so that those with equal adapters are neighbours."""
-        rows = [0, *accumulate(chunk.length for chunk in chunks)]
-        pages_at = [0, *accumulate(len(chunk.pages) for chunk in chunks)]
-        tiles, long = self._tiles(chunks, rows, pages_at)
-        wanted = [
-            range(row + max(c.first_logits - c.start, 0), row + c.length) for c, row in zip(chunks, rows, strict=False)
-        ]
-        segments, scales = _segments(chunks, rows, self.ranks)
-        out_segments, out_scales = _segments(chunks, [0, *accumulate(map(len, wanted))], self.ranks)
+        tokens: list[int] = []
+        positions: list[int] = []
+        pages: list[int] = []
+        pages_at: list[int] = []
+        out_rows: list[int] = []
+        starts, first_pages, out_starts = [0], [0], [0]
+        for chunk in chunks:
+            end = chunk.start + chunk.length
+            tokens += chunk.tokens[chunk.start : end]
+            positions += range(chunk.start, end)
+            pages_at += [len(pages)] * chunk.length
+            pages += chunk.pages
+            out_rows += range(starts[-1] + max(chunk.first_logits - chunk.start, 0), len(tokens))
+            starts.append(len(tokens))
+            first_pages.append(len(pages))
+            out_starts.append(len(out_rows))
+        flat = _arrays(tokens, positions, pages_at, pages, out_rows)
+        tiles, long = self._tiles(chunks, starts, first_pages)
+        segments, scales = _segments(chunks, starts, self.ranks)
+        out_segments, out_scales = _segments(chunks, out_starts, self.ranks)
         return StepInput(
-            _numbers([token for c in chunks for token in c.tokens[c.start : c.start + c.length]]),
-            _numbers([position for c in chunks for position in range(c.start, c.start + c.length)]),
-            _numbers([at for c, at in zip(chunks, pages_at, strict=False) for _ in range(c.length)]),
-            _numbers([page for c in chunks for page in c.pages]),
-            tiles,
-            long,
-            segments,
-            scales,
-            _numbers([row for w in wanted for row in w]),
-            out_segments,
-            out_scales,
+            flat[0], flat[1], flat[2], flat[3], tiles, long, segments, scales, flat[4], out_segments, out_scales
         )
 
     def _tiles(self, chunks: list[Chunk], rows: list[int], pages_at: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +125,7 @@ class Packer:
                 count = min(self._per_tile, chunk.length - first)
                 tiles.append((row + first, count, chunk.start + first, pages))
         # Long tiles first, so that threads come free together at the end.
-        tiles.sort(key=lambda tile: -tile[TILE_POSITION])
+        tiles.sort(key=itemgetter(TILE_POSITION), reverse=True)
         return _table(tiles, 4), _table(long, 5)
 
 
@@ -130,15 +133,23 @@ def _table(rows: list[tuple[int, ...]], columns: int) -> np.ndarray:
     return np.array(rows, np.int64).reshape(-1, columns)
 
 
-def _numbers(values: list[int]) -> np.ndarray:
-    return np.array(values, np.int64)
+def _arrays(*lists: list[int]) -> list[np.ndarray]:
+    """An int64 array of each list, all in one piece of memory."""
+    ends = [*accumulate(map(len, lists))]
+    whole = np.array([*chain(*lists)], np.int64)
+    return [whole[end - len(values) : end] for values, end in zip(lists, ends, strict=True)]
+
+
+_NO_SEGMENTS, _NO_SCALES = _table([], 4), np.array([], np.float32)
 
 
 def _segments(chunks: list[Chunk], rows: list[int], ranks: int) -> tuple[np.ndarray, np.ndarray]:
     """Runs of rows with equal adapters; a run with several adapters is there once for each, in their order."""
+    if not any(chunk.uses for chunk in chunks):
+        return _NO_SEGMENTS, _NO_SCALES
     segments: list[tuple[int, ...]] = []
     scales: list[float] = []
-    at = 0 if any(chunk.uses for chunk in chunks) else len(chunks)
+    at = 0
     while at < len(chunks):
         end = at + 1
         while end < len(chunks) and chunks[end].uses == chunks[at].uses:

@@ -216,8 +216,8 @@ class Engine:
         for output in outputs:
             if output.token is not None:
                 self._recorder.token(output.sequence, now)
-        for sequence in {output.sequence for output in outputs if output.sequence.state is State.FINISHED}:
-            self._recorder.finished(sequence, now)
+            if output.last or output.token is None:
+                self._recorder.finished(output.sequence, now)
         if self.config.debug_checks:
             self.check_integrity()
         return outputs
@@ -233,15 +233,18 @@ class Engine:
 
     def _run(self, plan: list[Work]) -> list[Output]:
         plan.sort(key=lambda work: ([use.content for use in work.sequence.uses], work.sequence.number))
-        decodes = sum(work.sequence.decodes for work in plan)
-        prompt_rows = sum(work.length for work in plan if not work.sequence.decodes)
+        decodes = prompt_rows = 0
         started = time.perf_counter()
-        for work in plan:
-            self._recorder.started(work.sequence, started)
+        for sequence, length in plan:
+            self._recorder.started(sequence, started)
+            if sequence.decodes:
+                decodes += 1
+            else:
+                prompt_rows += length
         try:
-            for work in plan:
-                for version in work.sequence.adapters:
-                    self.runner.make_room(version.rank)
+            for sequence, _ in plan:
+                for use in sequence.uses:
+                    self.runner.make_room(use.adapter.rank)
             self.runner.run([self._chunk(work) for work in plan])
             outputs = self._finish_step(plan)
         except Exception as error:
@@ -261,36 +264,41 @@ class Engine:
             self.scheduler.fail(sequence, cause)
 
     def _chunk(self, work: Work) -> Chunk:
-        sequence, end = work.sequence, work.sequence.computed + work.length
-        uses = tuple(Use(self.runner.adapters.number(use.adapter.digest or ""), use.scale) for use in sequence.uses)
+        sequence, length = work
+        start = sequence.computed
+        end = start + length
+        uses = tuple([Use(self.runner.adapters.number(use.adapter.digest or ""), use.scale) for use in sequence.uses])
         first = end - 1 - sequence.proposed if end == len(sequence.tokens) else end
         if sequence.wants_prompt_logprobs:
-            first = sequence.computed
-        return Chunk(sequence.tokens, sequence.computed, work.length, sequence.pages, uses, first)
+            first = start
+        return Chunk(sequence.tokens, start, length, sequence.pages, uses, first)
 
     def _finish_step(self, plan: list[Work]) -> list[Output]:
         """Note what was computed, draw the new tokens, start copies, and end what is done."""
         row, answers = 0, []
         questions: list[tuple[int, int, int]] = []
         asking: list[Sequence] = []
-        for work in plan:
-            sequence, start = work.sequence, work.sequence.computed
-            done = start + work.length == len(sequence.tokens)
+        for sequence, length in plan:
+            start = sequence.computed
+            done = start + length == len(sequence.tokens)
             if sequence.wants_prompt_logprobs:
                 count = sequence.params.prompt_logprobs or 0
-                places = range(start, min(start + work.length, sequence.prompt_length - 1))
+                places = range(start, min(start + length, sequence.prompt_length - 1))
                 questions += [(row + place - start, sequence.tokens[place + 1], count) for place in places]
                 asking += [sequence] * len(places)
-                row += work.length - done
+                row += length - done
             guesses = sequence.withdraw()
-            self.scheduler.computed(sequence, work.length - len(guesses))
+            self.scheduler.computed(sequence, length - len(guesses))
             if done:
                 answers.append(_Answer(sequence, row, guesses))
-                answers += [_Answer(s, row, []) for s in sequence.siblings if s.state is not State.FINISHED]
+                for sibling in sequence.siblings:
+                    if sibling.state is not State.FINISHED:
+                        answers.append(_Answer(sibling, row, []))
                 row += 1 + len(guesses)
-                self._start_copies(sequence)
-        for sequence, found in zip(asking, self.runner.sampler.look_up(questions), strict=True):
-            sequence.prompt_logprobs.append(found)
+                if sequence.siblings:
+                    self._start_copies(sequence)
+        for asked, found in zip(asking, self.runner.sampler.look_up(questions), strict=True):
+            asked.prompt_logprobs.append(found)
         return self._answer(answers)
 
     def _answer(self, answers: list[_Answer]) -> list[Output]:
@@ -298,14 +306,19 @@ class Engine:
         draws = [self._draw(answer, i) for answer in answers for i in range(1 + len(answer.guesses))]
         # All that can fail comes before the first token is kept: what a text was given is also told.
         tokens = self.runner.sampler.draw(draws) if draws else []
-        drawn = zip(tokens, self._logprobs(draws, tokens), strict=True)
+        logprobs = self._logprobs(draws, tokens)
         outputs: list[Output] = []
+        first = 0
         for answer in answers:
-            outputs += self._keep(answer, [next(drawn) for _ in range(1 + len(answer.guesses))])
+            end = first + 1 + len(answer.guesses)
+            self._keep(answer, tokens[first:end], logprobs[first:end], outputs)
+            first = end
         return outputs
 
     def _logprobs(self, draws: list[Draw], tokens: list[int | Exception]) -> list[TokenLogprobs | None]:
         """For each draw whose text asks for them."""
+        if all(draw.params.logprobs is None for draw in draws):
+            return [None] * len(draws)
         wanted = [
             None if d.params.logprobs is None or isinstance(token, Exception) else (d.row, token, d.params.logprobs)
             for d, token in zip(draws, tokens, strict=True)
@@ -313,22 +326,28 @@ class Engine:
         found = iter(self.runner.sampler.look_up([question for question in wanted if question is not None]))
         return [None if question is None else next(found) for question in wanted]
 
-    def _keep(self, answer: _Answer, drawn: list[tuple[int | Exception, TokenLogprobs | None]]) -> list[Output]:
-        """Append the drawn tokens that count."""
-        sequence, kept = answer.sequence, []
-        for i, (token, logprobs) in enumerate(drawn):
+    def _keep(
+        self,
+        answer: _Answer,
+        tokens: list[int | Exception],
+        logprobs: list[TokenLogprobs | None],
+        outputs: list[Output],
+    ) -> None:
+        """Append the drawn tokens that count, to the text and to outputs."""
+        sequence = answer.sequence
+        for i, token in enumerate(tokens):
             if isinstance(token, Exception):
                 self.scheduler.fail(sequence, token)
                 break
             self._append(sequence, token)
-            kept.append(Output(sequence, token, logprobs, sequence.state is State.FINISHED))
-            if sequence.state is State.FINISHED or i == len(answer.guesses) or token != answer.guesses[i]:
+            last = sequence.state is State.FINISHED
+            outputs.append(Output(sequence, token, logprobs[i], last))
+            if last or i == len(answer.guesses) or token != answer.guesses[i]:
                 break
             # The guess was right, so the step has computed this token already.
             self.scheduler.computed(sequence, 1)
         if answer.guesses and sequence.state is State.RUNNING:
             self.scheduler.roll_back(sequence)
-        return kept
 
     def _draw(self, answer: _Answer, i: int) -> Draw:
         """What the draw after the first i guesses depends on."""

@@ -51,12 +51,11 @@ class Request:
     def delta(self) -> RequestOutput:
         """What is new since the last call, in an object of its own: safe to hand to another thread."""
         output = self.output
-        fresh = [builder.delta() for builder in self.builders]
         return RequestOutput(
             output.request_id,
             output.prompt,
             output.prompt_token_ids,
-            [found for found in fresh if found.token_ids or found.text or found.finish_reason is not None],
+            [found for builder in self.builders if (found := builder.delta())],
             output.finished,
             output.prompt_logprobs,
             output.lora_request,
@@ -90,7 +89,8 @@ class LLMEngine:
         self.tokenizer = self.model.tokenizer
         self.engine = Engine(self.model.weights, config, self.model.eos)
         self._sources: dict[str, str] = {}
-        self._requests: dict[int, Request] = {}
+        # Of each sequence under way, by number.
+        self._under_way: dict[int, tuple[Request, TextBuilder]] = {}
         self._number = 0
 
     # ------------------------------------------------------------ adapters
@@ -160,8 +160,8 @@ class LLMEngine:
         texts: list[CompletionOutput] = [builder.output for builder in builders]
         output = RequestOutput(request_id or str(self._number), prompt, tokens, texts, lora_request=loras)
         request = Request(output, builders, callback)
-        for sequence in sequences:
-            self._requests[sequence.number] = request
+        for builder in builders:
+            self._under_way[builder.sequence.number] = request, builder
         return request
 
     def abort_request(self, request: Request, reason: str = "abort") -> None:
@@ -173,7 +173,7 @@ class LLMEngine:
     @property
     def busy(self) -> bool:
         """Whether any request is under way."""
-        return bool(self._requests) or self.engine.busy
+        return bool(self._under_way) or self.engine.busy
 
     def step(self) -> list[Request]:
         """One token more for every text that runs; returns the requests that changed, after their callbacks.
@@ -183,9 +183,10 @@ class LLMEngine:
         changed: dict[Request, None] = {}
         for output in self.engine.step():
             # A request that was aborted in this very step, by the callback of another say, wants nothing more.
-            if request := self._requests.get(output.sequence.number):
+            if found := self._under_way.get(output.sequence.number):
+                request, builder = found
                 try:
-                    self._take(request, output)
+                    self._take(request, builder, output)
                 except Exception as error:
                     self._fail(request, error)
                 changed[request] = None
@@ -193,9 +194,8 @@ class LLMEngine:
             self._call_back(request)
         return list(changed)
 
-    def _take(self, request: Request, output: Output) -> None:
+    def _take(self, request: Request, builder: TextBuilder, output: Output) -> None:
         sequence = output.sequence
-        builder = next(b for b in request.builders if b.sequence is sequence)
         stopped = output.token is not None and builder.add(output.token, output.logprobs, output.last)
         if builder is request.builders[0] and len(builder.output.token_ids) == 1:
             self._note_prompt(request)
@@ -206,7 +206,7 @@ class LLMEngine:
             self._forget(request, builder)
 
     def _forget(self, request: Request, builder: TextBuilder) -> None:
-        if self._requests.pop(builder.sequence.number, None) is None:
+        if self._under_way.pop(builder.sequence.number, None) is None:
             return
         builder.finish()
         output = request.output

@@ -29,7 +29,7 @@ class Logprob:
 LogprobsAt = dict[int, Logprob]
 
 
-@dataclass
+@dataclass(slots=True)
 class CompletionOutput:
     """One text. finish_reason: "stop", "length", "abort", "error" or None while it grows; stop_reason: the string or
     token."""
@@ -43,7 +43,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestOutput:
     """A prompt and its texts. prompt_logprobs: None for the first token, then one dict for each; error: why the
     request failed, if it did."""
@@ -99,14 +99,14 @@ class TextBuilder:
     def _find_stop(self) -> bool:
         if len(self.output.token_ids) < self.sequence.params.min_tokens:
             return False
-        found = [
-            (at, stop)
-            for stop in self._stops
-            if (at := self.output.text.find(stop, max(0, self._shown - len(stop)))) >= 0
-        ]
-        if not found:
+        text, found = self.output.text, None
+        for stop in self._stops:
+            at = text.find(stop, max(0, self._shown - len(stop)))
+            if at >= 0 and (found is None or (at, stop) < found):
+                found = at, stop
+        if found is None:
             return False
-        at, stop = min(found)
+        at, stop = found
         self.output.text = self.output.text[: at + len(stop) * self._keep_stop]
         self.output.stop_reason = stop
         return True
@@ -120,15 +120,17 @@ class TextBuilder:
     def fresh(self) -> str:
         """The text since the last call that no stop string can still take back."""
         text, end = self.output.text, len(self.output.text)
-        if self.output.finish_reason is None:
-            end -= max((_overlap(text, stop) for stop in self._stops), default=0)
+        if self._stops and self.output.finish_reason is None:
+            end -= max([_overlap(text, stop) for stop in self._stops])
         start, self._shown = self._shown, max(self._shown, end)
         return text[start:end]
 
-    def delta(self) -> CompletionOutput:
-        """What is new since the last call of this or of `fresh`, in an object of its own."""
+    def delta(self) -> CompletionOutput | None:
+        """What is new since the last call of this or of `fresh`, in an object of its own; None if there is nothing."""
         output, start = self.output, self._given
         self._given = len(output.token_ids)
+        if start == self._given and output.finish_reason is None:
+            return None
         return CompletionOutput(
             output.index,
             self.fresh(),
@@ -142,4 +144,7 @@ class TextBuilder:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest beginning of stop that text ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    for n in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

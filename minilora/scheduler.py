@@ -118,12 +118,14 @@ class Scheduler:
         self._step += 1
         self._lost.clear()
         self._logits_left = self.prompt_logits
-        decodes = [sequence for sequence in self.running if sequence.decodes]
-        prefills = [sequence for sequence in self.running if not sequence.decodes]
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self.running:
+            (decodes if sequence.decodes else prefills).append(sequence)
         # A row is kept for prompts; if there is but one in all, the kinds take turns.
         prompts = bool(prefills) or (bool(self.waiting) and self._places_left > 0)
         keep = prompts and (self.budget > 1 or self._step % 2 == 0)
-        plan = self._grant_all(sorted(decodes, key=lambda s: (s.served, *_rank(s))), self.budget - keep)
+        plan = self._grant_all(sorted(decodes, key=_turn), self.budget - keep)
         room = self.budget - _rows(plan)
         if plan:
             room = min(room, self.chunk)
@@ -157,15 +159,21 @@ class Scheduler:
             self._logits_left -= count
         self._logits_left -= sequence.proposed
         needed = -(-(sequence.computed + count) // self.page) - len(sequence.pages)
-        while self.pool.available < needed:
+        if needed > 0 and not self._take_pages(sequence, needed):
+            return 0
+        sequence.served = self._step
+        return count
+
+    def _take_pages(self, sequence: Sequence, count: int) -> bool:
+        """Give it more pages, if need be those of others behind it; False if it had to give up its own."""
+        while self.pool.available < count:
             victim = self._victim(sequence)
             self.preempt(victim)
             if victim is sequence:
-                return 0
-        for _ in range(needed):
+                return False
+        for _ in range(count):
             sequence.pages.append(self.pool.take(sequence.pages[-1] if sequence.pages else None))
-        sequence.served = self._step
-        return count
+        return True
 
     def _victim(self, sequence: Sequence) -> Sequence:
         """Of the sequences behind this one, the one whose loss costs least; else the sequence itself."""
@@ -266,10 +274,11 @@ class Scheduler:
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """Note that a step computed `count` more tokens; full pages become known to others."""
-        before, sequence.computed = sequence.computed, sequence.computed + count
-        if self.caching:
+        full = sequence.computed // self.page
+        sequence.computed += count
+        if self.caching and full < sequence.computed // self.page:
             keys = sequence.page_keys(self.page)
-            for i in range(before // self.page, sequence.computed // self.page):
+            for i in range(full, sequence.computed // self.page):
                 self.pool.publish(sequence.pages[i], keys[i])
 
     def roll_back(self, sequence: Sequence) -> None:
@@ -325,6 +334,11 @@ class Scheduler:
 
 def _rows(plan: list[Work]) -> int:
     return sum(work.length for work in plan)
+
+
+def _turn(sequence: Sequence) -> tuple[int, int, int]:
+    """The order in which texts that decode are served: whoever was passed over last time comes first."""
+    return sequence.served, sequence.priority, sequence.number
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

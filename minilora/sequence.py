@@ -39,7 +39,7 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
-@dataclass
+@dataclass(slots=True)
 class Times:
     """Seconds on the engine's clock: when a text was submitted, first took part in a step, got its first token, and
     its last one so far."""
@@ -50,7 +50,7 @@ class Times:
     last_token: float | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One text: the prompt's tokens, then those generated.
 

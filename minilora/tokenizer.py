@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -108,9 +108,9 @@ class Tokenizer:
             self._plain = plain
         return self._plain.encode(_valid(text), add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; incomplete characters come out as U+FFFD."""
-        return self._engine.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._engine.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def piece(self, token_id: int, skip_special_tokens: bool) -> str:
         """The text of one token by itself, remembered."""
@@ -169,7 +169,7 @@ class TextStream:
     """Turns ids into text as they come, holding back characters that are not complete yet."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._tokenizer, self._decode, self._skip = tokenizer, tokenizer.decode, skip_special_tokens
         self._ids: list[int] = []
         self._from = self._shown = 0
         # The text of ids[_from:_shown].
@@ -186,10 +186,10 @@ class TextStream:
 
     def _advance(self, final: bool) -> str:
         # Decoding starts one shown piece back: some decoders treat a text's first token differently.
-        text = self._decode(self._from, len(self._ids))
-        if len(text) <= len(self._before) or (text.endswith(UNFINISHED) and not final):
+        text, before = self._decode(self._ids[self._from :], self._skip), len(self._before)
+        if len(text) <= before or (text.endswith(UNFINISHED) and not final):
             return ""
-        new = text[len(self._before) :]
+        new = text[before:]
         self._from, self._shown = self._shown, len(self._ids)
         self._before = self._piece()
         return new
@@ -197,11 +197,8 @@ class TextStream:
     def _piece(self) -> str:
         """The text of what was shown last, by itself; of single tokens it is kept."""
         if self._shown - self._from != 1:
-            return self._decode(self._from, self._shown)
+            return self._decode(self._ids[self._from : self._shown], self._skip)
         return self._tokenizer.piece(self._ids[self._from], self._skip)
-
-    def _decode(self, first: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[first:end], self._skip)
 
 
 def added(text: str, special: bool) -> AddedToken:
