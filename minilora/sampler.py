@@ -20,6 +20,7 @@ from .params import MOST_LOGPROBS, SamplingParams
 from .sequence import TokenLogprobs
 
 ZERO = np.float32(0)
+NUMBERS_PER_THREAD = 200_000
 
 
 class Choices(NamedTuple):
@@ -157,8 +158,13 @@ class Sampler:
         ]
         cuts = [(0 if d.params.greedy else d.params.temperature, d.params.top_p, d.params.min_p) for d in draws]
         choices = Choices(np.array(numbers, np.int64), np.array(cuts, np.float32), np.zeros(len(draws), np.int64))
-        self._team.run(_programs()[0], logits, width, choices, self._weights, self._ids)
+        program, most = _programs()[0], self._threads_for(len(draws))
+        self._team.run(program, logits, width, choices, self._weights, self._ids, most=most)
         return choices.tokens
+
+    def _threads_for(self, rows: int) -> int:
+        """Threads that so many rows are worth: another one takes as long to wake as NUMBERS_PER_THREAD to look at."""
+        return 1 + rows * self._width // NUMBERS_PER_THREAD
 
     def look_up(self, wanted: list[tuple[int, int, int]]) -> list[TokenLogprobs]:
         """log-probabilities for (row, token, count of best tokens), from the logits as the model gave them."""
@@ -175,7 +181,7 @@ class Sampler:
             np.zeros(n * MOST_LOGPROBS, np.int64),
             np.zeros(n * MOST_LOGPROBS, np.float32),
         )
-        self._team.run(_programs()[1], self._logits, self._width, questions)
+        self._team.run(_programs()[1], self._logits, self._width, questions, most=self._threads_for(n))
         return [
             TokenLogprobs(
                 int(token),

@@ -52,8 +52,12 @@ def _own(rank, size, sync, number, shared):
     shared[rank] = number
 
 
+def _who_ran(rank, size, sync, ran):
+    ran[rank] = size
+
+
 ROUNDS, CLAIMS, SHARES = program(_rounds), program(_claims), program(_shares)
-TIMED, OWN = program(_timed_rounds), program(_own)
+TIMED, OWN, WHO_RAN = program(_timed_rounds), program(_own), program(_who_ran)
 
 
 class Odd:
@@ -155,6 +159,15 @@ def test_fewer_threads_may_take_part():
         taken = np.zeros(7, np.int64)
         team.run(SHARES, taken)
         assert (taken == 1).all()
+    team.close()
+
+
+def test_a_run_may_be_worth_fewer_threads():
+    team, ran = Team(3), np.zeros(3, np.int64)
+    for most, active, expected in ((1, 3, 1), (2, 3, 2), (9, 3, 3), (0, 3, 1), (3, 2, 2)):
+        team.active, ran[:] = active, 0
+        team.run(WHO_RAN, ran, most=most)
+        assert ran.tolist() == [expected] * expected + [0] * (3 - expected)
     team.close()
 
 

@@ -223,19 +223,20 @@ class Team:
         self._compiled: set[Any] = set()
         self._workers = [_Worker(self, rank) for rank in range(1, size)]
 
-    def run(self, program, *args: Any) -> None:
-        """program(rank, active, sync, *args) on every active thread; returns when all are done.
+    def run(self, program, *args: Any, most: int | None = None) -> None:
+        """program(rank, count, sync, *args) on every active thread, or on `most` of them; returns when all are done.
 
         An exception in any thread, Ctrl-C included, frees the others from their barriers and is raised here.
         """
         with self._lock:
             self.prepare(program, *args)
             self._sync[:] = 0
-            self.job = (program, args)
+            count = self.active if most is None else max(1, min(most, self.active))
+            self.job = (program, args, count)
             started: list[_Worker] = []
             error: BaseException | None = None
             try:
-                for worker in self._workers[: self.active - 1]:
+                for worker in self._workers[: count - 1]:
                     worker.start()
                     started.append(worker)
                 self.call(0)
@@ -257,10 +258,10 @@ class Team:
     def call(self, rank: int) -> None:
         """Thread `rank`'s part of the running job."""
         if self.job is not None:
-            program, args = self.job
+            program, args, count = self.job
             own = (arg[rank] if isinstance(arg, Each) else arg for arg in args)
             with self._bound(rank):
-                program(rank, self.active, self._sync, *own)
+                program(rank, count, self._sync, *own)
 
     @contextmanager
     def _bound(self, rank: int) -> Iterator[None]:
