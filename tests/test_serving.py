@@ -6,6 +6,7 @@ L1 to L11 name failures that were reported of other servers.
 import json
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -426,7 +427,8 @@ def test_an_interrupt_in_a_step_loses_nothing(weights, shelf, needle, monkeypatc
     driver.idle()
 
 
-def test_logits_that_are_no_numbers_are_an_error(weights, tmp_path):
+@pytest.mark.parametrize("choice", [{}, {"temperature": 0.0}, {"top_p": 1.0}, {"top_k": 20}])
+def test_logits_that_are_no_numbers_are_an_error(weights, choice):
     """An adapter whose numbers overflow: its request fails with the cause, the neighbour's answer is right."""
     huge = make_adapter(weights.config, rank=4, modules=("down_proj",))
     for a, b in huge.pairs.values():
@@ -434,7 +436,8 @@ def test_logits_that_are_no_numbers_are_an_error(weights, tmp_path):
         b *= 1e4
     driver = Driver(weights)
     driver.engine.add_adapter(huge, "huge")
-    bad, good = driver.submit("huge", scale=1e38), driver.submit()
+    bad = driver.submit("huge", scale=1e38, params=replace(PARAMS, **choice))
+    good = driver.submit()
     driver.run()
     assert bad.finish_reason == "error" and "finite" in str(bad.error)
     assert driver.trace(good) == alone(weights)

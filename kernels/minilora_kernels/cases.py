@@ -504,11 +504,13 @@ def _lora_cases(fmt: int) -> list[Case]:
 
 
 def _logits(rng: np.random.Generator, size: dict[str, int]) -> np.ndarray:
-    """levels: only so many different ones, so that many are equal."""
+    """levels: only so many different ones, so that many are equal; bad: the place of a NaN, and of infinity behind it."""
     x = 3 * _normal(rng, size["V"])
     if "levels" in size:
         x = np.round(x * size["levels"] / 6) * np.float32(6 / size["levels"])
     x[-3:] = -np.inf
+    if "bad" in size:
+        x[size["bad"]], x[size["bad"] + 1] = np.nan, np.inf
     return x
 
 
@@ -572,6 +574,8 @@ _SAMPLING = tuple(
         {"t": 5000, "k": 16},
         {"t": 5000, "k": 48, "p": 60},
         {"t": 200, "k": 32, "min_p": 20},
+        {"bad": 7},
+        {"bad": 20, "k": 5, "p": 90},
     )
 )
 

@@ -296,6 +296,8 @@ def uniform(seed, position):
 def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to):
     """A token drawn from softmax(x / temperature), cut by min_p, then top_k, then top_p."""
     v = _span(x, at, n).astype(np.float64)
+    if not np.isfinite(v.max()):
+        return int(np.argmax(~(v < np.inf)))
     w = np.exp((v - v.max()) / temperature)
     if top_k == 0 and top_p >= 1 and min_p <= 0:
         return int(np.searchsorted(np.cumsum(w), draw * w.sum(), side="right"))

@@ -247,15 +247,26 @@ def _floor_of(weights, to, n, total, limit, top_p, min_p):
 
 
 @kernel
+def _first_that_is_no_number(x, at, n):
+    for i in range(n):
+        if not x[at + i] < np.inf:
+            return i
+    return 0
+
+
+@kernel
 def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to):
     """A token drawn from softmax(x / temperature) after three cuts, each on what the one before left.
 
     min_p: at least min_p times the best token's probability; top_k: the top_k best, 0 for all; top_p: the
     smallest set of best tokens with that much of the mass. x: float32, n a multiple of 16; temperature > 0;
     draw: in [0, 1), see `uniform`: the running sum over what is left, by rising index, passes it at the token.
+    Where a logit is NaN or infinity, or all are -infinity, the first such token: there is nothing to choose by.
     weights: float32 and ids: int64, n numbers each from `to` on, are overwritten.
     """
     total = _weigh(x, at, n, temperature, weights, to)
+    if not total < np.inf:
+        return _first_that_is_no_number(x, at, n)
     if top_k == 0 and top_p >= ONE and min_p <= ZERO:
         return _choose_from_all(weights, to, n, draw * total)
     limit, everything = min(top_k, n) if top_k > 0 else n, np.float64(np.inf)
