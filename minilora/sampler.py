@@ -20,7 +20,7 @@ from .params import MOST_LOGPROBS, SamplingParams
 from .sequence import TokenLogprobs
 
 ZERO = np.float32(0)
-NUMBERS_PER_THREAD = 200_000
+LOGITS_PER_THREAD = 200_000
 
 
 class Choices(NamedTuple):
@@ -163,8 +163,8 @@ class Sampler:
         return choices.tokens
 
     def _threads_for(self, rows: int) -> int:
-        """Threads that so many rows are worth: another one takes as long to wake as NUMBERS_PER_THREAD to look at."""
-        return 1 + rows * self._width // NUMBERS_PER_THREAD
+        """Threads that so many rows are worth: another one takes as long to wake as LOGITS_PER_THREAD to look at."""
+        return 1 + rows * self._width // LOGITS_PER_THREAD
 
     def look_up(self, wanted: list[tuple[int, int, int]]) -> list[TokenLogprobs]:
         """log-probabilities for (row, token, count of best tokens), from the logits as the model gave them."""

@@ -302,19 +302,11 @@ def _make_values(kv_format):
 
 
 @kernel
-def _weigh(scratch, at, maximum, total):
-    """The score at `at` becomes its weight; returns total + weight, lane by lane."""
-    weight = exp(load_f32(scratch, at) - splat_f32(maximum))
-    store_f32(scratch, at, weight)
-    return total + weight
-
-
-@kernel
-def _weigh_some(scratch, at, maximum, total, first, end):
-    """_weigh for lanes first <= i < end; the weights of others are 0."""
-    weight = keep_lanes(exp(load_f32(scratch, at) - splat_f32(maximum)), first, end, ZERO)
-    store_f32(scratch, at, weight)
-    return total + weight
+def _kept(v, first, end, other):
+    """keep_lanes, at no cost where all lanes count."""
+    if first <= 0 and end >= 16:
+        return v
+    return keep_lanes(v, first, end, other)
 
 
 @kernel
@@ -323,27 +315,16 @@ def _softmax_row(scratch, at, first, end, start, stop):
 
     start and stop are multiples of 16. Returns (maximum, sum of weights); (-inf, 0) where no lane counts.
     """
-    if first >= end:
-        for t in range(start, stop, 16):
-            store_f32(scratch, at + t, splat_f32(ZERO))
-        return LOWEST, ZERO
-    # All lanes of the vectors between whole0 and whole1 count.
-    whole0 = min((first + 15) // 16 * 16, stop)
-    whole1 = max(whole0, end // 16 * 16)
     largest = splat_f32(LOWEST)
-    for t in range(start, whole0, 16):
-        largest = vmax(keep_lanes(load_f32(scratch, at + t), first - t, end - t, LOWEST), largest)
-    for t in range(whole0, whole1, 16):
-        largest = vmax(load_f32(scratch, at + t), largest)
-    for t in range(whole1, stop, 16):
-        largest = vmax(keep_lanes(load_f32(scratch, at + t), first - t, end - t, LOWEST), largest)
+    for t in range(start, stop, 16):
+        largest = vmax(_kept(load_f32(scratch, at + t), first - t, end - t, LOWEST), largest)
     maximum, total = hmax(largest), splat_f32(ZERO)
-    for t in range(start, whole0, 16):
-        total = _weigh_some(scratch, at + t, maximum, total, first - t, end - t)
-    for t in range(whole0, whole1, 16):
-        total = _weigh(scratch, at + t, maximum, total)
-    for t in range(whole1, stop, 16):
-        total = _weigh_some(scratch, at + t, maximum, total, first - t, end - t)
+    for t in range(start, stop, 16):
+        weight = splat_f32(ZERO)
+        if first < end:
+            weight = _kept(exp(load_f32(scratch, at + t) - splat_f32(maximum)), first - t, end - t, ZERO)
+        store_f32(scratch, at + t, weight)
+        total = total + weight
     return maximum, hsum(total)
 
 

@@ -177,22 +177,21 @@ def _cut(weights, to, size, most, mass_limit):
     Returns (threshold, ties, mass): the set is all weights above the threshold, and the first `ties` of those at it;
     all of them where they are too few. The threshold is found by halving the range of its bits.
     """
-    count, mass = _above(weights, to, size, ZERO)
-    if count < most and mass < mass_limit:
+    many, mass = _above(weights, to, size, ZERO)
+    if many < most and mass < mass_limit:
         return ZERO, 0, mass
-    enough, too_few = np.int32(0), BITS_OF_ONE
+    # Bits of two numbers: above the one are enough weights (`many`), above the other too few (`few`, of mass `mass`).
+    enough, too_few, few, mass = np.int32(0), BITS_OF_ONE, 0, np.float64(0)
     while too_few - enough > 1:
         middle = np.int32((enough + too_few) // 2)
-        count, mass = _above(weights, to, size, number_of(middle))
-        if count >= most or mass >= mass_limit:
-            enough = middle
+        found, held = _above(weights, to, size, number_of(middle))
+        if found >= most or held >= mass_limit:
+            enough, many = middle, found
         else:
-            too_few = middle
+            too_few, few, mass = middle, found, held
     threshold = number_of(too_few)
-    at_least, _ = _above(weights, to, size, number_of(enough))
-    count, mass = _above(weights, to, size, threshold)
-    wanted = min(np.float64(most - count), np.ceil((mass_limit - mass) / threshold))
-    ties = max(1, np.int64(min(np.float64(at_least - count), wanted)))
+    wanted = min(np.float64(most - few), np.ceil((mass_limit - mass) / threshold))
+    ties = max(1, np.int64(min(np.float64(many - few), wanted)))
     return threshold, ties, mass + ties * np.float64(threshold)
 
 
@@ -200,8 +199,8 @@ def _cut(weights, to, size, most, mass_limit):
 def _choose_above(weights, to, ids, size, threshold, ties, target):
     """The first token of those that `_cut` left at which their running sum exceeds `target`, else the last of them."""
     last = ids[to]
-    # Nothing above the number before the threshold: nothing of the set.
-    limit = splat_f32(np.nextafter(threshold, -ONE) if ties > 0 else threshold)
+    # Vectors without a weight at the threshold or above it are passed by.
+    limit = splat_f32(np.nextafter(threshold, ZERO) if ties > 0 else threshold)
     for first in range(to, to + size, 16):
         if count_above(load_f32(weights, first), limit) > 0:
             for j in range(first, first + 16):
