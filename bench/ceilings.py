@@ -13,7 +13,7 @@ from minilora.runner import usable_cores
 from minilora_kernels.dot import dot4
 from minilora_kernels.jit import program
 from minilora_kernels.simd import hsum_i32, i32x16, load_i32, load_u8, splat_i32, tile
-from minilora_kernels.team import Team, share
+from minilora_kernels.team import Team, enter, leave, share
 
 DOTS = 24
 LOOPS = 400_000
@@ -24,6 +24,7 @@ _sums = tile(i32x16, DOTS)
 
 def _read(rank, size, sync, data, out):
     """Add up all of data: nothing but loads."""
+    enter(sync, rank, size)
     low, high = share(len(data) // 1024, rank, size)
     sums = _sums()
     for i in range(16):
@@ -35,10 +36,12 @@ def _read(rank, size, sync, data, out):
     for i in range(1, 16):
         total = total + sums[i]
     out[16 * rank] = hsum_i32(total)
+    leave(sync, rank, size)
 
 
 def _multiply(rank, size, sync, loops, data, out):
     """dot4 on registers only."""
+    enter(sync, rank, size)
     sums = _sums()
     for i in range(DOTS):
         sums[i] = splat_i32(np.int32(0))
@@ -50,6 +53,7 @@ def _multiply(rank, size, sync, loops, data, out):
     for i in range(1, DOTS):
         total = total + sums[i]
     out[16 * rank] = hsum_i32(total)
+    leave(sync, rank, size)
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,17 @@ from minilora.runner import usable_cores
 from minilora.weights import Weights
 from minilora_kernels.jit import kernel, program
 from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
-from minilora_kernels.team import Team, barrier
+from minilora_kernels.team import Team, barrier, enter, leave
 
 MEETINGS = 2000
 
 
 @kernel
 def _meet(rank, size, sync, times):
+    enter(sync, rank, size)
     for _ in range(times):
         barrier(sync, size)
+    leave(sync, rank, size)
 
 
 def arrival_seconds(threads: int) -> float:

@@ -22,7 +22,7 @@ from minilora_kernels.lora import make_lora, panel_bytes
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
 from minilora_kernels.sample import argmax
-from minilora_kernels.team import barrier, claim, clock_in, clock_out, share
+from minilora_kernels.team import barrier, claim, enter, leave, share
 
 from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN, UP_OUT, AdapterArrays
 from .batch import (
@@ -541,7 +541,7 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
 
     def step(rank, size, sync, w, shape, kv, batch, adapters, buffers):
         """One forward pass of batch's rows: writes their pages, and buffers.logits of the rows asked for."""
-        clock_in(sync, rank)
+        enter(sync, rank, size)
         c = Context(rank, size, sync, w, shape, kv, batch, adapters, buffers)
         embed_rows(c)
         for layer in range(shape.layers):
@@ -556,6 +556,6 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
             add_product(c, layer, down, w.layers[layer, DOWN_BIAS], DOWN_IN, DOWN_OUT, buffers.b, 0, 0)
         if len(batch.out_rows) > 0:
             logits(c)
-        clock_out(sync, rank)
+        leave(sync, rank, size)
 
     return program(step, (formats, kv_format, lora_format))

@@ -13,7 +13,7 @@ import numpy as np
 from minilora_kernels.jit import program
 from minilora_kernels.sample import argmax, log_sum_exp, sample, top, uniform
 from minilora_kernels.sample import rank as rank_of
-from minilora_kernels.team import Team, claim
+from minilora_kernels.team import Team, claim, enter, leave
 
 from .errors import RequestError
 from .params import MOST_LOGPROBS, SamplingParams
@@ -45,6 +45,7 @@ class Questions(NamedTuple):
 
 
 def _choose(rank, size, sync, logits, width, rows, weights, ids):
+    enter(sync, rank, size)
     i = claim(sync)
     while i < len(rows.tokens):
         at, top_k = rows.numbers[i, 0], rows.numbers[i, 1]
@@ -56,9 +57,11 @@ def _choose(rank, size, sync, logits, width, rows, weights, ids):
             to = rank * width
             rows.tokens[i] = sample(logits, at, width, temperature, top_k, top_p, min_p, draw, weights, ids, to)
         i = claim(sync)
+    leave(sync, rank, size)
 
 
 def _look_up(rank, size, sync, logits, width, questions):
+    enter(sync, rank, size)
     i = claim(sync)
     while i < len(questions.at):
         at, token = questions.at[i], questions.token[i]
@@ -71,6 +74,7 @@ def _look_up(rank, size, sync, logits, width, questions):
             for j in range(to, to + questions.best[i]):
                 questions.values[j] -= total
         i = claim(sync)
+    leave(sync, rank, size)
 
 
 @cache

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minilora_kernels.jit import kernel, program
-from minilora_kernels.team import Each, Team, barrier, claim, clock_in, clock_out, share
+from minilora_kernels.team import Each, Team, barrier, claim, enter, leave, share
 
 
 @kernel
@@ -42,9 +42,9 @@ def _shares(rank, size, sync, taken):
 
 @kernel
 def _timed_rounds(rank, size, sync, marks, late):
-    clock_in(sync, rank)
+    enter(sync, rank, size)
     _rounds(rank, size, sync, marks, late)
-    clock_out(sync, rank)
+    leave(sync, rank, size)
 
 
 @kernel

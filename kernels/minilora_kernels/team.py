@@ -1,7 +1,8 @@
 """A team of threads that all run the same compiled function (SPMD).
 
-The caller is thread 0; the others are Python threads that sleep on a lock between runs and hold no GIL inside.
-Inside a run, threads meet at `barrier`, split work with `share`, or take it piece by piece with `claim`.
+The caller is thread 0; the others are Python threads. Inside a run none holds the GIL: threads meet at `barrier`,
+split work with `share`, or take it piece by piece with `claim`. After a run they linger for a moment, for the next step
+follows soon, and then sleep on a lock: to wake a thread, and to pass it the GIL, takes some 20 us each.
 """
 
 import os
@@ -21,11 +22,16 @@ from numba.extending import intrinsic
 from . import cpu
 from .jit import kernel
 
-# Places in the sync array, each on a cache line of its own (8 int64); then one for each thread's clock.
-_ARRIVED, _GENERATION, _ABORT, _CLAIMED, _CLOCKS, _LINE = 0, 8, 16, 24, 32, 8
+# Places in the sync array, each on a cache line of its own (8 int64); then one for each thread's clock. The number of the
+# last run that began stays from run to run, the others start from 0.
+_BEGUN, _ARRIVED, _GENERATION, _ABORT, _CLAIMED, _LEFT, _RUN, _CLOCKS, _LINE = 0, 8, 16, 24, 32, 40, 48, 56, 8
 
 # About 10 to 40 us of pauses, then the core is offered to other threads at every look.
 _PATIENCE = 1000
+# How long a thread lingers, in nanoseconds, and after how many looks each time it offers the core to others.
+_LINGER, _LOOKS = 500_000, 64
+# Seconds between looks whether a thread is out of a run that failed.
+_POLL = 0.0002
 
 _YIELD = {"win32": "SwitchToThread"}.get(sys.platform, "sched_yield")
 
@@ -111,15 +117,53 @@ _WALL, _CPU = getattr(time, "CLOCK_MONOTONIC", 0), getattr(time, "CLOCK_THREAD_C
 
 
 @kernel
-def clock_in(sync, rank):
-    """The first thing that a program does which wants Team.lost to be known."""
+def enter(sync, rank, size):
+    """The first thing that a program for a team does: calls in the threads that linger, and looks at the clock."""
+    if rank == 0 and size > 1:
+        _atomic_store(sync, _BEGUN, sync[_RUN])
     sync[_CLOCKS + _LINE * rank] = _nanoseconds(_CPU) - _nanoseconds(_WALL)
 
 
 @kernel
-def clock_out(sync, rank):
-    """The last thing that such a program does."""
+def leave(sync, rank, size):
+    """The last thing that it does: thread 0 waits for the others, these linger.
+
+    A program may do without both: then the team looks every now and then whether the others are done, and knows of no
+    time lost.
+    """
     sync[_CLOCKS + _LINE * rank] += _nanoseconds(_WALL) - _nanoseconds(_CPU)
+    if rank > 0:
+        run = sync[_RUN]
+        _atomic_add(sync, _LEFT, 1)
+        _linger(sync, run)
+        return
+    looks = 0
+    while _atomic_load(sync, _LEFT) < size - 1 and _atomic_load(sync, _ABORT) == 0:
+        looks = _look_again(looks)
+
+
+@kernel
+def _linger(sync, run):
+    """Until a later run has begun, for a while at most. The run's own arrays are not touched any more."""
+    began = _nanoseconds(_WALL)
+    for look in range(_LINGER // 10):
+        if _atomic_load(sync, _BEGUN) != run or _atomic_load(sync, _ABORT) != 0:
+            return
+        _pause()
+        if look % _LOOKS == _LOOKS - 1:
+            _yield_core()
+            if _nanoseconds(_WALL) - began > _LINGER:
+                return
+
+
+@kernel
+def _look_again(looks):
+    """Between two looks of a thread that waits for others; returns looks + 1."""
+    if looks < _PATIENCE:
+        _pause()
+    else:
+        _yield_core()
+    return looks + 1
 
 
 @kernel
@@ -136,11 +180,7 @@ def barrier(sync, size):
         return
     looks = 0
     while _atomic_load(sync, _GENERATION) == generation and _atomic_load(sync, _ABORT) == 0:
-        looks += 1
-        if looks < _PATIENCE:
-            _pause()
-        else:
-            _yield_core()
+        looks = _look_again(looks)
 
 
 @kernel
@@ -156,18 +196,19 @@ def claim(sync):
 
 
 class _Worker:
-    """One thread beside the caller: waits for a job, runs its part, says that it is done."""
+    """One thread beside the caller: waits for a job and runs its part."""
 
     def __init__(self, team: "Team", rank: int):
         self._team, self._rank = team, rank
         self._error: BaseException | None = None
-        self._go, self._done = threading.Lock(), threading.Lock()
+        self._started = self._done = 0
+        self._go = threading.Lock()
         self._go.acquire()
-        self._done.acquire()
         self._thread = threading.Thread(target=self._loop, name=f"minilora-{rank}", daemon=True)
         self._thread.start()
 
     def start(self) -> None:
+        self._started += 1
         self._go.release()
 
     def end(self) -> None:
@@ -178,10 +219,9 @@ class _Worker:
     def wait(self) -> BaseException | None:
         """Until the job is done, Ctrl-C or not: leaving earlier would leave a thread in the team's arrays."""
         interrupted: BaseException | None = None
-        while True:
+        while self._done < self._started:
             try:
-                self._done.acquire()
-                break
+                time.sleep(_POLL)
             except KeyboardInterrupt as interrupt:
                 interrupted = interrupt
         error, self._error = self._error, None
@@ -197,7 +237,7 @@ class _Worker:
             except BaseException as error:
                 self._error = error
                 self._team.abort()
-            self._done.release()
+            self._done += 1
 
 
 class Each(list):
@@ -219,6 +259,7 @@ class Team:
         self.size = self.active = size
         self.job: tuple | None = None
         self._sync = np.zeros(_CLOCKS + _LINE * size, np.int64)
+        self._runs = 0
         self._lock = threading.Lock()
         self._compiled: set[Any] = set()
         self._workers = [_Worker(self, rank) for rank in range(1, size)]
@@ -230,8 +271,10 @@ class Team:
         """
         with self._lock:
             self.prepare(program, *args)
-            self._sync[:] = 0
             count = self.active if most is None else max(1, min(most, self.active))
+            self._runs += 1
+            self._sync[_BEGUN + 1 :] = 0
+            self._sync[_RUN] = self._runs
             self.job = (program, args, count)
             started: list[_Worker] = []
             error: BaseException | None = None
@@ -243,8 +286,9 @@ class Team:
             except BaseException as cause:
                 error = cause
                 self.abort()
-            for worker in started:
-                error = worker.wait() or error
+            if self._sync[_LEFT] < len(started) or self._sync[_ABORT]:
+                for worker in started:
+                    error = worker.wait() or error
             if error is not None:
                 raise error
 
