@@ -28,7 +28,7 @@ from .simd import (
     load_f32,
     load_i8,
     load_scalar_f32,
-    prefetch_once,
+    prefetch_beside,
     round_i32,
     scatter_f16,
     scatter_f32,
@@ -189,9 +189,9 @@ def _score_tile(rows: int, kv_format: int):
                 # Of int8 a cache line holds two rows, and is asked for once.
                 for n in range(0, SUBPAGE, line):
                     if values >= 0 and (c + 1) * SUBPAGE % line == 0:
-                        prefetch_once(kv.values, values * kv.size + row + n)
+                        prefetch_beside(kv.values, values * kv.size + row + n)
                     if keys >= 0 and (c + 1) * SUBPAGE % line == 0:
-                        prefetch_once(kv.keys, keys * kv.size + row + n)
+                        prefetch_beside(kv.keys, keys * kv.size + row + n)
                 low, high = load(kv.keys, at + row), load(kv.keys, at + row + 16)
                 for r in range(rows):
                     q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d + c))
@@ -225,7 +225,7 @@ def _value_tile(rows: int, width: int, kv_format: int):
             at = (token + t) * kv.size + d
             for j in range(width):
                 if keys >= 0 and 16 * j % line == 0:
-                    prefetch_once(kv.keys, (keys + t) * kv.size + d + 16 * j)
+                    prefetch_beside(kv.keys, (keys + t) * kv.size + d + 16 * j)
                 value[j] = load(kv.values, at + 16 * j)
             for r in range(rows):
                 weight = splat_f32(load_scalar_f32(scratch, weights_at + r * SPLIT + t))

@@ -43,6 +43,12 @@ def family() -> str:
 
 
 @cache
+def streams_past_caches() -> bool:
+    """Whether what a busy kernel reads once is best fetched past the second-level cache: so on Zen 5, not on Zen 4."""
+    return target()[1] == "znver5"
+
+
+@cache
 def has_fma() -> bool:
     """Whether fused multiply-add is an instruction here (else LLVM would call libm for it)."""
     triple, _, features = target()

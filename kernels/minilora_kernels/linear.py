@@ -41,6 +41,7 @@ from .simd import (
     load_word,
     low_nibbles,
     prefetch,
+    prefetch_beside,
     prefetch_once,
     repeat4,
     splat_f32,
@@ -53,6 +54,8 @@ from .simd import (
 
 ZERO = np.float32(0)
 GROUP_MIN = 32
+# Bytes from what is computed to what is asked for.
+AHEAD = 6144
 
 
 class Rows(NamedTuple):
@@ -71,11 +74,22 @@ class Rows(NamedTuple):
     stride: int
 
 
+def _heights() -> tuple[int, ...]:
+    """Rows of a tile whose sums the registers hold, highest first: 32 of 512 bits; or half of that and less."""
+    return (8, 4, 2, 1) if cpu.family() == cpu.AVX512_VNNI else (2, 1)
+
+
+def _asker(rows: int):
+    """How a tile asks for memory: the highest computes long enough to ask for more than it waits for."""
+    return prefetch_beside if rows == _heights()[0] else prefetch_once
+
+
 def _quantized_tile(rows: int, fmt: int):
     """rows x 1 block of an integer format."""
     nibbles, minimum = fmt in (INT4, INT4_MIN), fmt in (INT4_MIN, INT8_MIN)
     header, step = (128 if minimum else 64), (64 if nibbles else 128)
     dot, start_at = (dot4_small, times8) if nibbles else (dot4 if minimum else dot4_bytes, start_bytes)
+    ask = _asker(rows)
     new_acc, new_dots, new_scale = tile(f32x16, rows, 2), tile(i32x16, rows, 2), tile(f32x16, 2, 2)
 
     @kernel
@@ -91,8 +105,8 @@ def _quantized_tile(rows: int, fmt: int):
                     prefetch(out, out_at + m * out_stride + 16 * n)
         for _ in range(columns // group):
             if ahead > 0:
-                for i in range(0, header + step * (group // 4), 64):
-                    prefetch_once(weights, at + ahead + i)
+                for i in range(0, header, 64):
+                    ask(weights, at + ahead + i)
             for m in range(rows):
                 if minimum:
                     start = splat_i32(np.int32(0))
@@ -101,6 +115,9 @@ def _quantized_tile(rows: int, fmt: int):
                 for n in range(2):
                     dots[m, n] = start
             for k in range(group // 4):
+                if ahead > 0:
+                    for i in range(0, step, 64):
+                        ask(weights, at + ahead + header + step * k + i)
                 if nibbles:
                     both = load_u8(weights, at + header + step * k)
                     low, high = low_nibbles(both), high_nibbles(both)
@@ -137,7 +154,7 @@ def _quantized_tile(rows: int, fmt: int):
 def _float_tile(rows: int, fmt: int):
     """rows x 1 block of a floating-point format."""
     load, size = {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2), BFLOAT16: (load_bf16, 2)}[fmt]
-    new_acc = tile(f32x16, rows, 2)
+    ask, new_acc = _asker(rows), tile(f32x16, rows, 2)
 
     @kernel
     def multiply(weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
@@ -146,6 +163,9 @@ def _float_tile(rows: int, fmt: int):
             for n in range(2):
                 acc[m, n] = splat_f32(ZERO)
         for k in range(columns):
+            if ahead > 0:
+                for i in range(0, BLOCK * size, 64):
+                    ask(weights, at + ahead + i)
             low, high = load(weights, at), load(weights, at + 16 * size)
             for m in range(rows):
                 a = splat_f32(load_scalar_f32(x.values, (x_row + m) * x.stride + k))
@@ -160,10 +180,6 @@ def _float_tile(rows: int, fmt: int):
     return multiply
 
 
-# Rows of a tile whose sums the registers hold, highest first: 32 of 512 bits; or half of that and less.
-_HEIGHTS, _LOW_HEIGHTS = (8, 4, 2, 1), (2, 1)
-
-
 def _block(fmt: int, heights: tuple):
     """All rows of a step x 1 block: tiles of the first height while they fit, the rest in lower ones."""
     height = heights[0]
@@ -175,7 +191,7 @@ def _block(fmt: int, heights: tuple):
         m, soon, to = 0, ahead, out_at
         while rows - m >= height:
             mine(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
-            # Only the first tile fetches the next block: the others find it there.
+            # Only the first tile asks for memory: the others find it there.
             m, soon, to = m + height, 0, to + height * out_stride
         if others is not None and m < rows:
             others(weights, at, soon, columns, group, x, x_row + m, rows - m, out, to, out_stride, add)
@@ -185,7 +201,7 @@ def _block(fmt: int, heights: tuple):
 
 def _first_of(formats: tuple):
     """A kernel that calls the block kernel of its argument fmt, one of `formats`."""
-    first = _block(formats[0], _HEIGHTS if cpu.family() == cpu.AVX512_VNNI else _LOW_HEIGHTS)
+    first = _block(formats[0], _heights())
     if len(formats) == 1:
 
         @kernel
@@ -208,7 +224,7 @@ def _first_of(formats: tuple):
 @cache
 def make_linear(formats: tuple[int, ...]):
     """linear for matrices of these formats; no others may come."""
-    multiply = _first_of(formats)
+    multiply, highest = _first_of(formats), _heights()[0]
 
     @kernel
     def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add):
@@ -220,10 +236,12 @@ def make_linear(formats: tuple[int, ...]):
         """
         fmt, columns, group = matrices[matrix, FORMAT], matrices[matrix, COLUMNS], matrices[matrix, GROUP]
         size = matrices[matrix, BLOCK_BYTES]
+        # One tile works its way through memory; several take a block after the other.
+        ahead = AHEAD if rows <= highest else size
         at = matrices[matrix, OFFSET] + block0 * size
         for block in range(block0, block1):
             to = out_at + (block - block0) * BLOCK
-            multiply(fmt, weights, at, size, columns, group, x, x_row, rows, out, to, out_stride, add)
+            multiply(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, to, out_stride, add)
             at += size
 
     return linear

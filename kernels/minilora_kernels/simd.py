@@ -312,7 +312,7 @@ scatter_i8 = _scatterer(i32x16, _narrow_i8)
 
 
 def _prefetcher(locality):
-    """An intrinsic ask(array, offset) for a cache line; beyond the array's end nothing happens."""
+    """An intrinsic ask(array, offset) for a cache line; beyond the array's end nothing happens. locality() as in LLVM."""
 
     @intrinsic
     def ask(typing_context, array, offset):
@@ -320,7 +320,7 @@ def _prefetcher(locality):
             place = _pointer(context, builder, sig, args, ir.IntType(8))
             kind = ir.FunctionType(ir.VoidType(), [place.type, _WORD, _WORD, _WORD])
             function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            builder.call(function, [place, *(ir.Constant(_WORD, n) for n in (0, locality, 1))])
+            builder.call(function, [place, *(ir.Constant(_WORD, n) for n in (0, locality(), 1))])
             return context.get_dummy_value()
 
         return types.void(array, types.intp), codegen
@@ -328,10 +328,12 @@ def _prefetcher(locality):
     return ask
 
 
-prefetch = _prefetcher(3)
+prefetch = _prefetcher(lambda: 3)
 """Ask for the cache line at array[offset], to have it in all caches."""
-prefetch_once = _prefetcher(0)
+prefetch_once = _prefetcher(lambda: 0)
 """Ask for a cache line of what is read once in a step: it should not push out of the caches what is read again."""
+prefetch_beside = _prefetcher(lambda: 0 if cpu.streams_past_caches() else 2)
+"""Likewise for kernels that compute as long as they read: on most CPUs into the second-level cache."""
 
 
 # ---------------------------------------------------------------- making vectors
