@@ -171,6 +171,26 @@ def test_a_run_may_be_worth_fewer_threads():
     team.close()
 
 
+@pytest.mark.parametrize("pause", [0, 0.0002, 0.002])
+def test_runs_follow_each_other_closely_or_not(team, pause):
+    """Threads still linger, have just gone to sleep, or sleep; and some are left out now and then."""
+    for i in range(60):
+        team.active = 1 + i % team.size
+        marks, late = np.zeros((3, team.active), np.int64), np.zeros(team.active, np.int64)
+        team.run(TIMED if i % 7 else ROUNDS, marks, late)
+        assert marks.all() and not late.any()
+        time.sleep(pause)
+
+
+def test_a_team_that_has_nothing_to_do_sleeps(pair):
+    marks, late = np.zeros((3, 2), np.int64), np.zeros(2, np.int64)
+    pair.run(TIMED, marks, late)
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
+
+
 def test_each_thread_has_arguments_of_its_own():
     team, seen = Team(3), np.zeros(3, np.int64)
     team.run(OWN, Each([5, 6, 7]), seen)
@@ -185,6 +205,7 @@ def test_time_lost_to_others_is_known():
     try:
         team = Team(2)
         marks, late = np.zeros((2000, 2), np.int64), np.zeros(2, np.int64)
+        team.prepare(TIMED, marks, late)
         started = time.perf_counter()
         team.run(TIMED, marks, late)
         seconds = time.perf_counter() - started

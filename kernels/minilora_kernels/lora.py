@@ -14,7 +14,7 @@ import numpy as np
 from .convert import narrow_float16, quantize_panels_int8
 from .jit import kernel
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
-from .simd import f32x16, fma, load_f16, load_f32, load_i8, load_scalar_f32, prefetch_once, splat_f32, store_f32, tile
+from .simd import f32x16, fma, load_f16, load_f32, load_i8, load_scalar_f32, prefetch_beside, splat_f32, store_f32, tile
 
 CHAINS = 4
 # How far ahead of its use memory is asked for: bytes of A, panels of B.
@@ -88,7 +88,7 @@ def _shrink_tile(rows: int, fmt: int):
         for k in range(0, columns, CHAINS):
             for i in range(0, CHAINS * PANEL * size, 64):
                 ahead = k * PANEL * size + AHEAD + i
-                prefetch_once(arena, at + ahead if ahead < length else following + ahead - length)
+                prefetch_beside(arena, at + ahead if ahead < length else following + ahead - length)
             for c in range(CHAINS):
                 a[c] = load(arena, at + (k + c) * PANEL * size)
             for m in range(rows):
@@ -109,7 +109,7 @@ def _expand_tile(rows: int, panels: int, fmt: int):
     def multiply(arena, at, ahead, rank, s, s_at, s_stride, out, out_at, out_stride, panel_step):
         acc, b, lanes, panel = new_acc(), new_b(), new_lanes(), head + rank * PANEL * size
         for i in range(0, panels * panel, 64):
-            prefetch_once(arena, ahead + i)
+            prefetch_beside(arena, ahead + i)
         for p in range(panels):
             if scaled:
                 lanes[p] = load_f32(arena, at + p * panel)
