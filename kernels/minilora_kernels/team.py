@@ -28,7 +28,7 @@ _BEGUN, _ARRIVED, _GENERATION, _ABORT, _CLAIMED, _LEFT, _RUN, _CLOCKS, _LINE = 0
 
 # About 10 to 40 us of pauses, then the core is offered to other threads at every look.
 _PATIENCE = 1000
-# How long a thread lingers, in nanoseconds, and after how many looks each time it offers the core to others.
+# How long a thread lingers, in nanoseconds, and how many looks lie between two at the clock.
 _LINGER, _LOOKS = 500_000, 64
 # Seconds between looks whether a thread is out of a run that failed.
 _POLL = 0.0002
@@ -144,16 +144,17 @@ def leave(sync, rank, size):
 
 @kernel
 def _linger(sync, run):
-    """Until a later run has begun, for a while at most. The run's own arrays are not touched any more."""
+    """Until a later run has begun, for a while at most. The run's own arrays are not touched any more.
+
+    The core is not offered to others: who gives it up waits for their turn to end, who sleeps is woken at once.
+    """
     began = _nanoseconds(_WALL)
     for look in range(_LINGER // 10):
         if _atomic_load(sync, _BEGUN) != run or _atomic_load(sync, _ABORT) != 0:
             return
         _pause()
-        if look % _LOOKS == _LOOKS - 1:
-            _yield_core()
-            if _nanoseconds(_WALL) - began > _LINGER:
-                return
+        if look % _LOOKS == _LOOKS - 1 and _nanoseconds(_WALL) - began > _LINGER:
+            return
 
 
 @kernel
