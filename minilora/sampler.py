@@ -167,7 +167,7 @@ class Sampler:
         return choices.tokens
 
     def _threads_for(self, rows: int) -> int:
-        """Threads that so many rows are worth: another one takes as long to wake as LOGITS_PER_THREAD to look at."""
+        """Threads that so many rows are worth: another one takes as long to call in as LOGITS_PER_THREAD to look at."""
         return 1 + rows * self._width // LOGITS_PER_THREAD
 
     def look_up(self, wanted: list[tuple[int, int, int]]) -> list[TokenLogprobs]:
