@@ -1,6 +1,6 @@
 """minilora beside llama.cpp: the same files, the same threads, in alternation.
 
-    python bench/compare.py --llama-bin DIR [--pairs 5] [--only decode] [--results bench/results.json]
+    python bench/compare.py --llama-bin DIR [--pairs 5] [--only decode] [--results bench/results/CPU.json]
 
 DIR holds llama.cpp's llama-bench, llama-batched-bench, llama-quantize and llama-server. Each case takes a model file for
 us and one for llama.cpp, with flash attention on or off, whichever a first run shows to be faster; then both run in turn,

@@ -1,7 +1,7 @@
 """Writes the parts of README.md that come from measurements: between "<!-- speed -->" and "<!-- /speed -->".
 
 python tools/readme.py            # rewrite
-python tools/readme.py --check    # exit code 1 where README differs from bench/results.json
+python tools/readme.py --check    # exit code 1 where README differs from bench/results/*.json, a machine each
 """
 
 import argparse
@@ -11,12 +11,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, README = ROOT / "bench" / "results.json", ROOT / "README.md"
+RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 PART = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.S)
 
 
+def tables() -> str:
+    """The text between the marks: a table for each machine, the last one measured first."""
+    documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    documents.sort(key=lambda document: document["about"]["date"], reverse=True)
+    return "\n".join(table(document) for document in documents)
+
+
 def table(document: dict) -> str:
-    """The text between the marks."""
+    """What one machine's run of bench/compare.py found."""
     about, rows = document["about"], document["rows"]
     lines = [
         "| tokens/s | minilora | llama.cpp | ratio | of the ceiling |",
@@ -43,12 +50,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, fail where README is stale")
     options = parser.parse_args()
     old = README.read_text(encoding="utf-8")
-    text = table(json.loads(RESULTS.read_text()))
+    text = tables()
     new = PART.sub(lambda match: match[1] + text + match[2], old)
     if new == old:
         return
     if options.check:
-        sys.exit("README.md does not show bench/results.json. Run: python tools/readme.py")
+        sys.exit("README.md does not show bench/results. Run: python tools/readme.py")
     README.write_text(new, encoding="utf-8")
 
 
