@@ -11,9 +11,10 @@ import numpy as np
 
 from minilora.runner import usable_cores
 from minilora_kernels.dot import dot4
-from minilora_kernels.jit import program
+from minilora_kernels.jit import kernel
 from minilora_kernels.simd import hsum_i32, i32x16, load_i32, load_u8, splat_i32, tile
-from minilora_kernels.team import Team, enter, leave, share
+from minilora_kernels.sync import share
+from minilora_kernels.team import Team, team_program
 
 DOTS = 24
 LOOPS = 400_000
@@ -22,9 +23,10 @@ BYTES = 256 << 20
 _sums = tile(i32x16, DOTS)
 
 
-def _read(rank, size, sync, data, out):
+@kernel
+def _read(rank, size, sync, job, fixed):
     """Add up all of data: nothing but loads."""
-    enter(sync, rank, size)
+    data, out = job
     low, high = share(len(data) // 1024, rank, size)
     sums = _sums()
     for i in range(16):
@@ -36,12 +38,12 @@ def _read(rank, size, sync, data, out):
     for i in range(1, 16):
         total = total + sums[i]
     out[16 * rank] = hsum_i32(total)
-    leave(sync, rank, size)
 
 
-def _multiply(rank, size, sync, loops, data, out):
+@kernel
+def _multiply(rank, size, sync, job, fixed):
     """dot4 on registers only."""
-    enter(sync, rank, size)
+    loops, data, out = job
     sums = _sums()
     for i in range(DOTS):
         sums[i] = splat_i32(np.int32(0))
@@ -53,7 +55,6 @@ def _multiply(rank, size, sync, loops, data, out):
     for i in range(1, DOTS):
         total = total + sums[i]
     out[16 * rank] = hsum_i32(total)
-    leave(sync, rank, size)
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ def measure(threads: int) -> Ceilings:
     """Both ceilings for a team of this size."""
     team, out = Team(threads), np.zeros(16 * threads, np.int32)
     data = np.ones(BYTES, np.uint8)
-    read, multiply = program(_read), program(_multiply)
-    team.run(read, data, out)
-    team.run(multiply, 1, data, out)
+    read, multiply = team_program(_read), team_program(_multiply)
+    team.run(read, (data, out))
+    team.run(multiply, (1, data, out))
     found = Ceilings(
         threads,
-        BYTES / seconds(lambda: team.run(read, data, out)) / 1e9,
-        threads * LOOPS * DOTS * 64 / seconds(lambda: team.run(multiply, LOOPS, data, out)) / 1e9,
+        BYTES / seconds(lambda: team.run(read, (data, out))) / 1e9,
+        threads * LOOPS * DOTS * 64 / seconds(lambda: team.run(multiply, (LOOPS, data, out))) / 1e9,
     )
     team.close()
     return found

@@ -21,24 +21,23 @@ from minilora.checkpoint.lock import resolve_model
 from minilora.packed import load_model
 from minilora.runner import usable_cores
 from minilora.weights import Weights
-from minilora_kernels.jit import kernel, program
+from minilora_kernels.jit import kernel
 from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
-from minilora_kernels.team import Team, barrier, enter, leave
+from minilora_kernels.sync import barrier
+from minilora_kernels.team import Team, team_program
 
 MEETINGS = 2000
 
 
 @kernel
-def _meet(rank, size, sync, times):
-    enter(sync, rank, size)
+def _meet(rank, size, sync, times, fixed):
     for _ in range(times):
         barrier(sync, size)
-    leave(sync, rank, size)
 
 
 def arrival_seconds(threads: int) -> float:
     """What each thread adds to a barrier."""
-    team, meet = Team(threads), program(_meet)
+    team, meet = Team(threads), team_program(_meet)
     team.run(meet, MEETINGS)
     started = time.perf_counter()
     team.run(meet, MEETINGS)

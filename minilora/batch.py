@@ -17,13 +17,22 @@ LONG_ROW, LONG_POSITION, LONG_PAGES, LONG_SPLITS, LONG_PARTS = range(5)
 ROWS_PER_TILE = 32
 
 
+class Choices(NamedTuple):
+    """Tokens to choose. numbers: int64 [n, 4], the row of logits, top_k, and the key of the random number: seed and
+    position; cuts: float32 [n, 3], temperature (0 for the best token), top_p and min_p; tokens: int64 [n], the answers."""
+
+    numbers: np.ndarray
+    cuts: np.ndarray
+    tokens: np.ndarray
+
+
 class StepInput(NamedTuple):
     """What one step computes, int64 but for scales. T rows, rows of a sequence together.
 
     tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 4] and
     long: [n, 5], what attention has to do, each row in one of them. segments: [S, 4], first row, end row, slot and
     first column in the shrunk rows of each run of rows with one adapter; scales: float32 [S]. out_rows: rows whose logits are wanted; out_segments,
-    out_scales: like segments, counted in out_rows.
+    out_scales: like segments, counted in out_rows; choices: tokens to choose, rows counted in out_rows.
     """
 
     tokens: np.ndarray
@@ -37,6 +46,7 @@ class StepInput(NamedTuple):
     out_rows: np.ndarray
     out_segments: np.ndarray
     out_scales: np.ndarray
+    choices: Choices
 
 
 class Use(NamedTuple):
@@ -83,7 +93,7 @@ class Packer:
         self._per_tile, self._kv_heads = tokens_per_tile(group), kv_heads
         self._part, self._most_parts, self._workers = part, most_parts, workers
 
-    def pack(self, chunks: list[Chunk]) -> StepInput:
+    def pack(self, chunks: list[Chunk], choices: Choices) -> StepInput:
         """The arrays of a step; chunks must be ordered so that those with equal adapters are neighbours."""
         tokens: list[int] = []
         positions: list[int] = []
@@ -106,7 +116,18 @@ class Packer:
         segments, scales = _segments(chunks, starts, self.ranks)
         out_segments, out_scales = _segments(chunks, out_starts, self.ranks)
         return StepInput(
-            flat[0], flat[1], flat[2], flat[3], tiles, long, segments, scales, flat[4], out_segments, out_scales
+            flat[0],
+            flat[1],
+            flat[2],
+            flat[3],
+            tiles,
+            long,
+            segments,
+            scales,
+            flat[4],
+            out_segments,
+            out_scales,
+            choices,
         )
 
     def _tiles(self, chunks: list[Chunk], rows: list[int], pages_at: list[int]) -> tuple[np.ndarray, np.ndarray]:

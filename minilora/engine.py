@@ -49,6 +49,14 @@ class _Answer(NamedTuple):
     guesses: list[int]
 
 
+class _Question(NamedTuple):
+    """A row of logits, asked for the log-probability of the prompt's token at `place`."""
+
+    sequence: Sequence
+    row: int
+    place: int
+
+
 class Engine:
     """Runs any number of texts through one model, with any adapters, step by step.
 
@@ -245,8 +253,13 @@ class Engine:
             for sequence, _ in plan:
                 for use in sequence.uses:
                     self.runner.make_room(use.adapter.rank)
-            self.runner.run([self._chunk(work) for work in plan])
-            outputs = self._finish_step(plan)
+            answers, questions = self._expect(plan)
+            draws = [self._draw(answer, i) for answer in answers for i in range(1 + len(answer.guesses))]
+            tokens = self.runner.run([self._chunk(work) for work in plan], draws)
+            # All that can fail comes before the first token is kept: what a text was given is also told.
+            logprobs = self._logprobs(draws, tokens)
+            self._note_computed(plan, questions)
+            outputs = self._answer(answers, tokens, logprobs)
         except Exception as error:
             self._give_up(plan, error)
             return []
@@ -273,40 +286,40 @@ class Engine:
             first = start
         return Chunk(sequence.tokens, start, length, sequence.pages, uses, first)
 
-    def _finish_step(self, plan: list[Work]) -> list[Output]:
-        """Note what was computed, draw the new tokens, start copies, and end what is done."""
-        row, answers = 0, []
-        questions: list[tuple[int, int, int]] = []
-        asking: list[Sequence] = []
+    def _expect(self, plan: list[Work]) -> tuple[list[_Answer], list[_Question]]:
+        """What the step's rows of logits will be for."""
+        row = 0
+        answers: list[_Answer] = []
+        questions: list[_Question] = []
         for sequence, length in plan:
             start = sequence.computed
             done = start + length == len(sequence.tokens)
             if sequence.wants_prompt_logprobs:
-                count = sequence.params.prompt_logprobs or 0
-                places = range(start, min(start + length, sequence.prompt_length - 1))
-                questions += [(row + place - start, sequence.tokens[place + 1], count) for place in places]
-                asking += [sequence] * len(places)
+                end = min(start + length, sequence.prompt_length - 1)
+                questions += [_Question(sequence, row + place - start, place + 1) for place in range(start, end)]
                 row += length - done
-            guesses = sequence.withdraw()
-            self.scheduler.computed(sequence, length - len(guesses))
             if done:
+                guesses = sequence.guesses
                 answers.append(_Answer(sequence, row, guesses))
-                for sibling in sequence.siblings:
-                    if sibling.state is not State.FINISHED:
-                        answers.append(_Answer(sibling, row, []))
+                answers += [_Answer(s, row, []) for s in sequence.siblings if s.state is not State.FINISHED]
                 row += 1 + len(guesses)
-                if sequence.siblings:
-                    self._start_copies(sequence)
-        for asked, found in zip(asking, self.runner.sampler.look_up(questions), strict=True):
-            asked.prompt_logprobs.append(found)
-        return self._answer(answers)
+        return answers, questions
 
-    def _answer(self, answers: list[_Answer]) -> list[Output]:
-        """Draw tokens; a guess that was drawn is right, and the token after it counts too."""
-        draws = [self._draw(answer, i) for answer in answers for i in range(1 + len(answer.guesses))]
-        # All that can fail comes before the first token is kept: what a text was given is also told.
-        tokens = self.runner.sampler.draw(draws) if draws else []
-        logprobs = self._logprobs(draws, tokens)
+    def _note_computed(self, plan: list[Work], questions: list[_Question]) -> None:
+        """Note what was computed, log-probabilities of prompts too, and start copies."""
+        for sequence, length in plan:
+            done = sequence.computed + length == len(sequence.tokens)
+            self.scheduler.computed(sequence, length - len(sequence.withdraw()))
+            if done and sequence.siblings:
+                self._start_copies(sequence)
+        wanted = [(row, asker.tokens[place], asker.params.prompt_logprobs or 0) for asker, row, place in questions]
+        for question, found in zip(questions, self.runner.sampler.look_up(wanted), strict=True):
+            question.sequence.prompt_logprobs.append(found)
+
+    def _answer(
+        self, answers: list[_Answer], tokens: list[int | Exception], logprobs: list[TokenLogprobs | None]
+    ) -> list[Output]:
+        """Keep what was drawn; a guess that was drawn is right, and the token after it counts too."""
         outputs: list[Output] = []
         first = 0
         for answer in answers:
@@ -353,12 +366,12 @@ class Engine:
         """What the draw after the first i guesses depends on."""
         sequence = answer.sequence
         cut, params, guessed = sequence.prompt_length, sequence.params, answer.guesses[:i]
-        position = len(sequence.tokens) + i
+        end = len(sequence.tokens) - sequence.proposed
         barred = (*self.eos, *(params.stop_token_ids or ())) if params.min_tokens else ()
         if not params.changes_logits:
-            return Draw(answer.row + i, params, sequence.seed, position, [], [], barred)
-        text = sequence.tokens[cut:] + guessed
-        return Draw(answer.row + i, params, sequence.seed, position, sequence.tokens[:cut], text, barred)
+            return Draw(answer.row + i, params, sequence.seed, end + i, [], [], barred)
+        text = sequence.tokens[cut:end] + guessed
+        return Draw(answer.row + i, params, sequence.seed, end + i, sequence.tokens[:cut], text, barred)
 
     def _start_copies(self, sequence: Sequence) -> None:
         """Siblings share the full pages of a finished prompt and copy the last one."""

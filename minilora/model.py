@@ -16,13 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels.attention import KV, Query, make_attention, merge_parts
-from minilora_kernels.jit import kernel, program
+from minilora_kernels.jit import kernel
 from minilora_kernels.linear import Rows, make_linear
 from minilora_kernels.lora import make_lora, panel_bytes
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
-from minilora_kernels.sample import argmax
-from minilora_kernels.team import barrier, claim, enter, leave, share
+from minilora_kernels.sample import argmax, sample, uniform
+from minilora_kernels.sync import barrier, claim, share
+from minilora_kernels.team import team_program
 
 from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN, UP_OUT, AdapterArrays
 from .batch import (
@@ -80,8 +81,8 @@ class Buffers(NamedTuple):
 
     x: [T, width], the residual stream; a: inputs of q k v, o and gate up; b: inputs of down; qkv: [T, qkv];
     s: [T, s_stride], shrunk rows; scratch: scratch_stride numbers for each thread; parts: unmerged attention;
-    logits: [rows, vocabulary padded to 32]; best: [rows], where each row's largest is; bests: [rows, threads], the same
-    by thread. shared: T at most; from that row of `a` on, FEW rows for each thread.
+    logits: [rows, vocabulary padded to 32]; bests: [rows, threads], where the largest of each thread's columns is;
+    chances, ids: a row of logits for each thread. shared: T at most; from that row of `a` on, FEW rows for each thread.
     """
 
     x: np.ndarray
@@ -95,9 +96,20 @@ class Buffers(NamedTuple):
     scratch_stride: int
     parts: np.ndarray
     logits: np.ndarray
-    best: np.ndarray
     bests: np.ndarray
+    chances: np.ndarray
+    ids: np.ndarray
     shared: int
+
+
+class Fixed(NamedTuple):
+    """What all steps share."""
+
+    w: Network
+    shape: Shape
+    kv: KV
+    adapters: AdapterArrays
+    buffers: Buffers
 
 
 class Context(NamedTuple):
@@ -476,7 +488,7 @@ def _make_gate_up(linear, expand_all):
 def _make_head(linear, shrink_all, expand_all):
     @kernel
     def logits(c):
-        """Logits of the rows that batch.out_rows names, -inf beyond the vocabulary, and where the largest of each is."""
+        """Logits of the rows that batch.out_rows names, -inf beyond the vocabulary. Ends with a barrier."""
         w, shape, batch, b = c.w, c.shape, c.batch, c.buffers
         count, group, padded = len(batch.out_rows), w.matrices[w.head, GROUP], w.matrices[w.head, ROWS]
         low, high = _share(c, count)
@@ -496,21 +508,41 @@ def _make_head(linear, shrink_all, expand_all):
             first = block0 * BLOCK
             b.bests[j * c.size + c.rank] = first + argmax(b.logits, j * padded + first, (block1 - block0) * BLOCK)
         barrier(c.sync, c.size)
-        if c.rank == 0:
-            find_best(c, count, padded)
-
-    @kernel
-    def find_best(c, count, padded):
-        """The best of all threads' best columns; the first of equals, as threads have them in order."""
-        b = c.buffers
-        for j in range(count):
-            b.best[j] = b.bests[j * c.size]
-            for thread in range(1, c.size):
-                other = b.bests[j * c.size + thread]
-                if b.logits[j * padded + other] > b.logits[j * padded + b.best[j]]:
-                    b.best[j] = other
 
     return logits
+
+
+@kernel
+def sample_choice(choices, i, x, width, weights, ids, to):
+    """The token of choice i, whose temperature is above 0, from rows of `width` logits in x; the rest as `sample` has it."""
+    numbers, cuts = choices.numbers, choices.cuts
+    draw, at = uniform(np.uint64(numbers[i, 2]), numbers[i, 3]), numbers[i, 0] * width
+    return sample(x, at, width, cuts[i, 0], numbers[i, 1], cuts[i, 1], cuts[i, 2], draw, weights, ids, to)
+
+
+@kernel
+def _choose(c):
+    """The tokens of batch.choices, as threads come free."""
+    choices, b, padded = c.batch.choices, c.buffers, c.w.matrices[c.w.head, ROWS]
+    i = claim(c.sync)
+    while i < len(choices.tokens):
+        if choices.cuts[i, 0] > 0:
+            choices.tokens[i] = sample_choice(choices, i, b.logits, padded, b.chances, b.ids, c.rank * padded)
+        else:
+            choices.tokens[i] = _best(c, choices.numbers[i, 0], padded)
+        i = claim(c.sync)
+
+
+@kernel
+def _best(c, row, padded):
+    """The best of all threads' best columns of a row; the first of equals, as threads have them in order."""
+    b = c.buffers
+    best = b.bests[row * c.size]
+    for thread in range(1, c.size):
+        other = b.bests[row * c.size + thread]
+        if b.logits[row * padded + other] > b.logits[row * padded + best]:
+            best = other
+    return best
 
 
 # ---------------------------------------------------------------- the step
@@ -539,9 +571,10 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
             shrink_all(c, c.batch.segments, c.batch.scales, layer, which_in, c.shape.width, c.buffers.a, x_row)
         return x_row
 
-    def step(rank, size, sync, w, shape, kv, batch, adapters, buffers):
-        """One forward pass of batch's rows: writes their pages, and buffers.logits of the rows asked for."""
-        enter(sync, rank, size)
+    @kernel
+    def step(rank, size, sync, batch, fixed):
+        """One forward pass of batch's rows: writes their pages, buffers.logits and the chosen tokens."""
+        w, shape, kv, adapters, buffers = fixed
         c = Context(rank, size, sync, w, shape, kv, batch, adapters, buffers)
         embed_rows(c)
         for layer in range(shape.layers):
@@ -556,6 +589,6 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
             add_product(c, layer, down, w.layers[layer, DOWN_BIAS], DOWN_IN, DOWN_OUT, buffers.b, 0, 0)
         if len(batch.out_rows) > 0:
             logits(c)
-        leave(sync, rank, size)
+            _choose(c)
 
-    return program(step, (formats, kv_format, lora_format))
+    return team_program(step, (formats, kv_format, lora_format))

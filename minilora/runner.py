@@ -17,10 +17,10 @@ from .batch import ROWS_PER_TILE, Chunk, Packer, split_size
 from .cache import KV_FORMATS, copy_page, make_kv, page_bytes, poison_page
 from .crew import Crew
 from .errors import ResourceError
-from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Shape, make_step
+from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Fixed, Shape, make_step
 from .params import EngineConfig
 from .pool import AdapterPool
-from .sampler import Sampler
+from .sampler import Draw, Sampler
 from .weights import Network, Weights
 
 KV_SHARE, ADAPTER_SHARE = 0.5, 0.25
@@ -71,7 +71,7 @@ class Runner:
         self._setup_pages(int(free * KV_SHARE))
         self._setup_adapters(int(free * ADAPTER_SHARE))
         self._setup_buffers()
-        self._network = self._place_weights(free)
+        self._networks = self._place_weights(free)
         self._step = make_step(weights.formats, self.kv_format, self.adapters.format)
         self._prepare()
 
@@ -99,20 +99,26 @@ class Runner:
         for array in arrays if self._nodes else ():
             numa.spread(array, self._nodes)
 
-    def _place_weights(self, free: int) -> Network | Each:
-        """The network, for each thread with the copy of the arena that lies nearest."""
+    def _place_weights(self, free: int) -> list[Network]:
+        """The network: one for all threads, or for each one the copy that lies nearest."""
         network, arena = self.weights.network(self.length), self.weights.arena
         if self.config.numa == "interleave":
-            return network._replace(arena=numa.copy_to(arena, self._nodes))
+            return [network._replace(arena=numa.copy_to(arena, self._nodes))]
         if self.config.numa == "off":
-            return network
+            return [network]
         used = set(self._places)
         if len(used) * len(arena) > free:
             raise ResourceError(
                 f"no memory for {len(used)} copies of {len(arena)} bytes of weights", "Use --numa interleave."
             )
         copies = {node: network._replace(arena=numa.copy_to(arena, [node])) for node in used}
-        return Each(copies[node] for node in self._places)
+        return [copies[node] for node in self._places]
+
+    def _fix(self) -> None:
+        """Put together what all steps share."""
+        rest = self._shape, self.kv, self.adapters.arrays, self._buffers
+        fixed = Each(Fixed(network, *rest) for network in self._networks)
+        self._fixed = fixed if len(fixed) > 1 else fixed[0]
 
     def _setup_adapters(self, most: int) -> None:
         config = self.config
@@ -146,8 +152,9 @@ class Runner:
             scratch_stride=scratch,
             parts=_floats(parts),
             logits=_floats(logits * padded),
-            best=np.zeros(logits, np.int64),
             bests=np.zeros(logits * threads, np.int64),
+            chances=np.empty(threads * padded, np.float32),
+            ids=np.empty(threads * padded, np.int64),
             shared=max(rows, logits),
         )
         self._shape = Shape(
@@ -161,25 +168,24 @@ class Runner:
             np.float32(model.rms_norm_eps),
         )
         self._packer = Packer(model.group, model.kv_heads, part, parts, 4 * threads)
-        self.sampler = Sampler(self.team, self._buffers.logits, self._buffers.best, padded, model.vocab_size)
+        self.sampler = Sampler(self.team, self._buffers, padded, model.vocab_size)
 
     def _prepare(self) -> None:
         """Compile the step, or fetch its machine code, before the first request."""
-        self.team.prepare(self._step, *self._arguments([]))
+        self._fix()
+        self.team.prepare(self._step, self._packer.pack([], self.sampler.choices([])), self._fixed)
 
-    def _arguments(self, chunks: list[Chunk]) -> tuple:
-        batch = self._packer.pack(chunks)
-        return self._network, self._shape, self.kv, batch, self.adapters.arrays, self._buffers
-
-    def run(self, chunks: list[Chunk]) -> None:
+    def run(self, chunks: list[Chunk], draws: list[Draw]) -> list[int | Exception]:
         """One step: keys and values go to the chunks' pages, the wanted logits to the sampler's rows, in order.
 
-        Chunks with equal adapters must be neighbours.
+        Chunks with equal adapters must be neighbours. Returns a token for each draw, or why there is none.
         """
         started = time.perf_counter()
-        self.team.run(self._step, *self._arguments(chunks))
+        choices = self.sampler.choices(draws)
+        self.team.run(self._step, self._packer.pack(chunks, choices), self._fixed)
         self._crew.observe(time.perf_counter() - started, self.team.lost)
         self.team.active = self._crew.size
+        return self.sampler.draw(draws, choices)
 
     def make_room(self, rank: int) -> None:
         """Let the buffer of shrunk rows hold the columns of adapters of this rank."""
@@ -188,6 +194,7 @@ class Runner:
             stride = ranks * MOST_USES
             self._buffers = self._buffers._replace(s=_floats(self._buffers.shared * stride), s_stride=stride)
             self._packer.ranks = ranks
+            self._fix()
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page of every layer."""

@@ -4,32 +4,24 @@ A row's token depends on its own logits, its parameters, its seed and its positi
 """
 
 import math
-from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from minilora_kernels.jit import program
-from minilora_kernels.sample import argmax, log_sum_exp, sample, top, uniform
+from minilora_kernels.jit import kernel
+from minilora_kernels.sample import argmax, log_sum_exp, top
 from minilora_kernels.sample import rank as rank_of
-from minilora_kernels.team import Team, claim, enter, leave
+from minilora_kernels.sync import claim
+from minilora_kernels.team import Team, team_program
 
+from .batch import Choices
 from .errors import RequestError
+from .model import Buffers, sample_choice
 from .params import MOST_LOGPROBS, SamplingParams
 from .sequence import TokenLogprobs
 
-ZERO = np.float32(0)
 LOGITS_PER_THREAD = 200_000
-
-
-class Choices(NamedTuple):
-    """Rows to choose tokens for. numbers: int64 [n, 4], where each row's logits start, top_k, and the key of the random
-    number: seed and position; cuts: float32 [n, 3], temperature, top_p and min_p; tokens: the answers."""
-
-    numbers: np.ndarray
-    cuts: np.ndarray
-    tokens: np.ndarray
 
 
 class Questions(NamedTuple):
@@ -44,24 +36,21 @@ class Questions(NamedTuple):
     values: np.ndarray
 
 
-def _choose(rank, size, sync, logits, width, rows, weights, ids):
-    enter(sync, rank, size)
+@kernel
+def _choose(rank, size, sync, job, room):
+    (logits, choices), (width, chances, ids) = job, room
     i = claim(sync)
-    while i < len(rows.tokens):
-        at, top_k = rows.numbers[i, 0], rows.numbers[i, 1]
-        temperature, top_p, min_p = rows.cuts[i, 0], rows.cuts[i, 1], rows.cuts[i, 2]
-        if temperature == ZERO:
-            rows.tokens[i] = argmax(logits, at, width)
+    while i < len(choices.tokens):
+        if choices.cuts[i, 0] > 0:
+            choices.tokens[i] = sample_choice(choices, i, logits, width, chances, ids, rank * width)
         else:
-            draw = uniform(np.uint64(rows.numbers[i, 2]), rows.numbers[i, 3])
-            to = rank * width
-            rows.tokens[i] = sample(logits, at, width, temperature, top_k, top_p, min_p, draw, weights, ids, to)
+            choices.tokens[i] = argmax(logits, choices.numbers[i, 0] * width, width)
         i = claim(sync)
-    leave(sync, rank, size)
 
 
-def _look_up(rank, size, sync, logits, width, questions):
-    enter(sync, rank, size)
+@kernel
+def _look_up(rank, size, sync, questions, rows):
+    logits, width = rows
     i = claim(sync)
     while i < len(questions.at):
         at, token = questions.at[i], questions.token[i]
@@ -74,12 +63,11 @@ def _look_up(rank, size, sync, logits, width, questions):
             for j in range(to, to + questions.best[i]):
                 questions.values[j] -= total
         i = claim(sync)
-    leave(sync, rank, size)
 
 
 @cache
 def _programs():
-    return program(_choose), program(_look_up)
+    return team_program(_choose), team_program(_look_up)
 
 
 class Draw(NamedTuple):
@@ -95,42 +83,46 @@ class Draw(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens. logits: the step's flat float32 rows of `width`; best: where each row's largest is; vocabulary:
-    real tokens of each."""
+    """Chooses tokens. buffers: the step's, with flat float32 rows of `width` logits; vocabulary: real tokens of each.
 
-    def __init__(self, team: Team, logits: np.ndarray, best: np.ndarray, width: int, vocabulary: int):
-        self._team, self._logits, self._best = team, logits, best
+    Most tokens are chosen at the end of the step itself, by what `choices` hands it. Where parameters change the logits,
+    `draw` changes copies of them after the step and chooses from these.
+    """
+
+    def __init__(self, team: Team, buffers: Buffers, width: int, vocabulary: int):
+        self._team, self._logits = team, buffers.logits
         self._width, self._vocabulary = width, vocabulary
-        self._weights = np.empty(team.size * width, np.float32)
-        self._ids = np.empty(team.size * width, np.int64)
+        self._rows, self._room = (buffers.logits, width), (width, buffers.chances, buffers.ids)
         self._changed = np.empty(0, np.float32)
 
     def logits(self, count: int) -> np.ndarray:
         """The last step's first `count` rows, [count, V]: a view, good until the next step."""
         return self._logits[: count * self._width].reshape(count, self._width)[:, : self._vocabulary]
 
-    def draw(self, draws: list[Draw]) -> list[int | Exception]:
-        """A token for each, or why there is none: an error of its logits processor, or logits that are no numbers."""
-        tokens: list[int | Exception] = [0] * len(draws)
-        plain = []
-        for i, draw in enumerate(draws):
-            if draw.params.greedy and not draw.params.changes_logits:
-                # The step has found these already.
-                tokens[i] = self._checked(int(self._best[draw.row]), self._logits, draw.row)
-            elif not draw.params.changes_logits:
-                plain.append(i)
-        self._draw_rows(tokens, plain, self._logits, draws, [draws[i].row for i in plain])
-        if any(draw.params.changes_logits for draw in draws):
-            self._draw_altered(tokens, draws)
+    def choices(self, draws: list[Draw]) -> Choices:
+        """Those of the draws that the step can make."""
+        return _choices([draw for draw in draws if not draw.params.changes_logits])
+
+    def draw(self, draws: list[Draw], choices: Choices) -> list[int | Exception]:
+        """A token for each, or why there is none: an error of its logits processor, or logits that are no numbers.
+
+        choices: what `choices` made of the draws, after the step.
+        """
+        tokens: list[int | Exception] = []
+        chosen = iter(choices.tokens.tolist())
+        for draw in draws:
+            tokens.append(0 if draw.params.changes_logits else self._checked(next(chosen), self._logits, draw.row))
+        if len(choices.tokens) < len(draws):
+            self._draw_changed(tokens, draws)
         return tokens
 
-    def _draw_altered(self, tokens: list[int | Exception], draws: list[Draw]) -> None:
+    def _draw_changed(self, tokens: list[int | Exception], draws: list[Draw]) -> None:
         """Draw for those whose parameters change the logits, from copies."""
-        altered = [i for i, draw in enumerate(draws) if draw.params.changes_logits]
+        which = [i for i, draw in enumerate(draws) if draw.params.changes_logits]
         good: list[int] = []
-        if len(self._changed) < len(altered) * self._width:
-            self._changed = np.empty(len(altered) * self._width, np.float32)
-        for i in altered:
+        if len(self._changed) < len(which) * self._width:
+            self._changed = np.empty(len(which) * self._width, np.float32)
+        for i in which:
             row = self._changed[len(good) * self._width : (len(good) + 1) * self._width]
             row[:] = self._logits[draws[i].row * self._width : (draws[i].row + 1) * self._width]
             try:
@@ -138,33 +130,17 @@ class Sampler:
                 good.append(i)
             except Exception as error:
                 tokens[i] = error
-        self._draw_rows(tokens, good, self._changed, draws, list(range(len(good))))
-
-    def _draw_rows(
-        self, tokens: list[int | Exception], which: list[int], logits: np.ndarray, draws: list[Draw], rows: list[int]
-    ) -> None:
-        """tokens[i] for each i of which, from its row of logits."""
-        found: Iterable[int] = self._choose(logits, [draws[i] for i in which], rows) if which else ()
-        for i, row, token in zip(which, rows, found, strict=True):
-            tokens[i] = self._checked(int(token), logits, row)
+        choices = _choices([draws[i]._replace(row=row) for row, i in enumerate(good)])
+        if good:
+            self._team.run(_programs()[0], (self._changed, choices), self._room, most=self._threads_for(len(good)))
+        for place, (i, token) in enumerate(zip(good, choices.tokens.tolist(), strict=True)):
+            tokens[i] = self._checked(token, self._changed, place)
 
     def _checked(self, token: int, logits: np.ndarray, row: int) -> int | Exception:
         """The token, if its logit is a number."""
         if math.isfinite(logits[row * self._width + token]):
             return token
         return RequestError("the logits hold no finite number to choose a token by")
-
-    def _choose(self, logits: np.ndarray, draws: list[Draw], rows: list[int]) -> np.ndarray:
-        width, half, whole = self._width, 1 << 63, 1 << 64
-        keys = [(d.seed + half) % whole - half for d in draws]
-        numbers = [
-            (row * width, d.params.top_k, key, d.position) for row, key, d in zip(rows, keys, draws, strict=True)
-        ]
-        cuts = [(0 if d.params.greedy else d.params.temperature, d.params.top_p, d.params.min_p) for d in draws]
-        choices = Choices(np.array(numbers, np.int64), np.array(cuts, np.float32), np.zeros(len(draws), np.int64))
-        program, most = _programs()[0], self._threads_for(len(draws))
-        self._team.run(program, logits, width, choices, self._weights, self._ids, most=most)
-        return choices.tokens
 
     def _threads_for(self, rows: int) -> int:
         """Threads that so many rows are worth: another one takes as long to call in as LOGITS_PER_THREAD to look at."""
@@ -185,7 +161,7 @@ class Sampler:
             np.zeros(n * MOST_LOGPROBS, np.int64),
             np.zeros(n * MOST_LOGPROBS, np.float32),
         )
-        self._team.run(_programs()[1], self._logits, self._width, questions, most=self._threads_for(n))
+        self._team.run(_programs()[1], questions, self._rows, most=self._threads_for(n))
         return [
             TokenLogprobs(
                 int(token),
@@ -198,6 +174,17 @@ class Sampler:
             )
             for i, token in enumerate(tokens)
         ]
+
+
+def _choices(draws: list[Draw]) -> Choices:
+    half, whole = 1 << 63, 1 << 64
+    numbers = [(d.row, d.params.top_k, (d.seed + half) % whole - half, d.position) for d in draws]
+    cuts = [(0.0 if d.params.greedy else d.params.temperature, d.params.top_p, d.params.min_p) for d in draws]
+    return Choices(
+        np.array(numbers, np.int64).reshape(-1, 4),
+        np.array(cuts, np.float32).reshape(-1, 3),
+        np.zeros(len(draws), np.int64),
+    )
 
 
 def alter(logits: np.ndarray, draw: Draw) -> None:

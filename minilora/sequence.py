@@ -113,13 +113,17 @@ class Sequence:
         """The adapters that it uses, in their order."""
         return [use.adapter for use in self.uses]
 
+    @property
+    def guesses(self) -> list[int]:
+        """The proposed tokens."""
+        return self.tokens[len(self.tokens) - self.proposed :] if self.proposed else []
+
     def withdraw(self) -> list[int]:
         """Take back the guesses; returns them."""
-        if not self.proposed:
-            return []
-        cut = len(self.tokens) - self.proposed
-        guesses, self.tokens[cut:] = self.tokens[cut:], []
-        self.proposed = 0
+        guesses = self.guesses
+        if guesses:
+            del self.tokens[-len(guesses) :]
+            self.proposed = 0
         return guesses
 
     def page_keys(self, page: int) -> list[bytes]:

@@ -103,8 +103,8 @@ def test_the_same_bits_on_nodes(tiny, two_nodes, mode, threads):
 
 def check_places(runner, mode, found):
     size = runner.team.size
-    networks = runner._network if isinstance(runner._network, Each) else [runner._network] * size
-    arenas = {network.arena.ctypes.data for network in networks}
+    fixed = runner._fixed if isinstance(runner._fixed, Each) else [runner._fixed]
+    arenas = {each.w.arena.ctypes.data for each in fixed}
     assert runner.weights.arena.ctypes.data not in arenas, "the mapped file stays where it is"
     assert len(arenas) == (min(size, 2) if mode == "replicate" else 1)
     assert runner.team._cpus == [node.cpus for node in assign(size, found)]

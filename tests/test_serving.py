@@ -361,7 +361,7 @@ def test_a_failing_step_ends_its_requests_and_leaves_a_usable_engine(weights, sh
         driver.step()
     broken = threading.Event()
 
-    def fail(chunks):
+    def fail(chunks, draws):
         broken.set()
         raise MemoryError("on purpose")
 
@@ -416,7 +416,7 @@ def test_an_interrupt_in_a_step_loses_nothing(weights, shelf, needle, monkeypatc
     while not sequence.generated:
         driver.step()
 
-    def interrupt(chunks):
+    def interrupt(chunks, draws):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

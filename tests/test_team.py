@@ -8,13 +8,15 @@ import time
 import numpy as np
 import pytest
 
-from minilora_kernels.jit import kernel, program
-from minilora_kernels.team import Each, Team, barrier, claim, enter, leave, share
+from minilora_kernels.jit import kernel
+from minilora_kernels.sync import barrier, claim, share
+from minilora_kernels.team import Each, Team, team_program
 
 
 @kernel
-def _rounds(rank, size, sync, marks, late):
+def _rounds(rank, size, sync, job, fixed):
     """marks[round, rank] = 1; late counts threads that were let through a barrier too early."""
+    marks, late = job
     for i in range(len(marks)):
         marks[i, rank] = 1
         barrier(sync, size)
@@ -24,7 +26,7 @@ def _rounds(rank, size, sync, marks, late):
 
 
 @kernel
-def _claims(rank, size, sync, taken):
+def _claims(rank, size, sync, taken, fixed):
     for turn in range(len(taken)):
         i = claim(sync)
         while i < taken.shape[1]:
@@ -34,30 +36,24 @@ def _claims(rank, size, sync, taken):
 
 
 @kernel
-def _shares(rank, size, sync, taken):
+def _shares(rank, size, sync, taken, fixed):
     first, end = share(len(taken), rank, size)
     for i in range(first, end):
         taken[i] += 1
 
 
 @kernel
-def _timed_rounds(rank, size, sync, marks, late):
-    enter(sync, rank, size)
-    _rounds(rank, size, sync, marks, late)
-    leave(sync, rank, size)
-
-
-@kernel
-def _own(rank, size, sync, number, shared):
+def _own(rank, size, sync, shared, number):
     shared[rank] = number
 
 
-def _who_ran(rank, size, sync, ran):
+@kernel
+def _who_ran(rank, size, sync, ran, fixed):
     ran[rank] = size
 
 
-ROUNDS, CLAIMS, SHARES = program(_rounds), program(_claims), program(_shares)
-TIMED, OWN, WHO_RAN = program(_timed_rounds), program(_own), program(_who_ran)
+ROUNDS, CLAIMS, SHARES = team_program(_rounds), team_program(_claims), team_program(_shares)
+OWN, WHO_RAN = team_program(_own), team_program(_who_ran)
 
 
 class Odd:
@@ -75,7 +71,7 @@ class Odd:
 
 def meets(team):
     marks, late = np.zeros((200, team.size), np.int64), np.zeros(team.size, np.int64)
-    team.run(ROUNDS, marks, late)
+    team.run(ROUNDS, (marks, late))
     return marks.all() and not late.any()
 
 
@@ -117,7 +113,7 @@ def test_an_error_in_one_thread_frees_the_others(pair, rank):
 
     for _ in range(3):
         with pytest.raises(ZeroDivisionError, match="on purpose"):
-            pair.run(Odd(rank, fail), np.zeros((200, 2), np.int64), np.zeros(2, np.int64))
+            pair.run(Odd(rank, fail), (np.zeros((200, 2), np.int64), np.zeros(2, np.int64)))
         assert meets(pair), "the team still works"
 
 
@@ -132,7 +128,7 @@ def test_an_interrupt_waits_for_the_threads_inside(pair):
         pair.abort()
 
     with pytest.raises(KeyboardInterrupt):
-        pair.run(Odd(1, slow), np.zeros((200, 2), np.int64), np.zeros(2, np.int64))
+        pair.run(Odd(1, slow), (np.zeros((200, 2), np.int64), np.zeros(2, np.int64)))
     assert not inside.is_set(), "nobody is left in the team's arrays"
     assert meets(pair)
 
@@ -177,14 +173,14 @@ def test_runs_follow_each_other_closely_or_not(team, pause):
     for i in range(60):
         team.active = 1 + i % team.size
         marks, late = np.zeros((3, team.active), np.int64), np.zeros(team.active, np.int64)
-        team.run(TIMED if i % 7 else ROUNDS, marks, late)
+        team.run(ROUNDS, (marks, late))
         assert marks.all() and not late.any()
         time.sleep(pause)
 
 
 def test_a_team_that_has_nothing_to_do_sleeps(pair):
     marks, late = np.zeros((3, 2), np.int64), np.zeros(2, np.int64)
-    pair.run(TIMED, marks, late)
+    pair.run(ROUNDS, (marks, late))
     time.sleep(0.05)
     before = time.process_time()
     time.sleep(0.3)
@@ -193,7 +189,7 @@ def test_a_team_that_has_nothing_to_do_sleeps(pair):
 
 def test_each_thread_has_arguments_of_its_own():
     team, seen = Team(3), np.zeros(3, np.int64)
-    team.run(OWN, Each([5, 6, 7]), seen)
+    team.run(OWN, seen, Each([5, 6, 7]))
     assert seen.tolist() == [5, 6, 7]
     team.close()
 
@@ -205,13 +201,11 @@ def test_time_lost_to_others_is_known():
     try:
         team = Team(2)
         marks, late = np.zeros((2000, 2), np.int64), np.zeros(2, np.int64)
-        team.prepare(TIMED, marks, late)
+        team.prepare(ROUNDS, (marks, late))
         started = time.perf_counter()
-        team.run(TIMED, marks, late)
+        team.run(ROUNDS, (marks, late))
         seconds = time.perf_counter() - started
         assert 0.2 * seconds < team.lost < 2 * seconds, "two threads that wait for each other on one core"
-        team.run(ROUNDS, marks, late)
-        assert team.lost == 0
         team.close()
     finally:
         os.sched_setaffinity(0, before)

@@ -114,24 +114,30 @@ def kernel(function: Callable) -> Kernel:
     return Kernel(function, {}, options, _PartCompiler)
 
 
-def program(function: Callable, constants: tuple = ()) -> Callable:
+def program(function: Callable, constants: tuple = (), inner: Callable | None = None) -> Callable:
     """Compile a function, or a kernel, for calls from Python, keeping the machine code on disk.
 
-    constants: what the function's closure depends on, as plain values: part of the cache's key.
+    constants: what the function's closure depends on, as plain values; inner: a function in its closure that it serves,
+    where that is another one each time. Both are parts of the cache's key.
     """
-    function = _renamed(getattr(function, "py_func", function), constants)
+    function, inner = _plain(function), _plain(inner or function)
+    function = _renamed(function, inner, constants)
     dispatcher = CPUDispatcher(function, {}, {"nopython": True, "no_cfunc_wrapper": True, **FLAGS}, _WholeCompiler)
-    dispatcher._cache = _DiskCache(function, constants)
+    dispatcher._cache = _DiskCache(function, inner, constants)
     return dispatcher
 
 
-def _renamed(function: Callable, constants: tuple) -> Callable:
-    """A copy whose name, and so the name of its symbol, is that of no other program."""
-    digest = hashlib.sha256(repr((function.__module__, function.__qualname__, constants)).encode()).hexdigest()
+def _plain(function: Callable) -> Any:
+    return getattr(function, "py_func", function)
+
+
+def _renamed(function: Any, inner: Any, constants: tuple) -> Callable:
+    """A copy named after `inner`, whose name, and so the name of its symbol, is that of no other program."""
+    digest = hashlib.sha256(repr((inner.__module__, inner.__qualname__, constants)).encode()).hexdigest()
     copy = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__, function.__globals__, inner.__name__, function.__defaults__, function.__closure__
     )
-    copy.__qualname__ = f"{function.__name__}_{digest[:12]}"
+    copy.__qualname__ = f"{inner.__name__}_{digest[:12]}"
     copy.__module__ = function.__module__
     return copy
 
@@ -177,9 +183,9 @@ def _compiler_switches() -> tuple:
 class _DiskCache(_Cache):
     """Numba's interface to a cache of one function: a file for each signature."""
 
-    def __init__(self, function, constants):
+    def __init__(self, function, inner, constants):
         self._function = function
-        source = Path(inspect.getfile(function)).read_bytes()
+        source = Path(inspect.getfile(inner)).read_bytes()
         self._key = repr((function.__module__, function.__qualname__, constants, hashlib.sha256(source).hexdigest()))
         self._form = CompileResultCacheImpl(function)
         self._enabled = True

@@ -1,226 +1,82 @@
 """A team of threads that all run the same compiled function (SPMD).
 
-The caller is thread 0; the others are Python threads. Inside a run none holds the GIL: threads meet at `barrier`,
-split work with `share`, or take it piece by piece with `claim`. After a run they linger for a moment, for the next step
-follows soon, and then sleep on a lock: to wake a thread, and to pass it the GIL, takes some 20 us each.
+The caller is thread 0; the others are Python threads. Inside a run none holds the GIL: `sync` says how they meet there.
 """
 
 import os
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import binding, ir
-from numba import typeof, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import typeof
 
-from . import cpu
-from .jit import kernel
+from .jit import program
+from .sync import ABORT, CLOCK, KIND, LAST, LINE, LINGERS, RUN, THREADS, begin, end, take_job
 
-# Places in the sync array, each on a cache line of its own (8 int64); then one for each thread's clock. The number of the
-# last run that began stays from run to run, the others start from 0.
-_BEGUN, _ARRIVED, _GENERATION, _ABORT, _CLAIMED, _LEFT, _RUN, _CLOCKS, _LINE = 0, 8, 16, 24, 32, 40, 48, 56, 8
-
-# About 10 to 40 us of pauses, then the core is offered to other threads at every look.
-_PATIENCE = 1000
-# How long a thread lingers, in nanoseconds, and how many looks lie between two at the clock.
-_LINGER, _LOOKS = 500_000, 64
 # Seconds between looks whether a thread is out of a run that failed.
 _POLL = 0.0002
 
-_YIELD = {"win32": "SwitchToThread"}.get(sys.platform, "sched_yield")
+
+def team_program(body: Callable, constants: tuple = ()) -> Callable:
+    """A kernel body(rank, size, sync, job, fixed) as a program for Team.run. constants: see jit.program."""
+
+    def part(rank, size, sync, job, fixed):
+        going = True
+        while going:
+            begin(sync, rank, size, job)
+            body(rank, size, sync, job, fixed)
+            going = end(sync, rank, size)
+            if going:
+                job = take_job(sync, job)
+
+    return program(part, constants, body)
 
 
-def _slot(context, builder, sig, args):
-    return builder.gep(context.make_array(sig.args[0])(context, builder, args[0]).data, [args[1]])
+class Each(list):
+    """What is fixed for a program, of which every thread of a team gets its own: one value for each."""
 
 
-@intrinsic
-def _atomic_add(typing_context, array, i, value):
-    def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("add", _slot(context, builder, sig, args), args[2], "seq_cst")
+class _Run(NamedTuple):
+    """What the first so many threads of a team do."""
 
-    return types.int64(array, types.intp, types.int64), codegen
-
-
-@intrinsic
-def _atomic_load(typing_context, array, i):
-    def codegen(context, builder, sig, args):
-        return builder.load_atomic(_slot(context, builder, sig, args), "acquire", 8)
-
-    return types.int64(array, types.intp), codegen
+    number: int
+    threads: int
+    program: Any
+    job: Any
+    fixed: Any
 
 
-@intrinsic
-def _atomic_store(typing_context, array, i, value):
-    def codegen(context, builder, sig, args):
-        builder.store_atomic(args[2], _slot(context, builder, sig, args), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.int64), codegen
-
-
-@intrinsic
-def _pause(typing_context):
-    """Tell the core that this is a spin loop."""
-
-    def codegen(context, builder, sig, args):
-        triple = cpu.target()[0]
-        if triple.startswith("x86_64"):
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        elif triple.startswith(("aarch64", "arm64")):
-            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
-            hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint")
-            builder.call(hint, [ir.Constant(ir.IntType(32), 1)])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def _yield_core(typing_context):
-    """Let the operating system run another thread on this core."""
-
-    def codegen(context, builder, sig, args):
-        if binding.address_of_symbol(_YIELD):
-            kind = ir.FunctionType(ir.IntType(32), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def _nanoseconds(typing_context, clock):
-    """What one of the system's clocks shows; 0 where there is no such clock."""
-
-    def codegen(context, builder, sig, args):
-        if not binding.address_of_symbol("clock_gettime"):
-            return ir.Constant(ir.IntType(64), 0)
-        now = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), 2))
-        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), now.type])
-        call = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
-        builder.call(call, [builder.trunc(args[0], ir.IntType(32)), now])
-        seconds, rest = (builder.extract_value(builder.load(now), i) for i in range(2))
-        return builder.add(builder.mul(seconds, ir.Constant(seconds.type, 10**9)), rest)
-
-    return types.int64(types.int64), codegen
-
-
-_WALL, _CPU = getattr(time, "CLOCK_MONOTONIC", 0), getattr(time, "CLOCK_THREAD_CPUTIME_ID", 0)
-
-
-@kernel
-def enter(sync, rank, size):
-    """The first thing that a program for a team does: calls in the threads that linger, and looks at the clock."""
-    if rank == 0 and size > 1:
-        _atomic_store(sync, _BEGUN, sync[_RUN])
-    sync[_CLOCKS + _LINE * rank] = _nanoseconds(_CPU) - _nanoseconds(_WALL)
-
-
-@kernel
-def leave(sync, rank, size):
-    """The last thing that it does: thread 0 waits for the others, these linger.
-
-    A program may do without both: then the team looks every now and then whether the others are done, and knows of no
-    time lost.
-    """
-    sync[_CLOCKS + _LINE * rank] += _nanoseconds(_WALL) - _nanoseconds(_CPU)
-    if rank > 0:
-        run = sync[_RUN]
-        _atomic_add(sync, _LEFT, 1)
-        _linger(sync, run)
-        return
-    looks = 0
-    while _atomic_load(sync, _LEFT) < size - 1 and _atomic_load(sync, _ABORT) == 0:
-        looks = _look_again(looks)
-
-
-@kernel
-def _linger(sync, run):
-    """Until a later run has begun, for a while at most. The run's own arrays are not touched any more.
-
-    The core is not offered to others: who gives it up waits for their turn to end, who sleeps is woken at once.
-    """
-    began = _nanoseconds(_WALL)
-    for look in range(_LINGER // 10):
-        if _atomic_load(sync, _BEGUN) != run or _atomic_load(sync, _ABORT) != 0:
-            return
-        _pause()
-        if look % _LOOKS == _LOOKS - 1 and _nanoseconds(_WALL) - began > _LINGER:
-            return
-
-
-@kernel
-def _look_again(looks):
-    """Between two looks of a thread that waits for others; returns looks + 1."""
-    if looks < _PATIENCE:
-        _pause()
-    else:
-        _yield_core()
-    return looks + 1
-
-
-@kernel
-def barrier(sync, size):
-    """Wait until all `size` threads are here. Resets `claim`. After an abort it lets everybody through."""
-    if size == 1:
-        _atomic_store(sync, _CLAIMED, 0)
-        return
-    generation = _atomic_load(sync, _GENERATION)
-    if _atomic_add(sync, _ARRIVED, 1) == size - 1:
-        _atomic_store(sync, _ARRIVED, 0)
-        _atomic_store(sync, _CLAIMED, 0)
-        _atomic_store(sync, _GENERATION, generation + 1)
-        return
-    looks = 0
-    while _atomic_load(sync, _GENERATION) == generation and _atomic_load(sync, _ABORT) == 0:
-        looks = _look_again(looks)
-
-
-@kernel
-def share(total, rank, size):
-    """(first, end) of thread `rank`'s part of range(total): contiguous, sizes differ by at most one."""
-    return total * rank // size, total * (rank + 1) // size
-
-
-@kernel
-def claim(sync):
-    """The next number of 0, 1, 2 ... that no thread has taken since the last barrier."""
-    return _atomic_add(sync, _CLAIMED, 1)
+_NOTHING = _Run(0, 0, None, (), ())
 
 
 class _Worker:
-    """One thread beside the caller: waits for a job and runs its part."""
+    """One thread beside the caller: waits for a run that it is in and does its part."""
 
     def __init__(self, team: "Team", rank: int):
         self._team, self._rank = team, rank
         self._error: BaseException | None = None
-        self._started = self._done = 0
-        self._go = threading.Lock()
-        self._go.acquire()
+        self._last = 0
+        self._news = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name=f"minilora-{rank}", daemon=True)
         self._thread.start()
 
-    def start(self) -> None:
-        self._started += 1
-        self._go.release()
+    def call(self) -> None:
+        """Wake the thread, if it sleeps, after a new run was announced."""
+        with self._news:
+            self._news.notify()
 
     def end(self) -> None:
-        """Without a job, `start` ends the thread."""
-        self.start()
+        """Wait for the thread's end, after the team has no more runs."""
+        self.call()
         self._thread.join()
 
-    def wait(self) -> BaseException | None:
-        """Until the job is done, Ctrl-C or not: leaving earlier would leave a thread in the team's arrays."""
+    def wait(self, run: _Run) -> BaseException | None:
+        """Until its part is done, Ctrl-C or not: leaving earlier would leave a thread in the team's arrays."""
         interrupted: BaseException | None = None
-        while self._done < self._started:
+        while self._last < run.number:
             try:
                 time.sleep(_POLL)
             except KeyboardInterrupt as interrupt:
@@ -229,20 +85,23 @@ class _Worker:
         return error or interrupted
 
     def _loop(self) -> None:
-        while True:
-            self._go.acquire()
-            if self._team.job is None:
-                return
+        while (run := self._next()) is not None:
             try:
-                self._team.call(self._rank)
+                self._team.part(self._rank, run)
             except BaseException as error:
                 self._error = error
                 self._team.abort()
-            self._done += 1
+            # In compiled code it may have gone on to later runs.
+            self._last = max(run.number, self._team.last(self._rank))
 
-
-class Each(list):
-    """An argument of which every thread of a team gets its own: one value for each."""
+    def _next(self) -> _Run | None:
+        """The next run that this thread is in; None when there will be none."""
+        with self._news:
+            while (run := self._team.current) is not None:
+                if run.number > self._last and self._rank < run.threads:
+                    return run
+                self._news.wait()
+        return None
 
 
 class Team:
@@ -258,82 +117,94 @@ class Team:
             raise ValueError(f"a team needs at least one thread, not {size}")
         self._cpus = cpus
         self.size = self.active = size
-        self.job: tuple | None = None
-        self._sync = np.zeros(_CLOCKS + _LINE * size, np.int64)
-        self._runs = 0
+        self.current: _Run | None = _NOTHING
+        self._last_run = _NOTHING
+        self._sync = np.zeros(THREADS + LINE * size, np.int64)
         self._lock = threading.Lock()
         self._compiled: set[Any] = set()
         self._workers = [_Worker(self, rank) for rank in range(1, size)]
 
-    def run(self, program, *args: Any, most: int | None = None) -> None:
-        """program(rank, count, sync, *args) on every active thread, or on `most` of them; returns when all are done.
+    def run(self, program, job: Any, fixed: Any = (), most: int | None = None) -> None:
+        """Run a team_program on every active thread, or on `most` of them; returns when all are done.
 
-        An exception in any thread, Ctrl-C included, frees the others from their barriers and is raised here.
+        job: what changes from run to run; fixed: what many runs share, given as the very same object. An exception in any
+        thread, Ctrl-C included, frees the others from their barriers and is raised here.
         """
         with self._lock:
-            self.prepare(program, *args)
-            count = self.active if most is None else max(1, min(most, self.active))
-            self._runs += 1
-            self._sync[_BEGUN + 1 :] = 0
-            self._sync[_RUN] = self._runs
-            self.job = (program, args, count)
-            started: list[_Worker] = []
+            self.prepare(program, job, fixed)
+            run = self._announce(program, job, fixed, self.active if most is None else max(1, min(most, self.active)))
+            others = self._workers[: run.threads - 1]
             error: BaseException | None = None
             try:
-                for worker in self._workers[: count - 1]:
-                    worker.start()
-                    started.append(worker)
-                self.call(0)
+                for rank, worker in enumerate(others, 1):
+                    # One that stops lingering just now looks for a new run before it sleeps.
+                    if not self._sync[THREADS + LINE * rank + LINGERS]:
+                        worker.call()
+                self.part(0, run)
             except BaseException as cause:
                 error = cause
                 self.abort()
-            if self._sync[_LEFT] < len(started) or self._sync[_ABORT]:
-                for worker in started:
-                    error = worker.wait() or error
+            if self._sync[ABORT]:
+                for worker in others:
+                    error = worker.wait(run) or error
+                self._sync[ABORT] = 0
             if error is not None:
                 raise error
 
-    def prepare(self, program, *args: Any) -> None:
+    def _announce(self, program, job: Any, fixed: Any, count: int) -> _Run:
+        before = self._last_run
+        if before.program is not program or before.fixed is not fixed or before.threads != count:
+            self._sync[KIND] += 1
+        run = _Run(before.number + 1, count, program, job, fixed)
+        self._sync[RUN] = run.number
+        self.current = self._last_run = run
+        return run
+
+    def prepare(self, program, job: Any, fixed: Any = ()) -> None:
         """Compile a program for arguments like these, unless it is; in this thread, whose memory serves again."""
         if program not in self._compiled:
-            own = (arg[0] if isinstance(arg, Each) else arg for arg in args)
-            program.compile(tuple(typeof(arg) for arg in (0, self.size, self._sync, *own)))
+            own = fixed[0] if isinstance(fixed, Each) else fixed
+            program.compile(tuple(typeof(arg) for arg in (0, self.size, self._sync, job, own)))
             self._compiled.add(program)
 
-    def call(self, rank: int) -> None:
-        """Thread `rank`'s part of the running job."""
-        if self.job is not None:
-            program, args, count = self.job
-            own = (arg[rank] if isinstance(arg, Each) else arg for arg in args)
-            with self._bound(rank):
-                program(rank, count, self._sync, *own)
-
-    @contextmanager
-    def _bound(self, rank: int) -> Iterator[None]:
-        """Keep this thread on its cores. The caller's goes back to where it was allowed to be."""
+    def part(self, rank: int, run: _Run) -> None:
+        """Thread `rank`'s part of a run."""
+        own = run.fixed[rank] if isinstance(run.fixed, Each) else run.fixed
         if self._cpus is None:
-            yield
-            return
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, self._cpus[rank])
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, before)
+            run.program(rank, run.threads, self._sync, run.job, own)
+        else:
+            with _bound(self._cpus[rank]):
+                run.program(rank, run.threads, self._sync, run.job, own)
+
+    def last(self, rank: int) -> int:
+        """The number of the last run that a thread began."""
+        return int(self._sync[THREADS + LINE * rank + LAST])
 
     @property
     def lost(self) -> float:
         """Seconds of the last run that its threads, all together, could not run: others had their cores."""
-        return sum(self._sync[_CLOCKS::_LINE].tolist()) / 1e9
+        end = THREADS + LINE * self._last_run.threads
+        return sum(self._sync[THREADS + CLOCK : end : LINE].tolist()) / 1e9
 
     def abort(self) -> None:
-        """Open every barrier of the running job: its results are void."""
-        self._sync[_ABORT] = 1
+        """Open every barrier of the current run: its results are void."""
+        self._sync[ABORT] = 1
 
     def close(self) -> None:
         """End the threads; the team can't run again."""
         with self._lock:
-            self.job = None
+            self.current = None
             for worker in self._workers:
                 worker.end()
             self._workers = []
+
+
+@contextmanager
+def _bound(cpus: frozenset[int]) -> Iterator[None]:
+    """Keep this thread on some cores. The caller's goes back to where it was allowed to be."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,0 +1,234 @@
+"""What the threads of a team share while they run: compiled code over one array, `sync`, without locks.
+
+Threads meet at `barrier`, split work with `share`, or take it piece by piece with `claim`. `begin` and `end` stand around
+each thread's part of a run. A thread whose part is done lingers for a moment, since the next run follows soon, and takes
+its part in it without going back to Python: waking a thread that sleeps, passing it the GIL and handing it its arguments
+takes some 50 to 100 us.
+"""
+
+import sys
+import time
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import cpu
+from .jit import kernel
+
+# Places in sync, most of them on a cache line of their own (LINE numbers). From RUN on: what the caller says of a run, its
+# number and the number of its kind; runs of a kind differ in their jobs only. From JOB on: the job. From THREADS on: a line
+# for each thread.
+LINE = 8
+BEGUN, ARRIVED, GENERATION, ABORT, CLAIMED, LEFT, RUN = range(0, 7 * LINE, LINE)
+KIND = RUN + 1
+JOB, JOB_WORDS = RUN + LINE, 256
+THREADS = JOB + JOB_WORDS
+# In a thread's line: its clock, whether it lingers, and the last run that it took part in.
+CLOCK, LINGERS, LAST = range(3)
+
+# About 10 to 40 us of pauses, then the core is offered to other threads at every look.
+_PATIENCE = 1000
+# How long a thread lingers, in nanoseconds, and how many looks lie between two at the clock.
+_LINGER, _LOOKS = 500_000, 64
+
+_YIELD = {"win32": "SwitchToThread"}.get(sys.platform, "sched_yield")
+
+
+def _slot(context, builder, sig, args):
+    return builder.gep(context.make_array(sig.args[0])(context, builder, args[0]).data, [args[1]])
+
+
+@intrinsic
+def _atomic_add(typing_context, array, i, value):
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", _slot(context, builder, sig, args), args[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def _atomic_load(typing_context, array, i):
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(_slot(context, builder, sig, args), "acquire", 8)
+
+    return types.int64(array, types.intp), codegen
+
+
+@intrinsic
+def _atomic_store(typing_context, array, i, value):
+    def codegen(context, builder, sig, args):
+        builder.store_atomic(args[2], _slot(context, builder, sig, args), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def _pause(typing_context):
+    """Tell the core that this is a spin loop."""
+
+    def codegen(context, builder, sig, args):
+        triple = cpu.target()[0]
+        if triple.startswith("x86_64"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        elif triple.startswith(("aarch64", "arm64")):
+            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+            hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint")
+            builder.call(hint, [ir.Constant(ir.IntType(32), 1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _yield_core(typing_context):
+    """Let the operating system run another thread on this core."""
+
+    def codegen(context, builder, sig, args):
+        if binding.address_of_symbol(_YIELD):
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _nanoseconds(typing_context, clock):
+    """What one of the system's clocks shows; 0 where there is no such clock."""
+
+    def codegen(context, builder, sig, args):
+        if not binding.address_of_symbol("clock_gettime"):
+            return ir.Constant(ir.IntType(64), 0)
+        now = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), 2))
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), now.type])
+        call = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        builder.call(call, [builder.trunc(args[0], ir.IntType(32)), now])
+        seconds, rest = (builder.extract_value(builder.load(now), i) for i in range(2))
+        return builder.add(builder.mul(seconds, ir.Constant(seconds.type, 10**9)), rest)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _put_job(typing_context, sync, job):
+    def codegen(context, builder, sig, args):
+        builder.store(args[1], _job_slot(context, builder, sig, args))
+        return context.get_dummy_value()
+
+    return types.void(sync, job), codegen
+
+
+@intrinsic
+def take_job(typing_context, sync, like):
+    """The job that thread 0 began the run with; `like` says of which type it is."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(_job_slot(context, builder, sig, args))
+
+    return like(sync, like), codegen
+
+
+def _job_slot(context, builder, sig, args):
+    kind = args[1].type
+    if (size := context.get_abi_sizeof(kind)) > 8 * JOB_WORDS:
+        raise TypeError(f"a job of {size} bytes is too large: a team passes on {8 * JOB_WORDS}")
+    at = _slot(context, builder, sig, (args[0], ir.Constant(ir.IntType(64), JOB)))
+    return builder.bitcast(at, kind.as_pointer())
+
+
+_WALL, _CPU = getattr(time, "CLOCK_MONOTONIC", 0), getattr(time, "CLOCK_THREAD_CPUTIME_ID", 0)
+
+
+@kernel
+def begin(sync, rank, size, job):
+    """Thread 0 hands the job to all; the others wait for it, unless the run is aborted before."""
+    if rank == 0:
+        for place in (ARRIVED, CLAIMED, LEFT):
+            sync[place] = 0
+        _put_job(sync, job)
+        _atomic_store(sync, BEGUN, sync[RUN])
+    looks = 0
+    while _atomic_load(sync, BEGUN) != sync[RUN] and _atomic_load(sync, ABORT) == 0:
+        looks = _look_again(looks)
+    line = THREADS + LINE * rank
+    sync[line + LAST] = sync[RUN]
+    sync[line + CLOCK] = _nanoseconds(_CPU) - _nanoseconds(_WALL)
+
+
+@kernel
+def end(sync, rank, size):
+    """Thread 0 waits for the others. These linger; returns whether another run of this kind has begun meanwhile."""
+    line = THREADS + LINE * rank
+    sync[line + CLOCK] += _nanoseconds(_WALL) - _nanoseconds(_CPU)
+    if rank > 0:
+        run, kind = sync[RUN], sync[KIND]
+        _atomic_store(sync, line + LINGERS, 1)
+        _atomic_add(sync, LEFT, 1)
+        called = _linger(sync, run) and sync[KIND] == kind
+        _atomic_store(sync, line + LINGERS, 0)
+        return called
+    looks = 0
+    while _atomic_load(sync, LEFT) < size - 1 and _atomic_load(sync, ABORT) == 0:
+        looks = _look_again(looks)
+    return False
+
+
+@kernel
+def _linger(sync, run):
+    """Until a later run has begun, for a while at most; returns whether one has. The run's arrays are not touched any more.
+
+    The core is not offered to others: who gives it up waits for their turn to end, who sleeps is woken at once.
+    """
+    began = _nanoseconds(_WALL)
+    for look in range(_LINGER // 10):
+        if _atomic_load(sync, ABORT) != 0:
+            return False
+        if _atomic_load(sync, BEGUN) != run:
+            return True
+        if look % _LOOKS == _LOOKS - 1 and _nanoseconds(_WALL) - began > _LINGER:
+            return False
+        _pause()
+    return False
+
+
+@kernel
+def _look_again(looks):
+    """Between two looks of a thread that waits for others; returns looks + 1."""
+    if looks < _PATIENCE:
+        _pause()
+    else:
+        _yield_core()
+    return looks + 1
+
+
+@kernel
+def barrier(sync, size):
+    """Wait until all `size` threads are here. Resets `claim`. After an abort it lets everybody through."""
+    if size == 1:
+        _atomic_store(sync, CLAIMED, 0)
+        return
+    generation = _atomic_load(sync, GENERATION)
+    if _atomic_add(sync, ARRIVED, 1) == size - 1:
+        _atomic_store(sync, ARRIVED, 0)
+        _atomic_store(sync, CLAIMED, 0)
+        _atomic_store(sync, GENERATION, generation + 1)
+        return
+    looks = 0
+    while _atomic_load(sync, GENERATION) == generation and _atomic_load(sync, ABORT) == 0:
+        looks = _look_again(looks)
+
+
+@kernel
+def share(total, rank, size):
+    """(first, end) of thread `rank`'s part of range(total): contiguous, sizes differ by at most one."""
+    return total * rank // size, total * (rank + 1) // size
+
+
+@kernel
+def claim(sync):
+    """The next number of 0, 1, 2 ... that no thread has taken since the last barrier."""
+    return _atomic_add(sync, CLAIMED, 1)
