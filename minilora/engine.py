@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .adapters import Adapter, load_adapter, pack_adapter
-from .batch import Chunk, Use
+from .batch import Chunk, Draw, Use
 from .cache import PagePool
 from .errors import RequestError, UnloadedError, UsageError
 from .pace import Pace
 from .params import EngineConfig, SamplingParams
 from .registry import AdapterRegistry, AdapterVersion
 from .runner import MOST_USES, PROMPT_LOGITS, Runner
-from .sampler import Draw
 from .scheduler import Scheduler, Work
 from .sequence import AdapterUse, Sequence, State, TokenLogprobs
 from .stats import AdapterStats, Recorder, Stats, adapter_states, load_by_adapter
@@ -144,7 +143,7 @@ class Engine:
         sequences = []
         for i in range(params.n):
             self._sequences += 1
-            sequence = Sequence(self._sequences, list(tokens), len(tokens), params, seed + i, uses, salt)
+            sequence = Sequence(self._sequences, list(tokens), len(tokens), params, _as_int64(seed + i), uses, salt)
             sequence.tenant, sequence.priority = tenant, priority
             sequence.weight = uses[0].adapter.weight if uses else 1.0
             sequences.append(sequence)
@@ -472,3 +471,8 @@ class Engine:
         """End the engine's threads."""
         self.adapters.close()
         self.runner.close()
+
+
+def _as_int64(number: int) -> int:
+    """The number between -2^63 and 2^63 - 1 that differs by a multiple of 2^64."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -16,17 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels.attention import KV, Query, make_attention, merge_parts
-from minilora_kernels.jit import kernel
-from minilora_kernels.linear import Rows, make_linear
-from minilora_kernels.lora import make_lora, panel_bytes
-from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
-from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
-from minilora_kernels.sample import argmax, sample, uniform
-from minilora_kernels.sync import barrier, claim, share
-from minilora_kernels.team import team_program
-
-from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN, UP_OUT, AdapterArrays
-from .batch import (
+from minilora_kernels.batch import (
+    CHOICE_POSITION,
+    CHOICE_ROW,
+    CHOICE_SEED,
+    CHOICE_TOP_K,
+    CUT_MIN_P,
+    CUT_TEMPERATURE,
+    CUT_TOP_P,
     LONG_PAGES,
     LONG_PARTS,
     LONG_POSITION,
@@ -37,7 +34,18 @@ from .batch import (
     TILE_ROW,
     TILE_TOKENS,
     StepInput,
+    unpack,
 )
+from minilora_kernels.jit import kernel
+from minilora_kernels.linear import Rows, make_linear
+from minilora_kernels.lora import make_lora, panel_bytes
+from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
+from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
+from minilora_kernels.sample import argmax, sample, uniform
+from minilora_kernels.sync import barrier, claim, share
+from minilora_kernels.team import team_program
+
+from .adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN, UP_OUT, AdapterArrays
 from .weights import (
     DOWN,
     DOWN_BIAS,
@@ -513,23 +521,24 @@ def _make_head(linear, shrink_all, expand_all):
 
 
 @kernel
-def sample_choice(choices, i, x, width, weights, ids, to):
+def sample_choice(batch, i, x, width, chances, ids, to):
     """The token of choice i, whose temperature is above 0, from rows of `width` logits in x; the rest as `sample` has it."""
-    numbers, cuts = choices.numbers, choices.cuts
-    draw, at = uniform(np.uint64(numbers[i, 2]), numbers[i, 3]), numbers[i, 0] * width
-    return sample(x, at, width, cuts[i, 0], numbers[i, 1], cuts[i, 1], cuts[i, 2], draw, weights, ids, to)
+    draw = uniform(np.uint64(batch.choices[i, CHOICE_SEED]), batch.choices[i, CHOICE_POSITION])
+    at, top_k = batch.choices[i, CHOICE_ROW] * width, batch.choices[i, CHOICE_TOP_K]
+    temperature, top_p, min_p = batch.cuts[i, CUT_TEMPERATURE], batch.cuts[i, CUT_TOP_P], batch.cuts[i, CUT_MIN_P]
+    return sample(x, at, width, temperature, top_k, top_p, min_p, draw, chances, ids, to)
 
 
 @kernel
 def _choose(c):
     """The tokens of batch.choices, as threads come free."""
-    choices, b, padded = c.batch.choices, c.buffers, c.w.matrices[c.w.head, ROWS]
+    batch, b, padded = c.batch, c.buffers, c.w.matrices[c.w.head, ROWS]
     i = claim(c.sync)
-    while i < len(choices.tokens):
-        if choices.cuts[i, 0] > 0:
-            choices.tokens[i] = sample_choice(choices, i, b.logits, padded, b.chances, b.ids, c.rank * padded)
+    while i < len(batch.chosen):
+        if batch.cuts[i, CUT_TEMPERATURE] > 0:
+            batch.chosen[i] = sample_choice(batch, i, b.logits, padded, b.chances, b.ids, c.rank * padded)
         else:
-            choices.tokens[i] = _best(c, choices.numbers[i, 0], padded)
+            batch.chosen[i] = _best(c, batch.choices[i, CHOICE_ROW], padded)
         i = claim(c.sync)
 
 
@@ -572,9 +581,9 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
         return x_row
 
     @kernel
-    def step(rank, size, sync, batch, fixed):
+    def step(rank, size, sync, packed, fixed):
         """One forward pass of batch's rows: writes their pages, buffers.logits and the chosen tokens."""
-        w, shape, kv, adapters, buffers = fixed
+        batch, (w, shape, kv, adapters, buffers) = unpack(packed), fixed
         c = Context(rank, size, sync, w, shape, kv, batch, adapters, buffers)
         embed_rows(c)
         for layer in range(shape.layers):

@@ -135,6 +135,11 @@ class SamplingParams:
         return self.temperature < 1e-5
 
     @cached_property
+    def cuts(self) -> tuple[float, float, float]:
+        """temperature, 0 for greedy ones, top_p and min_p."""
+        return 0.0 if self.greedy else self.temperature, self.top_p, self.min_p
+
+    @cached_property
     def changes_logits(self) -> bool:
         """Whether logits are altered before a token is chosen."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)

@@ -8,13 +8,14 @@ import numpy as np
 from minilora_kernels import reference as kernels
 
 from .adapters import Adapter, load_adapter
+from .batch import Draw
 from .checkpoint.lock import resolve_adapter, resolve_model
 from .llm_engine import token_ids
 from .outputs import LoRARequest, RequestOutput, TextBuilder
 from .packed import Report, load_model, silent
 from .params import SamplingParams
 from .reference import Reference
-from .sampler import Draw, alter
+from .sampler import alter
 from .sequence import Sequence
 from .weights import DEFAULT_GROUP, Target
 

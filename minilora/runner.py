@@ -13,14 +13,14 @@ from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_ro
 from minilora_kernels.team import Each, Team
 
 from . import numa
-from .batch import ROWS_PER_TILE, Chunk, Packer, split_size
+from .batch import ROWS_PER_TILE, Chunk, Draw, Packer, split_size
 from .cache import KV_FORMATS, copy_page, make_kv, page_bytes, poison_page
 from .crew import Crew
 from .errors import ResourceError
 from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Fixed, Shape, make_step
 from .params import EngineConfig
 from .pool import AdapterPool
-from .sampler import Draw, Sampler
+from .sampler import Sampler
 from .weights import Network, Weights
 
 KV_SHARE, ADAPTER_SHARE = 0.5, 0.25
@@ -173,7 +173,7 @@ class Runner:
     def _prepare(self) -> None:
         """Compile the step, or fetch its machine code, before the first request."""
         self._fix()
-        self.team.prepare(self._step, self._packer.pack([], self.sampler.choices([])), self._fixed)
+        self.team.prepare(self._step, self._packer.pack([], []), self._fixed)
 
     def run(self, chunks: list[Chunk], draws: list[Draw]) -> list[int | Exception]:
         """One step: keys and values go to the chunks' pages, the wanted logits to the sampler's rows, in order.
@@ -181,11 +181,11 @@ class Runner:
         Chunks with equal adapters must be neighbours. Returns a token for each draw, or why there is none.
         """
         started = time.perf_counter()
-        choices = self.sampler.choices(draws)
-        self.team.run(self._step, self._packer.pack(chunks, choices), self._fixed)
+        batch = self._packer.pack(chunks, [draw for draw in draws if not draw.params.changes_logits])
+        self.team.run(self._step, batch, self._fixed)
         self._crew.observe(time.perf_counter() - started, self.team.lost)
         self.team.active = self._crew.size
-        return self.sampler.draw(draws, choices)
+        return self.sampler.draw(draws, batch.chosen)
 
     def make_room(self, rank: int) -> None:
         """Let the buffer of shrunk rows hold the columns of adapters of this rank."""

@@ -9,16 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minilora_kernels.batch import CHOICE_ROW, CUT_TEMPERATURE, unpack
 from minilora_kernels.jit import kernel
 from minilora_kernels.sample import argmax, log_sum_exp, top
 from minilora_kernels.sample import rank as rank_of
 from minilora_kernels.sync import claim
 from minilora_kernels.team import Team, team_program
 
-from .batch import Choices
+from .batch import Draw, pack_draws
 from .errors import RequestError
 from .model import Buffers, sample_choice
-from .params import MOST_LOGPROBS, SamplingParams
+from .params import MOST_LOGPROBS
 from .sequence import TokenLogprobs
 
 LOGITS_PER_THREAD = 200_000
@@ -38,13 +39,14 @@ class Questions(NamedTuple):
 
 @kernel
 def _choose(rank, size, sync, job, room):
-    (logits, choices), (width, chances, ids) = job, room
+    (logits, packed), (width, chances, ids) = job, room
+    batch = unpack(packed)
     i = claim(sync)
-    while i < len(choices.tokens):
-        if choices.cuts[i, 0] > 0:
-            choices.tokens[i] = sample_choice(choices, i, logits, width, chances, ids, rank * width)
+    while i < len(batch.chosen):
+        if batch.cuts[i, CUT_TEMPERATURE] > 0:
+            batch.chosen[i] = sample_choice(batch, i, logits, width, chances, ids, rank * width)
         else:
-            choices.tokens[i] = argmax(logits, choices.numbers[i, 0] * width, width)
+            batch.chosen[i] = argmax(logits, batch.choices[i, CHOICE_ROW] * width, width)
         i = claim(sync)
 
 
@@ -70,23 +72,11 @@ def _programs():
     return team_program(_choose), team_program(_look_up)
 
 
-class Draw(NamedTuple):
-    """A token to draw: from row `row` of the logits, for a text with these parameters."""
-
-    row: int
-    params: SamplingParams
-    seed: int
-    position: int
-    prompt: list[int]
-    text: list[int]
-    barred: tuple[int, ...]
-
-
 class Sampler:
     """Chooses tokens. buffers: the step's, with flat float32 rows of `width` logits; vocabulary: real tokens of each.
 
-    Most tokens are chosen at the end of the step itself, by what `choices` hands it. Where parameters change the logits,
-    `draw` changes copies of them after the step and chooses from these.
+    Most tokens are chosen at the end of the step itself. Where parameters change the logits, `draw` changes copies of them
+    after the step and chooses from these.
     """
 
     def __init__(self, team: Team, buffers: Buffers, width: int, vocabulary: int):
@@ -99,20 +89,16 @@ class Sampler:
         """The last step's first `count` rows, [count, V]: a view, good until the next step."""
         return self._logits[: count * self._width].reshape(count, self._width)[:, : self._vocabulary]
 
-    def choices(self, draws: list[Draw]) -> Choices:
-        """Those of the draws that the step can make."""
-        return _choices([draw for draw in draws if not draw.params.changes_logits])
-
-    def draw(self, draws: list[Draw], choices: Choices) -> list[int | Exception]:
+    def draw(self, draws: list[Draw], chosen: list[int]) -> list[int | Exception]:
         """A token for each, or why there is none: an error of its logits processor, or logits that are no numbers.
 
-        choices: what `choices` made of the draws, after the step.
+        chosen: what the step chose for those whose parameters leave the logits as they are.
         """
         tokens: list[int | Exception] = []
-        chosen = iter(choices.tokens.tolist())
+        ready = iter(chosen)
         for draw in draws:
-            tokens.append(0 if draw.params.changes_logits else self._checked(next(chosen), self._logits, draw.row))
-        if len(choices.tokens) < len(draws):
+            tokens.append(0 if draw.params.changes_logits else self._checked(next(ready), self._logits, draw.row))
+        if len(chosen) < len(draws):
             self._draw_changed(tokens, draws)
         return tokens
 
@@ -130,10 +116,10 @@ class Sampler:
                 good.append(i)
             except Exception as error:
                 tokens[i] = error
-        choices = _choices([draws[i]._replace(row=row) for row, i in enumerate(good)])
+        packed = pack_draws([draws[i]._replace(row=row) for row, i in enumerate(good)])
         if good:
-            self._team.run(_programs()[0], (self._changed, choices), self._room, most=self._threads_for(len(good)))
-        for place, (i, token) in enumerate(zip(good, choices.tokens.tolist(), strict=True)):
+            self._team.run(_programs()[0], (self._changed, packed), self._room, most=self._threads_for(len(good)))
+        for place, (i, token) in enumerate(zip(good, packed.chosen, strict=True)):
             tokens[i] = self._checked(token, self._changed, place)
 
     def _checked(self, token: int, logits: np.ndarray, row: int) -> int | Exception:
@@ -174,17 +160,6 @@ class Sampler:
             )
             for i, token in enumerate(tokens)
         ]
-
-
-def _choices(draws: list[Draw]) -> Choices:
-    half, whole = 1 << 63, 1 << 64
-    numbers = [(d.row, d.params.top_k, (d.seed + half) % whole - half, d.position) for d in draws]
-    cuts = [(0.0 if d.params.greedy else d.params.temperature, d.params.top_p, d.params.min_p) for d in draws]
-    return Choices(
-        np.array(numbers, np.int64).reshape(-1, 4),
-        np.array(cuts, np.float32).reshape(-1, 3),
-        np.zeros(len(draws), np.int64),
-    )
 
 
 def alter(logits: np.ndarray, draw: Draw) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
+from tokenizers.decoders import ByteLevel
 
 from .errors import FormatError, NotFoundError, UsageError
 
@@ -82,6 +83,8 @@ class Tokenizer:
         self.files = files
         self._plain: Engine | None = None
         self._pieces: dict[tuple[int, bool], str] = {}
+        # Byte-level tokens simply follow each other; other decoders look at a token's neighbours.
+        self.joins = isinstance(self._engine.decoder, ByteLevel)
         self.special_tokens: dict[str, int] = {
             token.content: number for number, token in self._engine.get_added_tokens_decoder().items() if token.special
         }
@@ -178,6 +181,11 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""
         self._ids.append(token_id)
+        if self._tokenizer.joins and self._shown == len(self._ids) - 1:
+            piece = self._tokenizer.piece(token_id, self._skip)
+            if UNFINISHED not in piece:
+                self._from, self._shown, self._before = self._shown, len(self._ids), piece
+                return piece
         return self._advance(final=False)
 
     def finish(self) -> str:

@@ -167,7 +167,7 @@ def test_a_run_may_be_worth_fewer_threads():
     team.close()
 
 
-@pytest.mark.parametrize("pause", [0, 0.0002, 0.002])
+@pytest.mark.parametrize("pause", [0, 0.0019, 0.01])
 def test_runs_follow_each_other_closely_or_not(team, pause):
     """Threads still linger, have just gone to sleep, or sleep; and some are left out now and then."""
     for i in range(60):
@@ -176,6 +176,26 @@ def test_runs_follow_each_other_closely_or_not(team, pause):
         team.run(ROUNDS, (marks, late))
         assert marks.all() and not late.any()
         time.sleep(pause)
+
+
+def test_lingering_threads_take_the_next_job_or_leave(team):
+    """Jobs of one kind, then another kind, then an error in between: nobody works on what was."""
+    for i in range(300):
+        job = np.zeros(5 + i % 3, np.int64)
+        team.run(SHARES, job)
+        assert (job == 1).all()
+        if i % 10 == 0:
+            assert meets(team)
+        if i % 50 == 0 and team.size > 1:
+            with pytest.raises(ZeroDivisionError):
+                team.run(
+                    Odd(i // 50 % team.size, lambda: 1 // 0), (np.zeros((200, 5), np.int64), np.zeros(5, np.int64))
+                )
+
+
+def test_a_job_has_a_largest_size(pair):
+    with pytest.raises(TypeError, match="too large"):
+        pair.run(team_program(_own), tuple(np.zeros(1) for _ in range(300)))
 
 
 def test_a_team_that_has_nothing_to_do_sleeps(pair):

@@ -17,12 +17,13 @@ from numba.extending import intrinsic
 from . import cpu
 from .jit import kernel
 
-# Places in sync, most of them on a cache line of their own (LINE numbers). From RUN on: what the caller says of a run, its
-# number and the number of its kind; runs of a kind differ in their jobs only. From JOB on: the job. From THREADS on: a line
-# for each thread.
+# Places in sync, most of them on a cache line of their own (LINE numbers). RUN, KIND: the caller's number of a run and of its
+# kind; runs of a kind differ in their jobs only. LOST: nanoseconds that all threads of a run could not run. From JOB on: the
+# job. From THREADS on: a line for each thread.
 LINE = 8
 BEGUN, ARRIVED, GENERATION, ABORT, CLAIMED, LEFT, RUN = range(0, 7 * LINE, LINE)
 KIND = RUN + 1
+LOST = RUN + 2
 JOB, JOB_WORDS = RUN + LINE, 256
 THREADS = JOB + JOB_WORDS
 # In a thread's line: its clock, whether it lingers, and the last run that it took part in.
@@ -31,7 +32,7 @@ CLOCK, LINGERS, LAST = range(3)
 # About 10 to 40 us of pauses, then the core is offered to other threads at every look.
 _PATIENCE = 1000
 # How long a thread lingers, in nanoseconds, and how many looks lie between two at the clock.
-_LINGER, _LOOKS = 500_000, 64
+_LINGER, _LOOKS = 2_000_000, 64
 
 _YIELD = {"win32": "SwitchToThread"}.get(sys.platform, "sched_yield")
 
@@ -174,6 +175,9 @@ def end(sync, rank, size):
     looks = 0
     while _atomic_load(sync, LEFT) < size - 1 and _atomic_load(sync, ABORT) == 0:
         looks = _look_again(looks)
+    sync[LOST] = 0
+    for thread in range(size):
+        sync[LOST] += sync[THREADS + LINE * thread + CLOCK]
     return False
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numba import typeof
 
 from .jit import program
-from .sync import ABORT, CLOCK, KIND, LAST, LINE, LINGERS, RUN, THREADS, begin, end, take_job
+from .sync import ABORT, KIND, LAST, LINE, LINGERS, LOST, RUN, THREADS, begin, end, take_job
 
 # Seconds between looks whether a thread is out of a run that failed.
 _POLL = 0.0002
@@ -183,8 +183,7 @@ class Team:
     @property
     def lost(self) -> float:
         """Seconds of the last run that its threads, all together, could not run: others had their cores."""
-        end = THREADS + LINE * self._last_run.threads
-        return sum(self._sync[THREADS + CLOCK : end : LINE].tolist()) / 1e9
+        return int(self._sync[LOST]) / 1e9
 
     def abort(self) -> None:
         """Open every barrier of the current run: its results are void."""

@@ -74,8 +74,8 @@ def in_sampling(monkeypatch, engine, armed):
     sampler = engine._llm.engine.runner.sampler
     draw = sampler.draw
 
-    def failing(draws, choices):
-        drawn = draw(draws, choices)
+    def failing(draws, chosen):
+        drawn = draw(draws, chosen)
         for i, one in enumerate(draws):
             if armed and one.params.seed == VICTIM and one.position > 25:
                 armed.clear()

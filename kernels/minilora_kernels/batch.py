@@ -1,0 +1,130 @@
+"""What one step computes, as its caller hands it over and as kernels see it.
+
+All of it comes in two arrays: a call with an array for each part would take tens of microseconds, most of them to fetch
+what Python and NumPy keep about each.
+"""
+
+from itertools import accumulate, chain
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
+
+from .jit import kernel
+
+# Columns of tiles: a tile is a few consecutive tokens of one sequence.
+TILE_ROW, TILE_TOKENS, TILE_POSITION, TILE_PAGES = range(4)
+# Columns of long: a token whose positions are shared out in splits of 256, with room for all of them in `parts` from
+# LONG_PARTS on.
+LONG_ROW, LONG_POSITION, LONG_PAGES, LONG_SPLITS, LONG_PARTS = range(5)
+# Columns of choices: a token to choose.
+CHOICE_ROW, CHOICE_TOP_K, CHOICE_SEED, CHOICE_POSITION = range(4)
+# Columns of cuts.
+CUT_TEMPERATURE, CUT_TOP_P, CUT_MIN_P = range(3)
+
+
+class StepInput(NamedTuple):
+    """What one step computes: int64, then float32. T rows, rows of a sequence together.
+
+    tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 4] and
+    long: [n, 5], what attention has to do, each row in one of them. segments: [S, 4], first row, end row, slot and
+    first column in the shrunk rows of each run of rows with one adapter; scales: [S], factors on these adapters.
+    out_rows: rows whose logits are wanted; out_segments, out_scales: like segments, counted in out_rows. choices: [n, 4],
+    tokens to choose: the row, counted in out_rows, top_k, and the key of the random number, seed and position; cuts:
+    [n, 3], temperature (0 for the best token), top_p and min_p; chosen: [n], the answers.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    pages_at: np.ndarray
+    pages: np.ndarray
+    tiles: np.ndarray
+    long: np.ndarray
+    segments: np.ndarray
+    out_rows: np.ndarray
+    out_segments: np.ndarray
+    choices: np.ndarray
+    chosen: np.ndarray
+    scales: np.ndarray
+    out_scales: np.ndarray
+    cuts: np.ndarray
+
+
+# Parts of either kind; an array begins with where each of its parts begins, and where the last one ends.
+INTS, FLOATS = 11, 3
+
+
+class Packed(NamedTuple):
+    """A StepInput in two arrays; the float32 array's parts are told of in the int64 one, after its own."""
+
+    ints: np.ndarray
+    floats: np.ndarray
+
+    @property
+    def chosen(self) -> list[int]:
+        """The tokens that were chosen: the last part of ints."""
+        return self.ints[int(self.ints[INTS - 1]) :].tolist()
+
+
+def pack(ints: list[list[int]], floats: list[list[float]]) -> Packed:
+    """The parts of a StepInput, row after row, as arrays."""
+    places = [*accumulate(map(len, ints), initial=INTS + 1 + FLOATS + 1), *accumulate(map(len, floats), initial=0)]
+    return Packed(
+        np.array([*places, *chain.from_iterable(ints)], np.int64), np.array([*chain.from_iterable(floats)], np.float32)
+    )
+
+
+def _view(context, builder, sig, args, shape):
+    """The array args[0] from element args[1] on, in this shape."""
+    kind = sig.return_type
+    size = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    steps = [size] if len(shape) == 1 else [builder.mul(size, shape[1]), size]
+    view = make_array(kind)(context, builder)
+    data = make_array(sig.args[0])(context, builder, args[0]).data
+    populate_array(view, builder.gep(data, [args[1]]), shape, steps, size, None)
+    return view._getvalue()
+
+
+@intrinsic
+def _part(typing_context, array, first, end):
+    """array[first:end], which a kernel may return."""
+
+    def codegen(context, builder, sig, args):
+        return _view(context, builder, sig, args, [builder.sub(args[2], args[1])])
+
+    return types.Array(array.dtype, 1, "C")(array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def _table(typing_context, array, first, end, columns):
+    """array[first:end] in rows of `columns`."""
+
+    def codegen(context, builder, sig, args):
+        rows = builder.sdiv(builder.sub(args[2], args[1]), args[3])
+        return _view(context, builder, sig, args, [rows, args[3]])
+
+    return types.Array(array.dtype, 2, "C")(array, types.intp, types.intp, types.intp), codegen
+
+
+@kernel
+def unpack(packed):
+    """The StepInput that was packed: views, nothing is copied."""
+    n, x, at = packed.ints, packed.floats, INTS + 1
+    return StepInput(
+        _part(n, n[0], n[1]),
+        _part(n, n[1], n[2]),
+        _part(n, n[2], n[3]),
+        _part(n, n[3], n[4]),
+        _table(n, n[4], n[5], 4),
+        _table(n, n[5], n[6], 5),
+        _table(n, n[6], n[7], 4),
+        _part(n, n[7], n[8]),
+        _table(n, n[8], n[9], 4),
+        _table(n, n[9], n[10], 4),
+        _part(n, n[10], n[11]),
+        _part(x, n[at], n[at + 1]),
+        _part(x, n[at + 1], n[at + 2]),
+        _table(x, n[at + 2], n[at + 3], 3),
+    )

@@ -1,0 +1,90 @@
+"""The input of a step: what goes in comes out, part by part."""
+
+import numpy as np
+import pytest
+
+from minilora.batch import Chunk, Draw, Packer, Use
+from minilora.params import SamplingParams
+from minilora_kernels.batch import FLOATS, INTS, StepInput, pack, unpack
+from minilora_kernels.jit import kernel, program
+
+WIDTHS = (1, 1, 1, 1, 4, 5, 4, 1, 4, 4, 1, 1, 1, 3)
+
+
+@kernel
+def _copy(packed, rows, ints, floats):
+    """All parts behind each other; rows of each."""
+    batch, i, f = unpack(packed), 0, 0
+    for part in (batch.tokens, batch.positions, batch.pages_at, batch.pages, batch.out_rows, batch.chosen):
+        for value in part:
+            ints[i] = value
+            i += 1
+    for table in (batch.tiles, batch.long, batch.segments, batch.out_segments, batch.choices):
+        for row in range(table.shape[0]):
+            for column in range(table.shape[1]):
+                ints[i] = table[row, column]
+                i += 1
+    for part in (batch.scales, batch.out_scales):
+        for value in part:
+            floats[f] = value
+            f += 1
+    for row in range(len(batch.cuts)):
+        for column in range(3):
+            floats[f] = batch.cuts[row, column]
+            f += 1
+    rows[0], rows[1], rows[2], rows[3] = len(batch.tiles), len(batch.long), len(batch.choices), len(batch.cuts)
+    rows[4], rows[5] = i, f
+
+
+COPY = program(_copy)
+
+
+def parts_of(packed):
+    """The parts by name, read in Python."""
+    places = packed.ints.tolist()
+    found = {}
+    for i, (name, width) in enumerate(zip(StepInput._fields, WIDTHS, strict=True)):
+        array, at = (packed.ints, i) if i < INTS else (packed.floats, i + 1)
+        found[name] = array[places[at] : places[at + 1]].reshape(-1, *([width] if width > 1 else []))
+    return found
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_what_is_packed_comes_out(rows):
+    random = np.random.default_rng(rows)
+    ints = [random.integers(-(1 << 62), 1 << 62, rows * width).tolist() for width in WIDTHS[:INTS]]
+    floats = [random.standard_normal(rows * width).astype(np.float32).tolist() for width in WIDTHS[INTS:]]
+    packed = pack(ints, floats)
+    assert [part.ravel().tolist() for part in parts_of(packed).values()] == [*ints, *floats]
+    assert packed.chosen == ints[-1]
+    counts, numbers, reals = np.zeros(6, np.int64), np.zeros(200, np.int64), np.zeros(50, np.float32)
+    COPY(packed, counts, numbers, reals)
+    order = (0, 1, 2, 3, 7, 10, 4, 5, 6, 8, 9)
+    assert counts[:4].tolist() == [rows] * 4
+    assert numbers[: counts[4]].tolist() == [value for i in order for value in ints[i]]
+    assert reals[: counts[5]].tolist() == [value for part in floats for value in part]
+    assert len(floats) == FLOATS
+
+
+def test_a_step_of_a_prompt_and_two_decodes():
+    packer = Packer(group=3, kv_heads=3, part=10, most_parts=0, workers=8)
+    packer.ranks = 96
+    uses = (Use(5, 0.5), Use(6, 2.0))
+    chunks = [
+        Chunk([*range(100, 120)], 2, 13, [7, 8], (), 14),
+        Chunk([*range(300, 340)], 39, 1, [1, 2, 3], uses, 39),
+        Chunk([*range(50, 60)], 9, 1, [4], uses, 10),
+    ]
+    params = SamplingParams(temperature=0.5, top_k=40, top_p=0.75, min_p=0.25)
+    draws = [Draw(0, SamplingParams(temperature=0), 9, 15, [], [], ()), Draw(1, params, -3, 40, [], [], ())]
+    found = parts_of(packer.pack(chunks, draws))
+    assert found["tokens"].tolist() == [*range(102, 115), 339, 59]
+    assert found["positions"].tolist() == [*range(2, 15), 39, 9]
+    assert found["pages_at"].tolist() == [0] * 13 + [2, 5]
+    assert found["pages"].tolist() == [7, 8, 1, 2, 3, 4]
+    assert found["tiles"].tolist() == [[13, 1, 39, 2], [8, 5, 10, 0], [14, 1, 9, 5], [0, 8, 2, 0]], "the longest first"
+    assert found["segments"].tolist() == [[13, 15, 5, 0], [13, 15, 6, 96]] and found["scales"].tolist() == [0.5, 2.0]
+    assert found["out_rows"].tolist() == [12, 13]
+    assert found["out_segments"].tolist() == [[1, 2, 5, 0], [1, 2, 6, 96]]
+    assert found["choices"].tolist() == [[0, 0, 9, 15], [1, 40, -3, 40]] and found["chosen"].tolist() == [0, 0]
+    assert found["cuts"].tolist() == [[0.0, 1.0, 0.0], [0.5, 0.75, 0.25]]
