@@ -133,6 +133,28 @@ def test_an_interrupt_waits_for_the_threads_inside(pair):
     assert meets(pair)
 
 
+@pytest.fixture
+def alarm_interrupts():
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that interrupts here")
+def test_interrupts_at_any_moment(pair, alarm_interrupts):
+    """Ctrl-C comes before, in and after a run: it is raised, and what the next run does is right."""
+    interrupts = 0
+    for i in range(150):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 20e-6 + i * 4e-6)
+            while True:
+                pair.run(ROUNDS, (np.zeros((20, 2), np.int64), np.zeros(2, np.int64)))
+        except KeyboardInterrupt:
+            interrupts += 1
+        assert meets(pair)
+    assert interrupts == 150
+
+
 def test_a_team_has_members():
     with pytest.raises(ValueError, match="at least one"):
         Team(0)

@@ -76,6 +76,7 @@ class _Worker:
     def wait(self, run: _Run) -> BaseException | None:
         """Until its part is done, Ctrl-C or not: leaving earlier would leave a thread in the team's arrays."""
         interrupted: BaseException | None = None
+        self.call()
         while self._last < run.number:
             try:
                 time.sleep(_POLL)
@@ -131,12 +132,13 @@ class Team:
         thread, Ctrl-C included, frees the others from their barriers and is raised here.
         """
         with self._lock:
+            self._settle()
             self.prepare(program, job, fixed)
-            run = self._announce(program, job, fixed, self.active if most is None else max(1, min(most, self.active)))
-            others = self._workers[: run.threads - 1]
+            count = self.active if most is None else max(1, min(most, self.active))
             error: BaseException | None = None
             try:
-                for rank, worker in enumerate(others, 1):
+                run = self._announce(program, job, fixed, count)
+                for rank, worker in enumerate(self._workers[: count - 1], 1):
                     # One that stops lingering just now looks for a new run before it sleeps.
                     if not self._sync[THREADS + LINE * rank + LINGERS]:
                         worker.call()
@@ -144,12 +146,18 @@ class Team:
             except BaseException as cause:
                 error = cause
                 self.abort()
-            if self._sync[ABORT]:
-                for worker in others:
-                    error = worker.wait(run) or error
-                self._sync[ABORT] = 0
+            error = self._settle() or error
             if error is not None:
                 raise error
+
+    def _settle(self) -> BaseException | None:
+        """After an abort: wait until nobody is in the team's arrays any more; returns what went wrong there."""
+        error: BaseException | None = None
+        if self._sync[ABORT]:
+            for worker in self._workers[: self._last_run.threads - 1]:
+                error = worker.wait(self._last_run) or error
+            self._sync[ABORT] = 0
+        return error
 
     def _announce(self, program, job: Any, fixed: Any, count: int) -> _Run:
         before = self._last_run
