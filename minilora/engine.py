@@ -410,8 +410,9 @@ class Engine:
         """Compile what the first requests would have to wait for; counters begin anew. Raises UsageError while busy."""
         if self.busy:
             raise UsageError("the engine is at work: warm it up before the first request")
-        params = SamplingParams(max_tokens=2, temperature=1.0, logprobs=1, ignore_eos=True)
-        self.submit([0], params)
+        # Logits as they are, and changed ones, are drawn from by different programs.
+        for biases in (None, {0: 1.0}):
+            self.submit([0], SamplingParams(max_tokens=2, logprobs=1, ignore_eos=True, logit_bias=biases))
         while self.busy:
             self.step()
         self._recorder = Recorder(self.adapters.names.__contains__)

@@ -232,6 +232,18 @@ def test_biases_and_penalties(weights):
     assert generated(no_repeat) != generated(text_of(weights, SamplingParams(max_tokens=10, **GREEDY)))
 
 
+def test_warming_up_compiles_all_that_requests_may_need(weights):
+    engine = make_engine(weights, max_num_seqs=1)
+    engine.warm_up()
+    assert engine.stats().steps == 0
+    programs = set(engine.runner.team._compiled)
+    for settings in ({}, GREEDY, {"min_tokens": 2}, {"logprobs": 2, "prompt_logprobs": 1}, {"presence_penalty": 0.5}):
+        engine.submit([3, 4, 5], SamplingParams(max_tokens=3, **settings))
+        run(engine)
+    assert engine.runner.team._compiled == programs
+    engine.close()
+
+
 def test_logprobs_are_of_the_models_own_logits(weights):
     """Penalties change the choice, never the reported log-probabilities."""
     engine = make_engine(weights)
