@@ -89,11 +89,19 @@ class Packer:
         tiles, long = self._tiles(chunks, starts, first_pages)
         segments, scales = _segments(chunks, starts, self.ranks)
         out_segments, out_scales = _segments(chunks, out_starts, self.ranks)
-        choices, cuts = _choices(draws)
-        chosen = [0] * len(draws)
         return pack(
-            [tokens, positions, pages_at, pages, tiles, long, segments, out_rows, out_segments, choices, chosen],
-            [scales, out_scales, cuts],
+            tokens=tokens,
+            positions=positions,
+            pages_at=pages_at,
+            pages=pages,
+            tiles=tiles,
+            long=long,
+            segments=segments,
+            scales=scales,
+            out_rows=out_rows,
+            out_segments=out_segments,
+            out_scales=out_scales,
+            **_choices(draws),
         )
 
     def _tiles(self, chunks: list[Chunk], rows: list[int], pages_at: list[int]) -> tuple[list[int], list[int]]:
@@ -118,18 +126,17 @@ class Packer:
 
 def pack_draws(draws: list[Draw]) -> Packed:
     """Nothing but tokens to choose."""
-    choices, cuts = _choices(draws)
-    return pack([[], [], [], [], [], [], [], [], [], choices, [0] * len(draws)], [[], [], cuts])
+    return pack(**_choices(draws))
 
 
-def _choices(draws: list[Draw]) -> tuple[list[int], list[float]]:
-    """StepInput's choices and cuts, row after row."""
+def _choices(draws: list[Draw]) -> dict[str, list]:
+    """StepInput's parts for tokens to choose."""
     choices: list[int] = []
     cuts: list[float] = []
     for draw in draws:
         choices += (draw.row, draw.params.top_k, draw.seed, draw.position)
         cuts += draw.params.cuts
-    return choices, cuts
+    return {"choices": choices, "cuts": cuts, "chosen": [0] * len(draws)}
 
 
 def _segments(chunks: list[Chunk], rows: list[int], ranks: int) -> tuple[list[int], list[float]]:

@@ -17,13 +17,8 @@ import numpy as np
 
 from minilora_kernels.attention import KV, Query, make_attention, merge_parts
 from minilora_kernels.batch import (
-    CHOICE_POSITION,
     CHOICE_ROW,
-    CHOICE_SEED,
-    CHOICE_TOP_K,
-    CUT_MIN_P,
     CUT_TEMPERATURE,
-    CUT_TOP_P,
     LONG_PAGES,
     LONG_PARTS,
     LONG_POSITION,
@@ -34,6 +29,7 @@ from minilora_kernels.batch import (
     TILE_ROW,
     TILE_TOKENS,
     StepInput,
+    sample_choice,
     unpack,
 )
 from minilora_kernels.jit import kernel
@@ -41,7 +37,7 @@ from minilora_kernels.linear import Rows, make_linear
 from minilora_kernels.lora import make_lora, panel_bytes
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
-from minilora_kernels.sample import argmax, sample, uniform
+from minilora_kernels.sample import argmax
 from minilora_kernels.sync import barrier, claim, share
 from minilora_kernels.team import team_program
 
@@ -518,15 +514,6 @@ def _make_head(linear, shrink_all, expand_all):
         barrier(c.sync, c.size)
 
     return logits
-
-
-@kernel
-def sample_choice(batch, i, x, width, chances, ids, to):
-    """The token of choice i, whose temperature is above 0, from rows of `width` logits in x; the rest as `sample` has it."""
-    draw = uniform(np.uint64(batch.choices[i, CHOICE_SEED]), batch.choices[i, CHOICE_POSITION])
-    at, top_k = batch.choices[i, CHOICE_ROW] * width, batch.choices[i, CHOICE_TOP_K]
-    temperature, top_p, min_p = batch.cuts[i, CUT_TEMPERATURE], batch.cuts[i, CUT_TOP_P], batch.cuts[i, CUT_MIN_P]
-    return sample(x, at, width, temperature, top_k, top_p, min_p, draw, chances, ids, to)
 
 
 @kernel

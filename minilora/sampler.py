@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora_kernels.batch import CHOICE_ROW, CUT_TEMPERATURE, unpack
+from minilora_kernels.batch import CHOICE_ROW, CUT_TEMPERATURE, sample_choice, unpack
 from minilora_kernels.jit import kernel
 from minilora_kernels.sample import argmax, log_sum_exp, top
 from minilora_kernels.sample import rank as rank_of
@@ -18,7 +18,7 @@ from minilora_kernels.team import Team, team_program
 
 from .batch import Draw, pack_draws
 from .errors import RequestError
-from .model import Buffers, sample_choice
+from .model import Buffers
 from .params import MOST_LOGPROBS
 from .sequence import TokenLogprobs
 

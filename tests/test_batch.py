@@ -54,7 +54,7 @@ def test_what_is_packed_comes_out(rows):
     random = np.random.default_rng(rows)
     ints = [random.integers(-(1 << 62), 1 << 62, rows * width).tolist() for width in WIDTHS[:INTS]]
     floats = [random.standard_normal(rows * width).astype(np.float32).tolist() for width in WIDTHS[INTS:]]
-    packed = pack(ints, floats)
+    packed = pack(**dict(zip(StepInput._fields, [*ints, *floats], strict=True)))
     assert [part.ravel().tolist() for part in parts_of(packed).values()] == [*ints, *floats]
     assert packed.chosen == ints[-1]
     counts, numbers, reals = np.zeros(6, np.int64), np.zeros(200, np.int64), np.zeros(50, np.float32)
@@ -64,6 +64,11 @@ def test_what_is_packed_comes_out(rows):
     assert numbers[: counts[4]].tolist() == [value for i in order for value in ints[i]]
     assert reals[: counts[5]].tolist() == [value for part in floats for value in part]
     assert len(floats) == FLOATS
+
+
+def test_unknown_parts_are_refused():
+    with pytest.raises(TypeError, match="token_s"):
+        pack(token_s=[1])
 
 
 def test_a_step_of_a_prompt_and_two_decodes():

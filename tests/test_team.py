@@ -215,6 +215,16 @@ def test_lingering_threads_take_the_next_job_or_leave(team):
                 )
 
 
+def test_a_thread_that_lingers_does_not_go_back_to_python(pair, monkeypatch):
+    calls, part = [], pair.part
+    monkeypatch.setattr(pair, "part", lambda rank, run: calls.append(rank) or part(rank, run))
+    for _ in range(200):
+        job = np.zeros(7, np.int64)
+        pair.run(SHARES, job)
+        assert (job == 1).all()
+    assert calls.count(0) == 200 and 1 <= calls.count(1) < 200
+
+
 def test_a_job_has_a_largest_size(pair):
     with pytest.raises(TypeError, match="too large"):
         pair.run(team_program(_own), tuple(np.zeros(1) for _ in range(300)))

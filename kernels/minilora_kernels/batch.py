@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
 from .jit import kernel
+from .sample import sample, uniform
 
 # Columns of tiles: a tile is a few consecutive tokens of one sequence.
 TILE_ROW, TILE_TOKENS, TILE_POSITION, TILE_PAGES = range(4)
@@ -31,9 +32,9 @@ class StepInput(NamedTuple):
     tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 4] and
     long: [n, 5], what attention has to do, each row in one of them. segments: [S, 4], first row, end row, slot and
     first column in the shrunk rows of each run of rows with one adapter; scales: [S], factors on these adapters.
-    out_rows: rows whose logits are wanted; out_segments, out_scales: like segments, counted in out_rows. choices: [n, 4],
-    tokens to choose: the row, counted in out_rows, top_k, and the key of the random number, seed and position; cuts:
-    [n, 3], temperature (0 for the best token), top_p and min_p; chosen: [n], the answers.
+    out_rows: rows whose logits are wanted; out_segments, out_scales: like segments, counted in out_rows. choices:
+    [n, 4], tokens to choose: the row, counted in out_rows, top_k, and the key of the random number, seed and position;
+    cuts: [n, 3], temperature (0 for the best token), top_p and min_p; chosen: [n], the answers.
     """
 
     tokens: np.ndarray
@@ -52,12 +53,15 @@ class StepInput(NamedTuple):
     cuts: np.ndarray
 
 
-# Parts of either kind; an array begins with where each of its parts begins, and where the last one ends.
+# How many parts are int64, and how many float32.
 INTS, FLOATS = 11, 3
 
 
 class Packed(NamedTuple):
-    """A StepInput in two arrays; the float32 array's parts are told of in the int64 one, after its own."""
+    """A StepInput in two arrays, part after part.
+
+    ints begins with where each of its parts begins and the last one ends, then where those of floats do.
+    """
 
     ints: np.ndarray
     floats: np.ndarray
@@ -68,8 +72,12 @@ class Packed(NamedTuple):
         return self.ints[int(self.ints[INTS - 1]) :].tolist()
 
 
-def pack(ints: list[list[int]], floats: list[list[float]]) -> Packed:
-    """The parts of a StepInput, row after row, as arrays."""
+def pack(**parts: list) -> Packed:
+    """The parts of a StepInput by name, row after row, as arrays; those that are not given are empty."""
+    lists = [parts.pop(name, []) for name in StepInput._fields]
+    if parts:
+        raise TypeError(f"a step's input has no {', '.join(parts)}")
+    ints, floats = lists[:INTS], lists[INTS:]
     places = [*accumulate(map(len, ints), initial=INTS + 1 + FLOATS + 1), *accumulate(map(len, floats), initial=0)]
     return Packed(
         np.array([*places, *chain.from_iterable(ints)], np.int64), np.array([*chain.from_iterable(floats)], np.float32)
@@ -128,3 +136,12 @@ def unpack(packed):
         _part(x, n[at + 1], n[at + 2]),
         _table(x, n[at + 2], n[at + 3], 3),
     )
+
+
+@kernel
+def sample_choice(batch, i, x, width, chances, ids, to):
+    """The token of choice i, whose temperature is above 0, from rows of `width` logits in x; the rest as `sample` has it."""
+    draw = uniform(np.uint64(batch.choices[i, CHOICE_SEED]), batch.choices[i, CHOICE_POSITION])
+    at, top_k = batch.choices[i, CHOICE_ROW] * width, batch.choices[i, CHOICE_TOP_K]
+    temperature, top_p, min_p = batch.cuts[i, CUT_TEMPERATURE], batch.cuts[i, CUT_TOP_P], batch.cuts[i, CUT_MIN_P]
+    return sample(x, at, width, temperature, top_k, top_p, min_p, draw, chances, ids, to)

@@ -1,9 +1,9 @@
 """What the threads of a team share while they run: compiled code over one array, `sync`, without locks.
 
-Threads meet at `barrier`, split work with `share`, or take it piece by piece with `claim`. `begin` and `end` stand around
-each thread's part of a run. A thread whose part is done lingers for a moment, since the next run follows soon, and takes
-its part in it without going back to Python: waking a thread that sleeps, passing it the GIL and handing it its arguments
-takes some 50 to 100 us.
+Threads meet at `barrier`, split work with `share`, or take it piece by piece with `claim`. `begin` and `end` stand
+around each thread's part of a run. A thread whose part is done lingers for a moment, since the next run follows soon,
+and takes its part in it without going back to Python: waking a thread that sleeps, passing it the GIL and handing it
+its arguments takes some 50 to 100 us.
 """
 
 import sys
@@ -17,9 +17,9 @@ from numba.extending import intrinsic
 from . import cpu
 from .jit import kernel
 
-# Places in sync, most of them on a cache line of their own (LINE numbers). RUN, KIND: the caller's number of a run and of its
-# kind; runs of a kind differ in their jobs only. LOST: nanoseconds that all threads of a run could not run. From JOB on: the
-# job. From THREADS on: a line for each thread.
+# Places in sync, most of them on a cache line of their own (LINE numbers). RUN, KIND: the caller's number of a run and
+# of its kind; runs of a kind differ in their jobs only. LOST: nanoseconds that all threads of a run could not run. From
+# JOB on: the job. From THREADS on: a line for each thread.
 LINE = 8
 BEGUN, ARRIVED, GENERATION, ABORT, CLAIMED, LEFT, RUN = range(0, 7 * LINE, LINE)
 KIND = RUN + 1
@@ -183,7 +183,7 @@ def end(sync, rank, size):
 
 @kernel
 def _linger(sync, run):
-    """Until a later run has begun, for a while at most; returns whether one has. The run's arrays are not touched any more.
+    """Until a later run has begun, for a while at most; returns whether one has. No array but sync is touched.
 
     The core is not offered to others: who gives it up waits for their turn to end, who sleeps is woken at once.
     """
