@@ -155,6 +155,26 @@ def test_interrupts_at_any_moment(pair, alarm_interrupts):
     assert interrupts == 150
 
 
+def test_an_interrupt_after_a_run_was_announced(pair, monkeypatch):
+    announce, left_over = pair._announce, np.zeros(7, np.int64)
+
+    def interrupted(*run):
+        announce(*run)
+        raise KeyboardInterrupt
+
+    pair.run(SHARES, left_over)
+    pair.run(SHARES, left_over)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pair, "_announce", interrupted)
+        pair.run(SHARES, left_over)
+    time.sleep(0.05)
+    left_over[:] = 0
+    for _ in range(20):
+        job = np.zeros(7, np.int64)
+        pair.run(SHARES, job)
+        assert (job == 1).all() and not left_over.any(), "nobody does what was called off"
+
+
 def test_a_team_has_members():
     with pytest.raises(ValueError, match="at least one"):
         Team(0)

@@ -137,6 +137,8 @@ def test_sentencepiece_from_scores():
             ids = ours.encode(text, add_special_tokens=False)
             assert ids == original.encode(text, add_special_tokens=False).ids
             assert ours.decode(ids) == text
+            stream = TextStream(ours)
+            assert "".join(map(stream.push, ids)) + stream.finish() == text, "tokens are joined as the decoder does"
 
 
 @pytest.mark.parametrize(
