@@ -1,11 +1,12 @@
 """The rows of one step: pieces of texts in, the arrays that the step reads out."""
 
+from collections.abc import Collection
 from itertools import chain
 from operator import itemgetter
 from typing import NamedTuple
 
 from minilora_kernels.attention import SPLIT, partial_size
-from minilora_kernels.batch import TILE_POSITION, Packed, pack
+from minilora_kernels.batch import NOT_CHOSEN, TILE_POSITION, Packed, pack
 
 from .params import SamplingParams
 
@@ -68,8 +69,12 @@ class Packer:
         self._per_tile, self._kv_heads = tokens_per_tile(group), kv_heads
         self._part, self._most_parts, self._workers = part, most_parts, workers
 
-    def pack(self, chunks: list[Chunk], draws: list[Draw]) -> Packed:
-        """The arrays of a step; chunks must be ordered so that those with equal adapters are neighbours."""
+    def pack(self, chunks: list[Chunk], draws: list[Draw], rounds: int = 1, ends: Collection[int] = ()) -> Packed:
+        """The arrays of a step; chunks must be ordered so that those with equal adapters are neighbours.
+
+        rounds: tokens to choose for each draw, where each chunk is one token and has the draw of the same place, and
+        pages for all; ends: see StepInput.
+        """
         tokens: list[int] = []
         positions: list[int] = []
         pages: list[int] = []
@@ -86,7 +91,7 @@ class Packer:
             starts.append(len(tokens))
             first_pages.append(len(pages))
             out_starts.append(len(out_rows))
-        tiles, long = self._tiles(chunks, starts, first_pages)
+        tiles, long = self._tiles(chunks, starts, first_pages, rounds)
         segments, scales = _segments(chunks, starts, self.ranks)
         out_segments, out_scales = _segments(chunks, out_starts, self.ranks)
         return pack(
@@ -101,19 +106,22 @@ class Packer:
             out_rows=out_rows,
             out_segments=out_segments,
             out_scales=out_scales,
-            **_choices(draws),
+            ends=ends,
+            **_choices(draws, rounds),
         )
 
-    def _tiles(self, chunks: list[Chunk], rows: list[int], pages_at: list[int]) -> tuple[list[int], list[int]]:
+    def _tiles(
+        self, chunks: list[Chunk], rows: list[int], pages_at: list[int], rounds: int
+    ) -> tuple[list[int], list[int]]:
         tiles: list[tuple[int, ...]] = []
         long: list[int] = []
         parts = 0
         spare = len(chunks) * self._kv_heads < self._workers
         for chunk, row, pages in zip(chunks, rows, pages_at, strict=False):
-            splits = (chunk.start + chunk.length + SPLIT - 1) // SPLIT
+            splits = (chunk.start + chunk.length + rounds - 1 + SPLIT - 1) // SPLIT
             room = parts + splits * self._part <= self._most_parts
             if spare and chunk.length == 1 and splits > 1 and room:
-                long += (row, chunk.start, pages, splits, parts)
+                long += (row, chunk.start, pages, parts)
                 parts += splits * self._part
                 continue
             for first in range(0, chunk.length, self._per_tile):
@@ -126,17 +134,17 @@ class Packer:
 
 def pack_draws(draws: list[Draw]) -> Packed:
     """Nothing but tokens to choose."""
-    return pack(**_choices(draws))
+    return pack(**_choices(draws, 1))
 
 
-def _choices(draws: list[Draw]) -> dict[str, list]:
+def _choices(draws: list[Draw], rounds: int) -> dict[str, list]:
     """StepInput's parts for tokens to choose."""
     choices: list[int] = []
     cuts: list[float] = []
     for draw in draws:
         choices += (draw.row, draw.params.top_k, draw.seed, draw.position)
         cuts += draw.params.cuts
-    return {"choices": choices, "cuts": cuts, "chosen": [0] * len(draws)}
+    return {"choices": choices, "cuts": cuts, "chosen": [NOT_CHOSEN] * (rounds * len(draws))}
 
 
 def _segments(chunks: list[Chunk], rows: list[int], ranks: int) -> tuple[list[int], list[float]]:

@@ -88,7 +88,9 @@ class Engine:
             PROMPT_LOGITS,
             config.enable_prefix_caching,
         )
-        self._pace = Pace(None if config.max_step_ms is None else config.max_step_ms / 1000, rows)
+        self._pace = Pace(
+            None if config.max_step_ms is None else config.max_step_ms / 1000, rows, config.num_scheduler_steps
+        )
         self._recorder = Recorder(self.adapters.names.__contains__)
         self._sequences = 0
         # Whether the last step found nothing that could run.
@@ -210,7 +212,7 @@ class Engine:
     # ------------------------------------------------------------ one step
 
     def step(self) -> list[Output]:
-        """Run one step; returns the new tokens, and the sequences that ended without one."""
+        """Run one step; returns the new tokens, in each text's order, and the sequences that ended without one."""
         self._news.clear()
         self.adapters.collect()
         self.scheduler.chunk = self._pace.chunk()
@@ -254,18 +256,37 @@ class Engine:
                     self.runner.make_room(use.adapter.rank)
             answers, questions = self._expect(plan)
             draws = [self._draw(answer, i) for answer in answers for i in range(1 + len(answer.guesses))]
-            tokens = self.runner.run([self._chunk(work) for work in plan], draws)
+            rounds = self._rounds(plan)
+            tokens = self.runner.run([self._chunk(work) for work in plan], draws, rounds, self._ends(plan, rounds))
             # All that can fail comes before the first token is kept: what a text was given is also told.
-            logprobs = self._logprobs(draws, tokens)
+            logprobs = self._logprobs(draws, tokens[0])
             self._note_computed(plan, questions)
             outputs = self._answer(answers, tokens, logprobs)
         except Exception as error:
             self._give_up(plan, error)
             return []
         seconds = time.perf_counter() - started
-        self._recorder.step(seconds, decodes, prompt_rows)
-        self._pace.observe(decodes, prompt_rows, seconds)
+        self._recorder.step(seconds, decodes * len(tokens), prompt_rows)
+        self._pace.observe(decodes, prompt_rows, seconds / len(tokens))
         return outputs
+
+    def _rounds(self, plan: list[Work]) -> int:
+        """How many tokens the step gives each text: several where all do nothing but decode, with pages for them."""
+        sequences = [work.sequence for work in plan]
+        if len(plan) < len(self.scheduler.running) or not all(sequence.repeats for sequence in sequences):
+            return 1
+        left = [self._final_length(s.prompt_length, s.params) - len(s.tokens) for s in sequences]
+        # A text that ends leaves its place to one that waits; where none does, the longest one counts.
+        useful = min(left) if self.scheduler.waiting else max(left)
+        room = self.length - max(len(sequence.tokens) for sequence in sequences)
+        return self.scheduler.take_ahead(sequences, min(self._pace.rounds(), useful, room))
+
+    def _ends(self, plan: list[Work], rounds: int) -> set[int]:
+        """Tokens that end texts, for a step of several rounds."""
+        ends: set[int] = set()
+        for sequence, _ in plan if rounds > 1 else ():
+            ends.update(sequence.params.stop_token_ids or (), () if sequence.params.ignore_eos else self.eos)
+        return ends
 
     def _give_up(self, plan: list[Work], error: Exception) -> None:
         """End the sequences of a step that failed; nothing of what it computed is kept."""
@@ -316,14 +337,15 @@ class Engine:
             question.sequence.prompt_logprobs.append(found)
 
     def _answer(
-        self, answers: list[_Answer], tokens: list[int | Exception], logprobs: list[TokenLogprobs | None]
+        self, answers: list[_Answer], tokens: list[list[int | Exception]], logprobs: list[TokenLogprobs | None]
     ) -> list[Output]:
-        """Keep what was drawn; a guess that was drawn is right, and the token after it counts too."""
+        """Keep what was drawn, round after round. tokens: of each round, one for each draw; logprobs: of the first."""
         outputs: list[Output] = []
-        first = 0
+        first, (once, *again) = 0, tokens
         for answer in answers:
             end = first + 1 + len(answer.guesses)
-            self._keep(answer, tokens[first:end], logprobs[first:end], outputs)
+            drawn = [*once[first:end], *(later[first] for later in again)]
+            self._keep(answer, drawn, [*logprobs[first:end], *(None for _ in again)], outputs)
             first = end
         return outputs
 
@@ -345,7 +367,7 @@ class Engine:
         logprobs: list[TokenLogprobs | None],
         outputs: list[Output],
     ) -> None:
-        """Append the drawn tokens that count, to the text and to outputs."""
+        """Append the drawn tokens that count, to the text and to outputs: up to the text's end, or the first wrong guess."""
         sequence = answer.sequence
         for i, token in enumerate(tokens):
             if isinstance(token, Exception):
@@ -354,9 +376,9 @@ class Engine:
             self._append(sequence, token)
             last = sequence.state is State.FINISHED
             outputs.append(Output(sequence, token, logprobs[i], last))
-            if last or i == len(answer.guesses) or token != answer.guesses[i]:
+            if last or i + 1 == len(tokens) or (answer.guesses and token != answer.guesses[i]):
                 break
-            # The guess was right, so the step has computed this token already.
+            # The step went on with this token, so it is computed already.
             self.scheduler.computed(sequence, 1)
         if answer.guesses and sequence.state is State.RUNNING:
             self.scheduler.roll_back(sequence)

@@ -176,7 +176,7 @@ class LLMEngine:
         return bool(self._under_way) or self.engine.busy
 
     def step(self) -> list[Request]:
-        """One token more for every text that runs; returns the requests that changed, after their callbacks.
+        """A token more for every text that runs, or several; returns the requests that changed, after their callbacks.
 
         An exception in a callback, or in making a request's text, ends that request only.
         """

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora_kernels.attention import KV, Query, make_attention, merge_parts
+from minilora_kernels.attention import KV, SPLIT, Query, make_attention, merge_parts
 from minilora_kernels.batch import (
     CHOICE_ROW,
     CUT_TEMPERATURE,
@@ -23,13 +23,16 @@ from minilora_kernels.batch import (
     LONG_PARTS,
     LONG_POSITION,
     LONG_ROW,
-    LONG_SPLITS,
     TILE_PAGES,
     TILE_POSITION,
     TILE_ROW,
     TILE_TOKENS,
     StepInput,
+    all_ended,
+    checked,
+    rounds_of,
     sample_choice,
+    token_at,
     unpack,
 )
 from minilora_kernels.jit import kernel
@@ -117,11 +120,12 @@ class Fixed(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every phase of a step sees: the thread's number, the team's size and barrier, and all arrays."""
+    """What every phase of a step sees: the thread's number, the team's size and barrier, the round, and all arrays."""
 
     rank: int
     size: int
     sync: np.ndarray
+    turn: int
     w: Network
     shape: Shape
     kv: KV
@@ -274,7 +278,7 @@ def _make_adapters(lora_format):
         batch, b, width = c.batch, c.buffers, c.shape.width
         low, high = _share(c, len(batch.tokens))
         for r in range(low, high):
-            embed(c.w.arena, c.w.matrices, c.w.embed, batch.tokens[r], b.x, r * width)
+            embed(c.w.arena, c.w.matrices, c.w.embed, token_at(batch, c.turn, r), b.x, r * width)
         for i in range(len(batch.segments)):
             slot, arena = batch.segments[i, 2], c.adapters.arena
             a_at, b_at, ranks = c.adapters.embed[slot, 0], c.adapters.embed[slot, 1], c.adapters.embed[slot, 2]
@@ -282,7 +286,8 @@ def _make_adapters(lora_format):
             first, end = max(low, batch.segments[i, 0]), min(high, batch.segments[i, 1])
             for r in range(first, end if ranks > 0 else first):
                 s_at = r * b.s_stride + batch.segments[i, 3]
-                gather(arena, a_at, c.shape.vocabulary, panels, batch.tokens[r], batch.scales[i], b.s, s_at)
+                token = token_at(batch, c.turn, r)
+                gather(arena, a_at, c.shape.vocabulary, panels, token, batch.scales[i], b.s, s_at)
                 expand(arena, b_at, ranks, 0, width // PANEL, b_at, b.s, s_at, 0, 1, b.x, r * width, 0, PANEL)
         barrier(c.sync, c.size)
 
@@ -323,7 +328,7 @@ def _make_projection(linear, expand_all, write_key, write_value):
         """Bias, norm and rotation of one head; keys and values go to their page. Heads: q, then k, then v."""
         w, shape, kv, x = c.w, c.shape, c.kv, c.buffers.qkv
         key, value = head - shape.heads, head - shape.heads - shape.kv_heads
-        column, position = head * shape.head_dim, c.batch.positions[row]
+        column, position = head * shape.head_dim, c.batch.positions[row] + c.turn
         at = row * c.buffers.qkv_stride + column
         page, slot = c.batch.pages[c.batch.pages_at[row] + position // kv.page], position % kv.page
         if w.layers[layer, QKV_BIAS] >= 0:
@@ -382,7 +387,7 @@ def _make_attention(attend, attend_parts):
         while item < len(batch.tiles) * shape.kv_heads:
             tile, head = item // shape.kv_heads, item % shape.kv_heads
             row, tokens = batch.tiles[tile, TILE_ROW], batch.tiles[tile, TILE_TOKENS]
-            position, pages_at = batch.tiles[tile, TILE_POSITION], batch.tiles[tile, TILE_PAGES]
+            position, pages_at = batch.tiles[tile, TILE_POSITION] + c.turn, batch.tiles[tile, TILE_PAGES]
             query = Query(layer, head, group, position, tokens, window, pages_at)
             column = head * group * shape.head_dim
             q_at, out_at = row * b.qkv_stride + column, row * b.a.stride + column
@@ -394,7 +399,8 @@ def _make_attention(attend, attend_parts):
     def attend_long(c, layer, i, group):
         """This thread's part of one long token: neighbouring splits, head by head."""
         shape, batch, b = c.shape, c.batch, c.buffers
-        row, position, splits = batch.long[i, LONG_ROW], batch.long[i, LONG_POSITION], batch.long[i, LONG_SPLITS]
+        row, position = batch.long[i, LONG_ROW], batch.long[i, LONG_POSITION] + c.turn
+        splits = position // SPLIT + 1
         window, pages_at, scratch_at = c.w.layers[layer, WINDOW], batch.long[i, LONG_PAGES], c.rank * b.scratch_stride
         low, high = _share(c, shape.kv_heads * splits)
         while low < high:
@@ -415,7 +421,7 @@ def _make_attention(attend, attend_parts):
         low, high = _share(c, len(batch.long) * heads)
         for item in range(low, high):
             i, head = item // heads, item % heads
-            splits, row = batch.long[i, LONG_SPLITS], batch.long[i, LONG_ROW]
+            splits, row = (batch.long[i, LONG_POSITION] + c.turn) // SPLIT + 1, batch.long[i, LONG_ROW]
             part = batch.long[i, LONG_PARTS] + head // group * splits * group * (size + 2)
             merge_parts(b.parts, part, splits, group, head % group, size, b.a.values, row * b.a.stride + head * size)
 
@@ -518,15 +524,18 @@ def _make_head(linear, shrink_all, expand_all):
 
 @kernel
 def _choose(c):
-    """The tokens of batch.choices, as threads come free."""
-    batch, b, padded = c.batch, c.buffers, c.w.matrices[c.w.head, ROWS]
+    """The tokens of batch.choices, as threads come free. Ends with a barrier."""
+    batch, b, padded, count = c.batch, c.buffers, c.w.matrices[c.w.head, ROWS], len(c.batch.choices)
     i = claim(c.sync)
-    while i < len(batch.chosen):
+    while i < count:
+        row = batch.choices[i, CHOICE_ROW]
         if batch.cuts[i, CUT_TEMPERATURE] > 0:
-            batch.chosen[i] = sample_choice(batch, i, b.logits, padded, b.chances, b.ids, c.rank * padded)
+            token = sample_choice(batch, i, c.turn, b.logits, padded, b.chances, b.ids, c.rank * padded)
         else:
-            batch.chosen[i] = _best(c, batch.choices[i, CHOICE_ROW], padded)
+            token = _best(c, row, padded)
+        batch.chosen[c.turn * count + i] = checked(token, b.logits, row * padded)
         i = claim(c.sync)
+    barrier(c.sync, c.size)
 
 
 @kernel
@@ -568,23 +577,32 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
         return x_row
 
     @kernel
-    def step(rank, size, sync, packed, fixed):
-        """One forward pass of batch's rows: writes their pages, buffers.logits and the chosen tokens."""
-        batch, (w, shape, kv, adapters, buffers) = unpack(packed), fixed
-        c = Context(rank, size, sync, w, shape, kv, batch, adapters, buffers)
+    def forward(c):
+        """All layers and the head: writes the rows' pages, buffers.logits and the chosen tokens."""
+        w = c.w
         embed_rows(c)
-        for layer in range(shape.layers):
+        for layer in range(c.shape.layers):
             o, down = w.layers[layer, O], w.layers[layer, DOWN]
             x_row = prepare(c, layer, INPUT_NORM, QKV, QKV_IN)
             project_heads(c, layer, x_row)
             attend_all(c, layer)
             x_row = _quantize_attended(c, w.matrices[o, GROUP])
-            add_product(c, layer, o, w.layers[layer, O_BIAS], O_IN, O_OUT, buffers.a, x_row, 0)
+            add_product(c, layer, o, w.layers[layer, O_BIAS], O_IN, O_OUT, c.buffers.a, x_row, 0)
             x_row = prepare(c, layer, POST_NORM, GATE_UP, GATE_UP_IN)
             gate_up(c, layer, x_row)
-            add_product(c, layer, down, w.layers[layer, DOWN_BIAS], DOWN_IN, DOWN_OUT, buffers.b, 0, 0)
-        if len(batch.out_rows) > 0:
+            add_product(c, layer, down, w.layers[layer, DOWN_BIAS], DOWN_IN, DOWN_OUT, c.buffers.b, 0, 0)
+        if len(c.batch.out_rows) > 0:
             logits(c)
             _choose(c)
+
+    @kernel
+    def step(rank, size, sync, packed, fixed):
+        """A forward pass of batch's rows, and as many more, each with the tokens of the one before, as it asks for."""
+        batch, (w, shape, kv, adapters, buffers) = unpack(packed), fixed
+        turn, going = 0, True
+        while going:
+            forward(Context(rank, size, sync, turn, w, shape, kv, batch, adapters, buffers))
+            turn += 1
+            going = turn < rounds_of(batch) and not all_ended(batch, turn - 1)
 
     return team_program(step, (formats, kv_format, lora_format))

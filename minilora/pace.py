@@ -3,17 +3,22 @@
 # Weight of the newest step in the running averages, and the fewest prompt rows that are worth a step's overhead.
 NEWEST = 0.1
 SMALLEST = 16
+# Seconds that nobody notices: texts may grow in bursts of that length.
+BURST = 0.02
 
 
 class Pace:
-    """Running averages of step times. limit: seconds that a step may take in which texts decode; None for any."""
+    """Running averages of step times. limit: seconds that a step may take in which texts decode; None for any.
 
-    def __init__(self, limit: float | None, most_rows: int):
-        self.limit, self.most_rows = limit, most_rows
+    most_rows: of a step; most_rounds: tokens that one may give each text.
+    """
+
+    def __init__(self, limit: float | None, most_rows: int, most_rounds: int):
+        self.limit, self.most_rows, self.most_rounds = limit, most_rows, most_rounds
         self.decode_step = self.prompt_row = 0.0
 
     def observe(self, decodes: int, prompt_rows: int, seconds: float) -> None:
-        """Note a step's rows of each kind and its duration."""
+        """Note a step's rows of each kind and its duration, or that of one of its rounds."""
         if not prompt_rows:
             self.decode_step = _average(self.decode_step, seconds)
         else:
@@ -26,6 +31,13 @@ class Pace:
             return self.most_rows
         rows = (self.limit - self.decode_step) / self.prompt_row
         return int(min(max(rows, SMALLEST), self.most_rows))
+
+    def rounds(self) -> int:
+        """Tokens that a step may give each text without new ones waiting for long, or bursts being seen."""
+        if not self.decode_step:
+            return 1
+        seconds = BURST if self.limit is None else min(BURST, self.limit)
+        return int(min(max(seconds / self.decode_step, 1), self.most_rounds))
 
 
 def _average(before: float, value: float) -> float:

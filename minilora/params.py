@@ -163,7 +163,8 @@ class EngineConfig:
 
     max_model_len: tokens of prompt and text together, None for what the model was trained on. max_num_seqs:
     sequences that run at once; max_num_batched_tokens: rows of a step; max_step_ms: milliseconds that a step with
-    prompts in it should take at most while texts decode, None for any. kv_cache_dtype: "auto" is float32 for float32
+    prompts in it should take at most while texts decode, None for any. num_scheduler_steps: tokens in a row that a step
+    may give each text where all do nothing but decode; as many as take 20 ms. kv_cache_dtype: "auto" is float32 for float32
     weights, else float16. kv_cache_memory: bytes of pages, None for as many as max_num_seqs long texts need, at most
     half of the free memory. block_size: tokens of a page. max_loras: adapters in use at once; max_cpu_loras: adapters
     in memory, None for 256 or max_loras; max_lora_rank: highest rank; lora_dtype: "auto" is float32 for float32
@@ -178,6 +179,7 @@ class EngineConfig:
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
     max_step_ms: int | None = 100
+    num_scheduler_steps: int = 8
     kv_cache_dtype: str = "auto"
     kv_cache_memory: int | None = None
     block_size: int = 32
@@ -195,6 +197,7 @@ class EngineConfig:
         for name, low, high in (
             ("max_num_seqs", 1, 4096),
             ("max_num_batched_tokens", 1, 1 << 20),
+            ("num_scheduler_steps", 1, 1024),
             ("max_loras", 1, 4096),
             ("max_lora_rank", 1, 256),
             ("block_size", 32, 1024),

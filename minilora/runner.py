@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -175,13 +176,17 @@ class Runner:
         self._fix()
         self.team.prepare(self._step, self._packer.pack([], []), self._fixed)
 
-    def run(self, chunks: list[Chunk], draws: list[Draw]) -> list[int | Exception]:
+    def run(
+        self, chunks: list[Chunk], draws: list[Draw], rounds: int = 1, ends: Collection[int] = ()
+    ) -> list[list[int | Exception]]:
         """One step: keys and values go to the chunks' pages, the wanted logits to the sampler's rows, in order.
 
-        Chunks with equal adapters must be neighbours. Returns a token for each draw, or why there is none.
+        Chunks with equal adapters must be neighbours. Returns for each round a token for each draw, or why there is none.
+        rounds, ends: see Packer.pack.
         """
         started = time.perf_counter()
-        batch = self._packer.pack(chunks, [draw for draw in draws if not draw.params.changes_logits])
+        plain = [draw for draw in draws if not draw.params.changes_logits]
+        batch = self._packer.pack(chunks, plain, rounds, ends)
         self.team.run(self._step, batch, self._fixed)
         self._crew.observe(time.perf_counter() - started, self.team.lost)
         self.team.active = self._crew.size

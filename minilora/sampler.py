@@ -3,13 +3,13 @@
 A row's token depends on its own logits, its parameters, its seed and its position; never on other rows.
 """
 
-import math
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from minilora_kernels.batch import CHOICE_ROW, CUT_TEMPERATURE, sample_choice, unpack
+from minilora_kernels.batch import CHOICE_ROW, CUT_TEMPERATURE, NOT_CHOSEN, checked, sample_choice, unpack
 from minilora_kernels.jit import kernel
 from minilora_kernels.sample import argmax, log_sum_exp, top
 from minilora_kernels.sample import rank as rank_of
@@ -43,10 +43,12 @@ def _choose(rank, size, sync, job, room):
     batch = unpack(packed)
     i = claim(sync)
     while i < len(batch.chosen):
+        at = batch.choices[i, CHOICE_ROW] * width
         if batch.cuts[i, CUT_TEMPERATURE] > 0:
-            batch.chosen[i] = sample_choice(batch, i, logits, width, chances, ids, rank * width)
+            token = sample_choice(batch, i, 0, logits, width, chances, ids, rank * width)
         else:
-            batch.chosen[i] = argmax(logits, batch.choices[i, CHOICE_ROW] * width, width)
+            token = argmax(logits, at, width)
+        batch.chosen[i] = checked(token, logits, at)
         i = claim(sync)
 
 
@@ -89,22 +91,23 @@ class Sampler:
         """The last step's first `count` rows, [count, V]: a view, good until the next step."""
         return self._logits[: count * self._width].reshape(count, self._width)[:, : self._vocabulary]
 
-    def draw(self, draws: list[Draw], chosen: list[int]) -> list[int | Exception]:
-        """A token for each, or why there is none: an error of its logits processor, or logits that are no numbers.
+    def draw(self, draws: list[Draw], chosen: list[int]) -> list[list[int | Exception]]:
+        """A token for each, in each round of a step; or why there is none: an error of its logits processor, or logits
+        that are no numbers.
 
-        chosen: what the step chose for those whose parameters leave the logits as they are.
+        chosen: what the step chose, round after round, for those whose parameters leave the logits as they are. Only where
+        these are all can there be several rounds.
         """
-        tokens: list[int | Exception] = []
-        ready = iter(chosen)
-        for draw in draws:
-            tokens.append(0 if draw.params.changes_logits else self._checked(next(ready), self._logits, draw.row))
-        if len(chosen) < len(draws):
-            self._draw_changed(tokens, draws)
-        return tokens
+        plain = [draw for draw in draws if not draw.params.changes_logits]
+        if len(plain) < len(draws):
+            return [self._draw_changed(draws, iter(chosen))]
+        rounds = [chosen[first : first + len(draws)] for first in range(0, len(chosen), max(1, len(draws)))]
+        return [[_checked(token) for token in tokens] for tokens in rounds if NOT_CHOSEN not in tokens] or [[]]
 
-    def _draw_changed(self, tokens: list[int | Exception], draws: list[Draw]) -> None:
-        """Draw for those whose parameters change the logits, from copies."""
+    def _draw_changed(self, draws: list[Draw], chosen: Iterator[int]) -> list[int | Exception]:
+        """Draw for those whose parameters change the logits, from copies; the others get what was chosen."""
         which = [i for i, draw in enumerate(draws) if draw.params.changes_logits]
+        tokens = [0 if draw.params.changes_logits else _checked(next(chosen)) for draw in draws]
         good: list[int] = []
         if len(self._changed) < len(which) * self._width:
             self._changed = np.empty(len(which) * self._width, np.float32)
@@ -119,14 +122,9 @@ class Sampler:
         packed = pack_draws([draws[i]._replace(row=row) for row, i in enumerate(good)])
         if good:
             self._team.run(_programs()[0], (self._changed, packed), self._room, most=self._threads_for(len(good)))
-        for place, (i, token) in enumerate(zip(good, packed.chosen, strict=True)):
-            tokens[i] = self._checked(token, self._changed, place)
-
-    def _checked(self, token: int, logits: np.ndarray, row: int) -> int | Exception:
-        """The token, if its logit is a number."""
-        if math.isfinite(logits[row * self._width + token]):
-            return token
-        return RequestError("the logits hold no finite number to choose a token by")
+        for i, token in zip(good, packed.chosen, strict=True):
+            tokens[i] = _checked(token)
+        return tokens
 
     def _threads_for(self, rows: int) -> int:
         """Threads that so many rows are worth: another one takes as long to call in as LOGITS_PER_THREAD to look at."""
@@ -160,6 +158,11 @@ class Sampler:
             )
             for i, token in enumerate(tokens)
         ]
+
+
+def _checked(token: int) -> int | Exception:
+    """What a kernel chose, or why it could not."""
+    return token if token >= 0 else RequestError("the logits hold no finite number to choose a token by")
 
 
 def alter(logits: np.ndarray, draw: Draw) -> None:

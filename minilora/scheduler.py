@@ -175,6 +175,20 @@ class Scheduler:
             sequence.pages.append(self.pool.take(sequence.pages[-1] if sequence.pages else None))
         return True
 
+    def take_ahead(self, sequences: list[Sequence], count: int) -> int:
+        """Give planned sequences pages for `count` tokens each, or for fewer: nobody loses any for it.
+
+        Returns for how many.
+        """
+        while count > 1:
+            needed = [-(-(sequence.computed + count) // self.page) - len(sequence.pages) for sequence in sequences]
+            if sum(max(0, pages) for pages in needed) <= self.pool.available:
+                for sequence, pages in zip(sequences, needed, strict=True):
+                    sequence.pages += [self.pool.take(sequence.pages[-1]) for _ in range(pages)]
+                return count
+            count -= 1
+        return 1
+
     def _victim(self, sequence: Sequence) -> Sequence:
         """Of the sequences behind this one, the one whose loss costs least; else the sequence itself."""
         behind = [other for other in self.running if _rank(other) > _rank(sequence) and other.pages]

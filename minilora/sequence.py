@@ -104,6 +104,11 @@ class Sequence:
         return self.pending - self.proposed == 1
 
     @property
+    def repeats(self) -> bool:
+        """Whether its next steps are known: one token each, chosen by nothing but the logits."""
+        return self.decodes and not self.proposed and self.params.logprobs is None and not self.params.changes_logits
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether prompt positions still need their logits."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1

@@ -253,7 +253,7 @@ class Recorder:
             course.time_per_token.add(decode / (sequence.generated - 1))
 
     def step(self, seconds: float, decodes: int, prompt_rows: int) -> None:
-        """Note a step with so many texts that decode and rows of prompts."""
+        """Note a step with so many rows of texts that decode, and of prompts."""
         self.steps += 1
         self.step_seconds += seconds
         self.course.step_tokens.add(decodes + prompt_rows)

@@ -68,8 +68,11 @@ def serve(model):
             engine.close()
 
     yield run
-    left = [t.name for t in threading.enumerate() if t not in threads and t.name.startswith("minilora")]
-    assert not left, f"threads are left: {left}"
+    left = [thread for thread in threading.enumerate() if thread not in threads and thread.name.startswith("minilora")]
+    for thread in left:
+        # The reader is told to end, and not waited for.
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in left), f"threads are left: {left}"
 
 
 def test_many_at_once_equal_one_by_one(serve, shelf, expected):
@@ -173,7 +176,7 @@ def test_who_waits_too_long_is_told(serve, expected):
         await busy.aclose()
         assert (await waiting).outputs[0].text == expected[None]
 
-    serve(main, max_num_seqs=1)
+    serve(main, max_num_seqs=1, num_scheduler_steps=1)
 
 
 def test_warming_up_leaves_no_trace(serve):
@@ -181,7 +184,7 @@ def test_warming_up_leaves_no_trace(serve):
         await engine.warm_up()
         stats = await engine.stats()
         assert (stats.steps, stats.total.requests, stats.total.generated_tokens) == (0, 0, 0)
-        answer = engine.generate(PROMPT, GREEDY)
+        answer = engine.generate(PROMPT, SamplingParams(max_tokens=450, ignore_eos=True))
         await anext(answer)
         with pytest.raises(UsageError, match="at work"):
             await engine.warm_up()
@@ -297,7 +300,7 @@ def test_two_event_loops_share_an_engine(model, expected):
 
 @pytest.fixture(scope="module")
 def llm(model):
-    llm = LLM(model, **SIZES)
+    llm = LLM(model, num_scheduler_steps=1, **SIZES)
     yield llm
     llm.close()
 

@@ -5,17 +5,28 @@ import pytest
 
 from minilora.batch import Chunk, Draw, Packer, Use
 from minilora.params import SamplingParams
-from minilora_kernels.batch import FLOATS, INTS, StepInput, pack, unpack
+from minilora_kernels.batch import (
+    FLOATS,
+    INTS,
+    NO_NUMBER,
+    NOT_CHOSEN,
+    StepInput,
+    all_ended,
+    pack,
+    rounds_of,
+    token_at,
+    unpack,
+)
 from minilora_kernels.jit import kernel, program
 
-WIDTHS = (1, 1, 1, 1, 4, 5, 4, 1, 4, 4, 1, 1, 1, 3)
+WIDTHS = (1, 1, 1, 1, 4, 4, 4, 1, 4, 4, 1, 1, 1, 1, 3)
 
 
 @kernel
 def _copy(packed, rows, ints, floats):
     """All parts behind each other; rows of each."""
     batch, i, f = unpack(packed), 0, 0
-    for part in (batch.tokens, batch.positions, batch.pages_at, batch.pages, batch.out_rows, batch.chosen):
+    for part in (batch.tokens, batch.positions, batch.pages_at, batch.pages, batch.out_rows, batch.ends, batch.chosen):
         for value in part:
             ints[i] = value
             i += 1
@@ -59,7 +70,7 @@ def test_what_is_packed_comes_out(rows):
     assert packed.chosen == ints[-1]
     counts, numbers, reals = np.zeros(6, np.int64), np.zeros(200, np.int64), np.zeros(50, np.float32)
     COPY(packed, counts, numbers, reals)
-    order = (0, 1, 2, 3, 7, 10, 4, 5, 6, 8, 9)
+    order = (0, 1, 2, 3, 7, 10, 11, 4, 5, 6, 8, 9)
     assert counts[:4].tolist() == [rows] * 4
     assert numbers[: counts[4]].tolist() == [value for i in order for value in ints[i]]
     assert reals[: counts[5]].tolist() == [value for part in floats for value in part]
@@ -91,5 +102,41 @@ def test_a_step_of_a_prompt_and_two_decodes():
     assert found["segments"].tolist() == [[13, 15, 5, 0], [13, 15, 6, 96]] and found["scales"].tolist() == [0.5, 2.0]
     assert found["out_rows"].tolist() == [12, 13]
     assert found["out_segments"].tolist() == [[1, 2, 5, 0], [1, 2, 6, 96]]
-    assert found["choices"].tolist() == [[0, 0, 9, 15], [1, 40, -3, 40]] and found["chosen"].tolist() == [0, 0]
+    assert (
+        found["choices"].tolist() == [[0, 0, 9, 15], [1, 40, -3, 40]] and found["chosen"].tolist() == [NOT_CHOSEN] * 2
+    )
     assert found["cuts"].tolist() == [[0.0, 1.0, 0.0], [0.5, 0.75, 0.25]]
+
+
+@kernel
+def _follow(packed, turn, tokens):
+    """The tokens of a round's rows; then whether all texts end in it, and the number of rounds."""
+    batch = unpack(packed)
+    for row in range(len(batch.tokens)):
+        tokens[row] = token_at(batch, turn, row)
+    tokens[-2], tokens[-1] = all_ended(batch, turn), rounds_of(batch)
+
+
+FOLLOW = program(_follow)
+
+
+@pytest.mark.parametrize(
+    "turn, expected", [(0, [11, 12, 13, 0, 4]), (1, [21, 22, 23, 0, 4]), (2, [31, 0, 9, 1, 4]), (3, [8, 9, 0, 0, 4])]
+)
+def test_each_round_goes_on_with_the_tokens_of_the_one_before(turn, expected):
+    rounds = [[21, 22, 23], [31, NO_NUMBER, 9], [8, 9, NO_NUMBER], [NOT_CHOSEN] * 3]
+    choices, tokens = [0] * 12, np.zeros(5, np.int64)
+    packed = pack(tokens=[11, 12, 13], choices=choices, ends=[9, 8], chosen=[token for one in rounds for token in one])
+    FOLLOW(packed, turn, tokens)
+    assert tokens[[0, 1, 2, 4]].tolist() == [*expected[:3], 4]
+    assert turn == 3 or tokens[3] == expected[3]
+
+
+def test_room_for_a_long_text_in_every_round():
+    """A token at position 250, with 20 to follow: its positions are shared out from the start, in up to two splits."""
+    packer = Packer(group=3, kv_heads=1, part=10, most_parts=40, workers=8)
+    chunk, draw = Chunk([0] * 251, 250, 1, [1], (), 250), Draw(0, SamplingParams(), 1, 250, [], [], ())
+    for rounds, long in ((1, []), (20, [[0, 250, 0, 0]])):
+        found = parts_of(packer.pack([chunk], [draw], rounds, {7}))
+        assert found["long"].tolist() == long and len(found["tiles"]) == 1 - len(long)
+        assert len(found["chosen"]) == rounds and found["ends"].tolist() == [7]

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from minilora.cache import PagePool
 from minilora.errors import AdapterError
-from minilora.pace import SMALLEST, Pace
+from minilora.pace import BURST, SMALLEST, Pace
 from minilora.params import SamplingParams
 from minilora.registry import AdapterVersion
 from minilora.scheduler import Scheduler
@@ -293,6 +293,18 @@ def test_siblings_keep_their_places():
 # ---------------------------------------------------------------- random operations
 
 
+def test_pages_ahead_are_taken_as_far_as_they_are_free():
+    world = World(pages=6)
+    first, second = world.submit(prompt=6, generate=30), world.submit(prompt=6, generate=30)
+    world.step()
+    world.scheduler.schedule()
+    assert world.scheduler.take_ahead([first, second], 100) == 6, "two of the six pages are free, one for each"
+    assert [len(sequence.pages) for sequence in (first, second)] == [3, 3]
+    assert world.scheduler.take_ahead([first, second], 3) == 3, "they have room already"
+    assert world.scheduler.preemptions == 0 and world.pool.available == 0
+    world.check()
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, run, are cancelled, fail and lose their pages in any order; in the end all are finished."""
 
@@ -365,7 +377,7 @@ TestScheduler.settings = settings(max_examples=250, stateful_step_count=50, dead
 
 
 def test_pace_learns_how_long_rows_take():
-    pace = Pace(0.1, 512)
+    pace = Pace(0.1, 512, 8)
     assert pace.chunk() == 512, "nothing is known yet"
     for _ in range(50):
         pace.observe(4, 0, 0.004)
@@ -374,4 +386,16 @@ def test_pace_learns_how_long_rows_take():
     for _ in range(100):
         pace.observe(4, 100, 0.004 + 5.0)
     assert pace.chunk() == SMALLEST, "prompts always go on"
-    assert Pace(None, 512).chunk() == 512
+    assert Pace(None, 512, 8).chunk() == 512
+
+
+def test_pace_says_how_many_tokens_fit_in_a_burst():
+    pace = Pace(None, 512, 8)
+    assert pace.rounds() == 1, "nothing is known yet"
+    pace.observe(8, 0, BURST / 3.5)
+    assert pace.rounds() == 3
+    pace.limit = BURST / 2
+    assert pace.rounds() == 1, "a step's limit holds too"
+    pace = Pace(None, 512, 8)
+    pace.observe(1, 0, BURST / 100)
+    assert pace.rounds() == 8

@@ -361,7 +361,7 @@ def test_a_failing_step_ends_its_requests_and_leaves_a_usable_engine(weights, sh
         driver.step()
     broken = threading.Event()
 
-    def fail(chunks, draws):
+    def fail(*_):
         broken.set()
         raise MemoryError("on purpose")
 
@@ -416,7 +416,7 @@ def test_an_interrupt_in_a_step_loses_nothing(weights, shelf, needle, monkeypatc
     while not sequence.generated:
         driver.step()
 
-    def interrupt(chunks, draws):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

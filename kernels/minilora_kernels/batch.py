@@ -4,6 +4,7 @@ All of it comes in two arrays: a call with an array for each part would take ten
 what Python and NumPy keep about each.
 """
 
+from collections.abc import Collection
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -19,22 +20,28 @@ from .sample import sample, uniform
 TILE_ROW, TILE_TOKENS, TILE_POSITION, TILE_PAGES = range(4)
 # Columns of long: a token whose positions are shared out in splits of 256, with room for all of them in `parts` from
 # LONG_PARTS on.
-LONG_ROW, LONG_POSITION, LONG_PAGES, LONG_SPLITS, LONG_PARTS = range(5)
+LONG_ROW, LONG_POSITION, LONG_PAGES, LONG_PARTS = range(4)
 # Columns of choices: a token to choose.
 CHOICE_ROW, CHOICE_TOP_K, CHOICE_SEED, CHOICE_POSITION = range(4)
 # Columns of cuts.
 CUT_TEMPERATURE, CUT_TOP_P, CUT_MIN_P = range(3)
+# Instead of a token: where no logit was a finite number, and where none was chosen yet.
+NO_NUMBER, NOT_CHOSEN = -1, -2
 
 
 class StepInput(NamedTuple):
     """What one step computes: int64, then float32. T rows, rows of a sequence together.
 
     tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 4] and
-    long: [n, 5], what attention has to do, each row in one of them. segments: [S, 4], first row, end row, slot and
+    long: [n, 4], what attention has to do, each row in one of them. segments: [S, 4], first row, end row, slot and
     first column in the shrunk rows of each run of rows with one adapter; scales: [S], factors on these adapters.
     out_rows: rows whose logits are wanted; out_segments, out_scales: like segments, counted in out_rows. choices:
     [n, 4], tokens to choose: the row, counted in out_rows, top_k, and the key of the random number, seed and position;
-    cuts: [n, 3], temperature (0 for the best token), top_p and min_p; chosen: [n], the answers.
+    cuts: [n, 3], temperature (0 for the best token), top_p and min_p; chosen: [rounds, n], the answers.
+
+    In a step of several rounds all this is the first one's. In each later one every row holds the token that the one
+    before chose for it, one position on: there row r, out_rows[r] and choices[r] belong to one text. ends: tokens that
+    most likely end a text; after a round in which all texts end there is no other.
     """
 
     tokens: np.ndarray
@@ -47,6 +54,7 @@ class StepInput(NamedTuple):
     out_rows: np.ndarray
     out_segments: np.ndarray
     choices: np.ndarray
+    ends: np.ndarray
     chosen: np.ndarray
     scales: np.ndarray
     out_scales: np.ndarray
@@ -54,7 +62,7 @@ class StepInput(NamedTuple):
 
 
 # How many parts are int64, and how many float32.
-INTS, FLOATS = 11, 3
+INTS, FLOATS = 12, 3
 
 
 class Packed(NamedTuple):
@@ -68,11 +76,11 @@ class Packed(NamedTuple):
 
     @property
     def chosen(self) -> list[int]:
-        """The tokens that were chosen: the last part of ints."""
+        """What was chosen, round after round; of rounds that were left out NOT_CHOSEN."""
         return self.ints[int(self.ints[INTS - 1]) :].tolist()
 
 
-def pack(**parts: list) -> Packed:
+def pack(**parts: Collection) -> Packed:
     """The parts of a StepInput by name, row after row, as arrays; those that are not given are empty."""
     lists = [parts.pop(name, []) for name in StepInput._fields]
     if parts:
@@ -126,12 +134,13 @@ def unpack(packed):
         _part(n, n[2], n[3]),
         _part(n, n[3], n[4]),
         _table(n, n[4], n[5], 4),
-        _table(n, n[5], n[6], 5),
+        _table(n, n[5], n[6], 4),
         _table(n, n[6], n[7], 4),
         _part(n, n[7], n[8]),
         _table(n, n[8], n[9], 4),
         _table(n, n[9], n[10], 4),
         _part(n, n[10], n[11]),
+        _part(n, n[11], n[12]),
         _part(x, n[at], n[at + 1]),
         _part(x, n[at + 1], n[at + 2]),
         _table(x, n[at + 2], n[at + 3], 3),
@@ -139,9 +148,42 @@ def unpack(packed):
 
 
 @kernel
-def sample_choice(batch, i, x, width, chances, ids, to):
+def rounds_of(batch):
+    """How many times a step chooses a token for each of its choices."""
+    return len(batch.chosen) // max(1, len(batch.choices))
+
+
+@kernel
+def token_at(batch, turn, row):
+    """The token of a row in round `turn`; any that exists after one that could not be chosen."""
+    if turn == 0:
+        return batch.tokens[row]
+    return max(0, batch.chosen[(turn - 1) * len(batch.choices) + row])
+
+
+@kernel
+def all_ended(batch, turn):
+    """Whether every text has most likely ended with its token of round `turn`."""
+    count = len(batch.choices)
+    for token in batch.chosen[turn * count : (turn + 1) * count]:
+        ended = token < 0
+        for end in batch.ends:
+            ended = ended or token == end
+        if not ended:
+            return False
+    return True
+
+
+@kernel
+def sample_choice(batch, i, turn, x, width, chances, ids, to):
     """The token of choice i, whose temperature is above 0, from rows of `width` logits in x; the rest as `sample` has it."""
-    draw = uniform(np.uint64(batch.choices[i, CHOICE_SEED]), batch.choices[i, CHOICE_POSITION])
+    draw = uniform(np.uint64(batch.choices[i, CHOICE_SEED]), batch.choices[i, CHOICE_POSITION] + turn)
     at, top_k = batch.choices[i, CHOICE_ROW] * width, batch.choices[i, CHOICE_TOP_K]
     temperature, top_p, min_p = batch.cuts[i, CUT_TEMPERATURE], batch.cuts[i, CUT_TOP_P], batch.cuts[i, CUT_MIN_P]
     return sample(x, at, width, temperature, top_k, top_p, min_p, draw, chances, ids, to)
+
+
+@kernel
+def checked(token, x, at):
+    """The token, or NO_NUMBER where its logit, in a row of x from `at` on, is no finite number."""
+    return token if np.isfinite(x[at + token]) else NO_NUMBER

@@ -68,7 +68,7 @@ def test_a_stream(create, say):
     assert {i: text for i, (text, *_) in found.items()} == {o.index: o.text for o in expected.outputs}
     assert all(reason == "length" and roles == ["assistant"] for _, reason, _, roles in found.values())
     assert all(chunk.usage is None for chunk in chunks) and len({chunk.id for chunk in chunks}) == 1
-    assert len(chunks) > 20
+    assert len(chunks) > 9, "several for each text"
 
 
 def test_usage_in_streams(create, say):

@@ -77,9 +77,9 @@ def in_sampling(monkeypatch, engine, armed):
     def failing(draws, chosen):
         drawn = draw(draws, chosen)
         for i, one in enumerate(draws):
-            if armed and one.params.seed == VICTIM and one.position > 25:
+            if armed and one.params.seed == VICTIM and one.position > 18:
                 armed.clear()
-                drawn[i] = InjectedError(SECRET)
+                drawn[0][i] = InjectedError(SECRET)
         return drawn
 
     monkeypatch.setattr(sampler, "draw", failing)

@@ -1,0 +1,171 @@
+"""Several tokens in one step: the texts are what they are with one token at a time."""
+
+import numpy as np
+import pytest
+
+from minilora.params import SamplingParams
+from minilora.sequence import AdapterUse, State
+
+from .support import load_weights, make_adapter, make_engine, random_tokens
+
+RNG = np.random.default_rng(8)
+PROMPTS = [random_tokens(RNG, count) for count in (40, 7, 31, 64, 90, 12)]
+EOS = tuple(range(0, 250, 9))
+PARAMS = [
+    SamplingParams(max_tokens=30, temperature=0, ignore_eos=True),
+    SamplingParams(max_tokens=23, seed=1, stop_token_ids=tuple(range(1, 250, 20))),
+    SamplingParams(max_tokens=40, seed=2, top_k=50, top_p=0.9),
+    SamplingParams(max_tokens=5, seed=3, temperature=0.5, min_p=0.01, ignore_eos=True),
+    SamplingParams(max_tokens=1, temperature=0),
+    SamplingParams(max_tokens=33, seed=4, n=2, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tiny):
+    return load_weights(tiny("llama"), "int4")
+
+
+class Texts:
+    """An engine whose steps may give every text `rounds` tokens, and what its steps gave."""
+
+    def __init__(self, weights, rounds, eos=EOS, **config):
+        self.engine = make_engine(weights, eos=eos, debug_checks=True, num_scheduler_steps=rounds, **config)
+        # As on a machine that is fast enough for all of them.
+        self.engine._pace.rounds = lambda: rounds
+        self.use = AdapterUse(self.engine.add_adapter(make_adapter(weights.config, rank=4)), 0.5)
+        self.sequences, self.bursts = [], []
+
+    def submit(self, prompt, params, adapted=False):
+        self.sequences += self.engine.submit(prompt, params, (self.use,) if adapted else ())
+        return self.sequences[-1]
+
+    def step(self):
+        outputs = self.engine.step()
+        self.bursts.append(len(outputs))
+        return outputs
+
+    def run(self):
+        while self.engine.busy:
+            self.step()
+        assert self.engine.pool.held == 0
+        self.engine.close()
+        return [(sequence.tokens, sequence.finish_reason, sequence.stop_token) for sequence in self.sequences]
+
+
+def all_texts(weights, rounds, **config):
+    texts = Texts(weights, rounds, **config)
+    for i, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True)):
+        texts.submit(prompt, params, adapted=i % 2 == 0)
+    return texts.run(), texts.bursts
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("rounds", [2, 3, 8, 50])
+def test_the_same_texts_in_fewer_steps(weights, rounds, threads):
+    one_by_one, many = all_texts(weights, 1)
+    found, fewer = all_texts(weights, rounds, threads=threads)
+    assert found == one_by_one
+    assert len(fewer) < len(many) * (0.8 if rounds == 2 else 0.6)
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_a_long_text_grows_over_splits(weights, kind):
+    """Past position 256 its positions are shared out over the threads, from a round in the middle of a step on."""
+    prompt, params = random_tokens(RNG, 250), SamplingParams(max_tokens=300, temperature=0, ignore_eos=True)
+    found = []
+    for rounds in (1, 7):
+        texts = Texts(weights, rounds, threads=4, kv_cache_dtype=kind)
+        texts.submit(prompt, params)
+        found.append(texts.run())
+    assert found[0] == found[1] and len(texts.bursts) <= 45
+
+
+def test_texts_that_come_meanwhile(weights):
+    def texts_of(rounds):
+        texts, rng = Texts(weights, rounds, max_num_seqs=3), np.random.default_rng(3)
+        for i in range(14):
+            texts.submit(PROMPTS[i % 6], PARAMS[(i * 5) % 6], adapted=i % 3 == 0)
+            for _ in range(int(rng.integers(0, 5))):
+                texts.step()
+        return texts.run()
+
+    assert texts_of(1) == texts_of(6)
+
+
+@pytest.mark.parametrize("pages", [6, 7])
+def test_nobody_loses_pages_for_it(weights, pages):
+    """Seven pages are enough for both texts, with six one of them has to begin anew in any case."""
+    page = 2 * 2 * 2 * 32 * 16 * 2
+    params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    found = []
+    for rounds in (1, 50):
+        texts = Texts(weights, rounds, kv_cache_memory=pages * page)
+        for prompt in PROMPTS[:2]:
+            texts.submit(prompt, params)
+        found.append(texts.run())
+        assert texts.engine.stats().preemptions == 7 - pages
+    assert found[0] == found[1]
+
+
+def test_up_to_the_last_position(weights):
+    """Steps do not compute beyond what the model, and its tables, have room for."""
+    params = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
+    found = []
+    for rounds in (1, 8):
+        texts = Texts(weights, rounds, max_model_len=64)
+        for prompt in PROMPTS[:3]:
+            texts.submit(prompt, params)
+        found.append(texts.run())
+    assert found[0] == found[1] and all(len(tokens) == 64 and end == "length" for tokens, end, _ in found[0])
+
+
+def test_nothing_is_computed_after_the_end_of_all(weights, monkeypatch):
+    texts = Texts(weights, 50, eos=range(250))
+    first, second = (texts.submit(prompt, PARAMS[2]) for prompt in PROMPTS[:2])
+    whole, rounds = texts.engine.runner.run, []
+
+    def counted(*step):
+        found = whole(*step)
+        rounds.append((step[2], len(found)))
+        return found
+
+    monkeypatch.setattr(texts.engine.runner, "run", counted)
+    texts.engine.eos = frozenset()
+    while not (first.generated and second.generated):
+        texts.step()
+    texts.engine.eos = frozenset(range(250))
+    texts.step()
+    assert rounds[-1] == (39, 1) and first.finish_reason == second.finish_reason == "stop"
+    texts.run()
+
+
+def test_texts_whose_next_steps_are_not_known_get_one_token_a_step(weights):
+    for extra in (
+        {"logprobs": 0},
+        {"min_tokens": 5},
+        {"repetition_penalty": 1.1},
+        {"logits_processors": [lambda *_: None]},
+    ):
+        texts = Texts(weights, 8)
+        texts.submit(PROMPTS[0], SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, **extra))
+        texts.submit(PROMPTS[1], PARAMS[0])
+        while not all(sequence.generated for sequence in texts.sequences):
+            texts.step()
+        assert len(texts.step()) == 2
+        texts.run()
+
+
+def test_a_guess_comes_before_a_burst(weights):
+    """Guesses are checked in a step of one round; afterwards bursts go on."""
+    alone = Texts(weights, 1)
+    alone.submit(PROMPTS[0], PARAMS[0])
+    [(tokens, _, _)] = alone.run()
+    texts = Texts(weights, 4)
+    sequence = texts.submit(PROMPTS[0], PARAMS[0])
+    while not sequence.generated:
+        texts.step()
+    texts.engine.propose(sequence, [*tokens[41:43], 3])
+    assert [output.token for output in texts.step()] == tokens[41:44] and sequence.state is State.RUNNING
+    assert [output.token for output in texts.step()] == tokens[44:48]
+    assert texts.run()[0][0] == tokens
