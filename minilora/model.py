@@ -554,13 +554,14 @@ def _best(c, row, padded):
 
 
 @cache
-def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
+def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_unit: int):
     """The step for models whose matrices have these formats, with pages and adapters of these formats.
 
-    Everything else is a runtime value, so models that share formats share the machine code.
+    head_unit: what the heads' size is a multiple of, 16 or 64. Everything else is a runtime value, so models that share
+    all these share the machine code.
     """
     linear = make_linear(formats)
-    write_key, write_value, attend, attend_parts = make_attention(kv_format)
+    write_key, write_value, attend, attend_parts = make_attention(kv_format, head_unit)
     shrink_all, expand_all, embed_rows = _make_adapters(lora_format)
     project_heads = _make_projection(linear, expand_all, write_key, write_value)
     attend_all = _make_attention(attend, attend_parts)
@@ -605,4 +606,4 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int):
             turn += 1
             going = turn < rounds_of(batch) and not all_ended(batch, turn - 1)
 
-    return team_program(step, (formats, kv_format, lora_format))
+    return team_program(step, (formats, kv_format, lora_format, head_unit))

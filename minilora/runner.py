@@ -73,7 +73,9 @@ class Runner:
         self._setup_adapters(int(free * ADAPTER_SHARE))
         self._setup_buffers()
         self._networks = self._place_weights(free)
-        self._step = make_step(weights.formats, self.kv_format, self.adapters.format)
+        self._step = make_step(
+            weights.formats, self.kv_format, self.adapters.format, 16 if self.model.head_dim % 64 else 64
+        )
         self._prepare()
 
     def _setup_pages(self, most: int) -> None:

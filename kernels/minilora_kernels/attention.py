@@ -258,7 +258,7 @@ def _make_scores(kv_format):
     return scores
 
 
-def _make_values(kv_format):
+def _make_values(kv_format, unit):
     quantized = kv_format == KV_INT8
 
     def for_width(width):
@@ -279,11 +279,11 @@ def _make_values(kv_format):
 
         return values
 
-    wide, narrow = for_width(4), for_width(1)
+    wide, narrow = for_width(4), for_width(1) if unit % 64 else None
 
     @kernel
     def values(kv, token, count, keys, rows, scratch, weights_at, sums_at):
-        """All rows, all columns: 64 at a time, the rest 16 at a time; meanwhile the keys of token `keys` come nearer."""
+        """All rows, all columns: 64 at a time, a rest 16 at a time; meanwhile the keys of token `keys` come nearer."""
         if quantized:
             for r in range(rows):
                 for t in range(weights_at + r * SPLIT, weights_at + r * SPLIT + SUBPAGE, 16):
@@ -292,8 +292,9 @@ def _make_values(kv_format):
         whole = kv.size // 64 * 64
         for d in range(0, whole, 64):
             wide(kv, token, count, keys, d, rows, scratch, weights_at, sums_at)
-        for d in range(whole, kv.size, 16):
-            narrow(kv, token, count, keys, d, rows, scratch, weights_at, sums_at)
+        if narrow is not None:
+            for d in range(whole, kv.size, 16):
+                narrow(kv, token, count, keys, d, rows, scratch, weights_at, sums_at)
 
     return values
 
@@ -367,8 +368,8 @@ def _first_seen(query, start):
     return max(start, (query.position - query.window + 1) // SUBPAGE * SUBPAGE)
 
 
-def _make_split(kv_format):
-    scores, values = _make_scores(kv_format), _make_values(kv_format)
+def _make_split(kv_format, unit):
+    scores, values = _make_scores(kv_format), _make_values(kv_format, unit)
 
     @kernel
     def attend_split(kv, query, pages, split, begins, goes_on, scratch, q_at, weights, sums, state):
@@ -401,9 +402,12 @@ def _make_split(kv_format):
 
 
 @cache
-def make_attention(kv_format: int):
-    """(write_key, write_value, attend, attend_parts) for a pool of this format; merge_parts serves all."""
-    attend_split = _make_split(kv_format)
+def make_attention(kv_format: int, unit: int = 16):
+    """(write_key, write_value, attend, attend_parts) for a pool of this format; merge_parts serves all.
+
+    unit: what the heads' size is a multiple of, 16 or 64; with 64 there is less to compile.
+    """
+    attend_split = _make_split(kv_format, unit)
 
     @kernel
     def load_queries(kv, query, q, q_at, q_stride, scratch, to):

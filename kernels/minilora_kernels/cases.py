@@ -335,6 +335,7 @@ def _make_attend_parts(kv_format: int) -> Make:
 
 def _attention_cases(kv_format: int) -> list[Case]:
     write_key, write_value, attend, attend_parts = make_attention(kv_format)
+    _, _, attend_64, attend_parts_64 = make_attention(kv_format, 64)
     name, width = KV_NAMES[kv_format], {KV_FLOAT32: 4, KV_FLOAT16: 2, KV_INT8: 1}[kv_format]
     small = (
         {"position": 0, "tokens": 1, "heads": 1, "group": 1, "size": 16},
@@ -343,7 +344,9 @@ def _attention_cases(kv_format: int) -> list[Case]:
         {"position": 600, "tokens": 4, "heads": 1, "group": 2, "size": 128, "window": 290},
     )
     large = tuple({"position": p, "tokens": t, "heads": 1, "group": 4, "size": 64} for p, t in ((4095, 1), (504, 8)))
+    small_64 = tuple(s for s in small if s["size"] % 64 == 0)
     part = tuple({**s, "first": first, "end": 2} for s in small[1:] for first in (0, 1))
+    part_64 = tuple(s for s in part if s["size"] % 64 == 0)
     write = tuple({"size": d, "slot": i, "page": 64} for d, i in ((16, 0), (80, 37)))
 
     def make_write(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
@@ -358,17 +361,24 @@ def _attention_cases(kv_format: int) -> list[Case]:
 
     tolerance = 2e-5
     return [
-        Case(f"attend {name}", attend, reference.attend, _make_attend(kv_format), tolerance, small, large, cost, work),
+        Case(f"attend {name}", attend, reference.attend, _make_attend(kv_format), tolerance, small, (), cost, work),
         Case(
-            f"attend_parts {name}",
-            attend_parts,
-            reference.attend_parts,
-            _make_attend_parts(kv_format),
+            f"attend {name}, 64 columns at a time",
+            attend_64,
+            reference.attend,
+            _make_attend(kv_format),
             tolerance,
-            part,
-            (),
+            small_64,
+            large,
             cost,
             work,
+        ),
+        *(
+            Case(label, kernel, reference.attend_parts, _make_attend_parts(kv_format), tolerance, sizes, (), cost, work)
+            for label, kernel, sizes in (
+                (f"attend_parts {name}", attend_parts, part),
+                (f"attend_parts {name}, 64 columns at a time", attend_parts_64, part_64),
+            )
         ),
         Case(
             f"write_key {name}",

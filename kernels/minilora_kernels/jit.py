@@ -40,7 +40,15 @@ _listeners: list[Callable[[str], None]] = []
 
 
 class _Part(JITCodeLibrary):
-    """A kernel's code: kept as it comes from Numba until the program that needs it is optimised as a whole."""
+    """A kernel's code: only simplified, so that it takes little memory, until the program that needs it is optimised as
+    a whole."""
+
+    def _optimize_functions(self, ll_module):
+        ll_module.data_layout = self._codegen._data_layout
+        passes, builder = _simplifying(self._codegen)
+        for function in ll_module.functions:
+            if not function.is_declaration:
+                passes.run(function, builder)
 
     def finalize(self):
         self._finalized = True
@@ -64,6 +72,12 @@ class _Whole(JITCodeLibrary):
             if function.name not in self._own:
                 function.linkage = "internal"
         super()._optimize_final_module()
+
+
+@cache
+def _simplifying(codegen):
+    """LLVM's cheapest passes. One set for all kernels: to make it anew costs as much as to run it."""
+    return codegen._function_pass_manager(opt=1)
 
 
 def _closure(libraries):
