@@ -105,8 +105,11 @@ class Sequence:
 
     @property
     def repeats(self) -> bool:
-        """Whether its next steps are known: one token each, chosen by nothing but the logits."""
-        return self.decodes and not self.proposed and self.params.logprobs is None and not self.params.changes_logits
+        """Whether its next steps are known: one token each, chosen by nothing but the logits, of which nothing else is
+        wanted."""
+        if self.proposed or self.siblings or not self.decodes:
+            return False
+        return self.params.logprobs is None and not self.params.changes_logits
 
     @property
     def wants_prompt_logprobs(self) -> bool:

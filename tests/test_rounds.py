@@ -156,6 +156,20 @@ def test_texts_whose_next_steps_are_not_known_get_one_token_a_step(weights):
         texts.run()
 
 
+def test_copies_start_before_a_burst(weights):
+    """Of a prompt of one token, or one token beyond cached pages, only that is to be computed; yet its copies wait for it."""
+    for prompt in (PROMPTS[0][:1], PROMPTS[0][:33]):
+        found = []
+        for rounds in (1, 8):
+            texts = Texts(weights, rounds)
+            for _ in range(2):
+                texts.submit(prompt, SamplingParams(max_tokens=9, seed=5, n=3, ignore_eos=True))
+                while texts.engine.busy:
+                    texts.step()
+            found.append(texts.run())
+        assert found[0] == found[1] and len({tuple(tokens) for tokens, _, _ in found[0]}) == 3
+
+
 def test_a_guess_comes_before_a_burst(weights):
     """Guesses are checked in a step of one round; afterwards bursts go on."""
     alone = Texts(weights, 1)
