@@ -15,11 +15,12 @@ class Pace:
 
     def __init__(self, limit: float | None, most_rows: int, most_rounds: int):
         self.limit, self.most_rows, self.most_rounds = limit, most_rows, most_rounds
-        self.decode_step = self.prompt_row = 0.0
+        self.decode_step = self.prompt_row = self.newest_decode = 0.0
 
     def observe(self, decodes: int, prompt_rows: int, seconds: float) -> None:
         """Note a step's rows of each kind and its duration, or that of one of its rounds."""
         if not prompt_rows:
+            self.newest_decode = seconds
             self.decode_step = _average(self.decode_step, seconds)
         else:
             rest = seconds - (self.decode_step if decodes else 0.0)
@@ -34,10 +35,11 @@ class Pace:
 
     def rounds(self) -> int:
         """Tokens that a step may give each text without new ones waiting for long, or bursts being seen."""
-        if not self.decode_step:
+        if not self.newest_decode:
             return 1
+        # No average: the next step is most like the last one, and the first of all is far too slow.
         seconds = BURST if self.limit is None else min(BURST, self.limit)
-        return int(min(max(seconds / self.decode_step, 1), self.most_rounds))
+        return int(min(max(seconds / self.newest_decode, 1), self.most_rounds))
 
 
 def _average(before: float, value: float) -> float:

@@ -397,5 +397,6 @@ def test_pace_says_how_many_tokens_fit_in_a_burst():
     pace.limit = BURST / 2
     assert pace.rounds() == 1, "a step's limit holds too"
     pace = Pace(None, 512, 8)
-    pace.observe(1, 0, BURST / 100)
-    assert pace.rounds() == 8
+    for seconds, rounds in ((1.0, 1), (BURST / 100, 8), (BURST / 2.5, 2)):
+        pace.observe(1, 0, seconds)
+        assert pace.rounds() == rounds
