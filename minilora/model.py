@@ -6,9 +6,9 @@ its work over the threads; a barrier ends it:
     embed | norm, q k v, rotate, write pages | attend | o | norm, gate up, silu | down | ... | norm, head
 
 For up to FEW rows every thread normalises and quantises all of them itself, which costs less than a barrier.
-With adapters, `shrink` and a barrier come before each product. A step may go on in further rounds, each with the tokens
-that the one before chose. Whatever the batch and the team, each number is
-computed by the same operations in the same order.
+With adapters, `shrink` and a barrier come before each product. A step may go on in further rounds, each with the
+tokens that the one before chose. Whatever the batch and the team, each number is computed by the same operations in
+the same order.
 """
 
 from functools import cache
