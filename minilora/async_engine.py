@@ -204,11 +204,12 @@ class AsyncEngine:
         return 0.0 if began is None else time.monotonic() - began
 
     def close(self) -> None:
-        """End the thread; requests under way end with EngineClosedError."""
+        """End the threads, after an adapter that is being read; requests under way end with EngineClosedError."""
         self._closing = True
         self._wake.set()
-        self._reader.shutdown(wait=False)
-        if threading.current_thread() is not self._thread:
+        elsewhere = threading.current_thread() is not self._thread
+        self._reader.shutdown(wait=elsewhere)
+        if elsewhere:
             self._thread.join()
 
     # ------------------------------------------------------------ orders

@@ -367,7 +367,7 @@ class Engine:
         logprobs: list[TokenLogprobs | None],
         outputs: list[Output],
     ) -> None:
-        """Append the drawn tokens that count, to the text and to outputs: up to the text's end, or the first wrong guess."""
+        """Append the drawn tokens that count, up to the text's end or the first wrong guess, to the text and to outputs."""
         sequence = answer.sequence
         for i, token in enumerate(tokens):
             if isinstance(token, Exception):

@@ -183,8 +183,8 @@ class Runner:
     ) -> list[list[int | Exception]]:
         """One step: keys and values go to the chunks' pages, the wanted logits to the sampler's rows, in order.
 
-        Chunks with equal adapters must be neighbours. Returns for each round a token for each draw, or why there is none.
-        rounds, ends: see Packer.pack.
+        Chunks with equal adapters must be neighbours. Returns for each round a token for each draw, or why there is
+        none. rounds, ends: see Packer.pack.
         """
         started = time.perf_counter()
         plain = [draw for draw in draws if not draw.params.changes_logits]

@@ -95,11 +95,10 @@ class Sampler:
         """A token for each, in each round of a step; or why there is none: an error of its logits processor, or logits
         that are no numbers.
 
-        chosen: what the step chose, round after round, for those whose parameters leave the logits as they are. Only where
-        these are all can there be several rounds.
+        chosen: what the step chose, round after round, for those whose parameters leave the logits as they are. Only
+        where these are all can there be several rounds.
         """
-        plain = [draw for draw in draws if not draw.params.changes_logits]
-        if len(plain) < len(draws):
+        if any(draw.params.changes_logits for draw in draws):
             return [self._draw_changed(draws, iter(chosen))]
         rounds = [chosen[first : first + len(draws)] for first in range(0, len(chosen), max(1, len(draws)))]
         return [[_checked(token) for token in tokens] for tokens in rounds if NOT_CHOSEN not in tokens] or [[]]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from minilora.errors import RequestError
 from minilora.params import SamplingParams
 from minilora.sequence import AdapterUse, State
 
@@ -51,6 +52,21 @@ class Texts:
         assert self.engine.pool.held == 0
         self.engine.close()
         return [(sequence.tokens, sequence.finish_reason, sequence.stop_token) for sequence in self.sequences]
+
+
+def watch(monkeypatch, texts, change=lambda found: None):
+    """(last position, rounds asked for, rounds done) of the steps to come; change: what to do with what they give."""
+    whole, seen = texts.engine.runner.run, []
+
+    def run(chunks, draws, rounds, ends):
+        found = whole(chunks, draws, rounds, ends)
+        last = max(chunk.start + chunk.length for chunk in chunks) - 1
+        seen.append((last + rounds - 1, rounds, len(found)))
+        change(found)
+        return found
+
+    monkeypatch.setattr(texts.engine.runner, "run", run)
+    return seen
 
 
 def all_texts(weights, rounds, **config):
@@ -108,36 +124,72 @@ def test_nobody_loses_pages_for_it(weights, pages):
     assert found[0] == found[1]
 
 
-def test_up_to_the_last_position(weights):
+def test_up_to_the_last_position(weights, monkeypatch):
     """Steps do not compute beyond what the model, and its tables, have room for."""
     params = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
     found = []
     for rounds in (1, 8):
         texts = Texts(weights, rounds, max_model_len=64)
+        seen = watch(monkeypatch, texts)
         for prompt in PROMPTS[:3]:
             texts.submit(prompt, params)
         found.append(texts.run())
+        assert max(last for last, _, _ in seen) < 64 and max(asked for _, asked, _ in seen) == rounds
     assert found[0] == found[1] and all(len(tokens) == 64 and end == "length" for tokens, end, _ in found[0])
 
 
-def test_nothing_is_computed_after_the_end_of_all(weights, monkeypatch):
-    texts = Texts(weights, 50, eos=range(250))
-    first, second = (texts.submit(prompt, PARAMS[2]) for prompt in PROMPTS[:2])
-    whole, rounds = texts.engine.runner.run, []
+@pytest.mark.parametrize("kind", ["eos", "stop_token_ids", "ignored"])
+def test_nothing_is_computed_after_the_end(weights, monkeypatch, kind):
+    alone = Texts(weights, 1)
+    alone.submit(PROMPTS[0], PARAMS[0])
+    text = alone.run()[0][0][len(PROMPTS[0]) :]
+    length = next(i for i in range(3, 30) if text[i] not in text[:i]) + 1
+    end = text[length - 1]
+    texts = Texts(weights, 50, eos=() if kind == "stop_token_ids" else (end,))
+    stops = (end,) if kind == "stop_token_ids" else ()
+    texts.submit(
+        PROMPTS[0], SamplingParams(max_tokens=30, temperature=0, ignore_eos=kind == "ignored", stop_token_ids=stops)
+    )
+    seen = watch(monkeypatch, texts)
+    [(tokens, reason, _)] = texts.run()
+    if kind == "ignored":
+        assert seen == [(39, 1, 1), (68, 29, 29)] and tokens[40:] == text and reason == "length"
+    else:
+        assert seen == [(39, 1, 1), (68, 29, length - 1)] and tokens[40:] == text[:length] and reason == "stop"
 
-    def counted(*step):
-        found = whole(*step)
-        rounds.append((step[2], len(found)))
-        return found
 
-    monkeypatch.setattr(texts.engine.runner, "run", counted)
-    texts.engine.eos = frozenset()
-    while not (first.generated and second.generated):
+def test_a_token_that_could_not_be_chosen_ends_one_text_only(weights, monkeypatch):
+    """In the third of eight rounds: what came before is kept, what comes after is not, the neighbour goes on."""
+    alone = Texts(weights, 1)
+    alone.submit(PROMPTS[0], PARAMS[0])
+    alone.submit(PROMPTS[1], PARAMS[0])
+    (right, _, _), (other, _, _) = alone.run()
+    texts = Texts(weights, 8)
+    bad, good = (texts.submit(prompt, PARAMS[0]) for prompt in PROMPTS[:2])
+    while not (bad.generated and good.generated):
         texts.step()
-    texts.engine.eos = frozenset(range(250))
-    texts.step()
-    assert rounds[-1] == (39, 1) and first.finish_reason == second.finish_reason == "stop"
-    texts.run()
+    before = len(bad.tokens)
+    error = RequestError("no number")
+    watch(monkeypatch, texts, lambda found: found[2].__setitem__(0, error) if bad.error is None else None)
+    outputs = texts.step()
+    assert bad.error is error and bad.finish_reason == "error" and bad.tokens == right[: before + 2]
+    assert [output.token for output in outputs if output.sequence is bad] == [*right[before : before + 2], None]
+    assert texts.run()[1] == (other, "length", None)
+
+
+def test_a_place_that_is_waited_for_is_left_in_time(weights, monkeypatch):
+    """Two texts run and have 4 and 30 tokens to go: 4 rounds while a third one waits, all of them otherwise."""
+    for waiting, rounds in ((True, 4), (False, 30)):
+        texts = Texts(weights, 50, max_num_seqs=2)
+        seen = watch(monkeypatch, texts)
+        for count in (5, 31):
+            texts.submit(PROMPTS[1], SamplingParams(max_tokens=count, temperature=0, ignore_eos=True))
+        texts.step()
+        if waiting:
+            texts.submit(PROMPTS[2], PARAMS[0])
+        texts.step()
+        assert seen[-1][1] == rounds
+        texts.run()
 
 
 def test_texts_whose_next_steps_are_not_known_get_one_token_a_step(weights):
@@ -157,7 +209,7 @@ def test_texts_whose_next_steps_are_not_known_get_one_token_a_step(weights):
 
 
 def test_copies_start_before_a_burst(weights):
-    """Of a prompt of one token, or one token beyond cached pages, only that is to be computed; yet its copies wait for it."""
+    """Of a prompt of one token, or one beyond cached pages, only that is to be computed; yet its copies wait for it."""
     for prompt in (PROMPTS[0][:1], PROMPTS[0][:33]):
         found = []
         for rounds in (1, 8):

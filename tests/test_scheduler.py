@@ -290,9 +290,6 @@ def test_siblings_keep_their_places():
     assert len(world.finished) == 9
 
 
-# ---------------------------------------------------------------- random operations
-
-
 def test_pages_ahead_are_taken_as_far_as_they_are_free():
     world = World(pages=6)
     first, second = world.submit(prompt=6, generate=30), world.submit(prompt=6, generate=30)
@@ -303,6 +300,9 @@ def test_pages_ahead_are_taken_as_far_as_they_are_free():
     assert world.scheduler.take_ahead([first, second], 3) == 3, "they have room already"
     assert world.scheduler.preemptions == 0 and world.pool.available == 0
     world.check()
+
+
+# ---------------------------------------------------------------- random operations
 
 
 class SchedulerMachine(RuleBasedStateMachine):

@@ -176,7 +176,10 @@ def all_ended(batch, turn):
 
 @kernel
 def sample_choice(batch, i, turn, x, width, chances, ids, to):
-    """The token of choice i, whose temperature is above 0, from rows of `width` logits in x; the rest as `sample` has it."""
+    """The token of choice i, whose temperature is above 0, in round `turn`, from rows of `width` logits in x.
+
+    The rest is `sample`'s.
+    """
     draw = uniform(np.uint64(batch.choices[i, CHOICE_SEED]), batch.choices[i, CHOICE_POSITION] + turn)
     at, top_k = batch.choices[i, CHOICE_ROW] * width, batch.choices[i, CHOICE_TOP_K]
     temperature, top_p, min_p = batch.cuts[i, CUT_TEMPERATURE], batch.cuts[i, CUT_TOP_P], batch.cuts[i, CUT_MIN_P]

@@ -359,26 +359,25 @@ def _attention_cases(kv_format: int) -> list[Case]:
     def work(s: dict[str, int]) -> int:
         return 2 * s["group"] * s["size"] * sum(s["position"] + t + 1 for t in range(s["tokens"]))
 
-    tolerance = 2e-5
+    name_64 = f"{name}, 64 columns at a time"
     return [
-        Case(f"attend {name}", attend, reference.attend, _make_attend(kv_format), tolerance, small, (), cost, work),
-        Case(
-            f"attend {name}, 64 columns at a time",
-            attend_64,
-            reference.attend,
-            _make_attend(kv_format),
-            tolerance,
-            small_64,
-            large,
-            cost,
-            work,
+        *(
+            Case(f"attend {label}", kernel, reference.attend, _make_attend(kv_format), 2e-5, sizes, timed, cost, work)
+            for label, kernel, sizes, timed in ((name, attend, small, ()), (name_64, attend_64, small_64, large))
         ),
         *(
-            Case(label, kernel, reference.attend_parts, _make_attend_parts(kv_format), tolerance, sizes, (), cost, work)
-            for label, kernel, sizes in (
-                (f"attend_parts {name}", attend_parts, part),
-                (f"attend_parts {name}, 64 columns at a time", attend_parts_64, part_64),
+            Case(
+                f"attend_parts {label}",
+                kernel,
+                reference.attend_parts,
+                _make_attend_parts(kv_format),
+                2e-5,
+                sizes,
+                (),
+                cost,
+                work,
             )
+            for label, kernel, sizes in ((name, attend_parts, part), (name_64, attend_parts_64, part_64))
         ),
         Case(
             f"write_key {name}",

@@ -61,14 +61,14 @@ def test_an_answer(create, say):
 
 
 def test_a_stream(create, say):
-    expected = say(n=3, max_tokens=20, **SEEDED)
-    with create(max_completion_tokens=20, n=3, stream=True, **SEEDED) as stream:
+    expected = say(n=3, max_tokens=60, **SEEDED)
+    with create(max_completion_tokens=60, n=3, stream=True, **SEEDED) as stream:
         chunks = list(stream)
     found = join(chunks)
     assert {i: text for i, (text, *_) in found.items()} == {o.index: o.text for o in expected.outputs}
     assert all(reason == "length" and roles == ["assistant"] for _, reason, _, roles in found.values())
     assert all(chunk.usage is None for chunk in chunks) and len({chunk.id for chunk in chunks}) == 1
-    assert len(chunks) > 9, "several for each text"
+    assert len(chunks) > 20
 
 
 def test_usage_in_streams(create, say):
