@@ -128,7 +128,7 @@ def test_up_to_the_last_position(weights, monkeypatch):
     """Steps do not compute beyond what the model, and its tables, have room for."""
     params = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
     found = []
-    for rounds in (1, 8):
+    for rounds in (1, 5):
         texts = Texts(weights, rounds, max_model_len=64)
         seen = watch(monkeypatch, texts)
         for prompt in PROMPTS[:3]:
