@@ -36,6 +36,7 @@ from minilora_kernels.batch import (
     token_at,
     unpack,
 )
+from minilora_kernels.held import by_value, hold
 from minilora_kernels.jit import kernel
 from minilora_kernels.linear import Rows, make_linear
 from minilora_kernels.lora import make_lora, panel_bytes
@@ -121,7 +122,10 @@ class Fixed(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every phase of a step sees: the thread's number, the team's size and barrier, the round, and all arrays."""
+    """What every phase of a step sees: the thread's number, the team's size and barrier, the round, and all arrays.
+
+    Kernels get it by address, see `hold`.
+    """
 
     rank: int
     size: int
@@ -382,7 +386,7 @@ def _make_attention(attend, attend_parts):
     @kernel
     def attend_tiles(c, layer, group):
         """Tile by tile, as threads come free."""
-        shape, batch, b = c.shape, c.batch, c.buffers
+        shape, kv, batch, b = c.shape, by_value(c.kv), c.batch, c.buffers
         window, scratch_at = c.w.layers[layer, WINDOW], c.rank * b.scratch_stride
         item = claim(c.sync)
         while item < len(batch.tiles) * shape.kv_heads:
@@ -393,13 +397,13 @@ def _make_attention(attend, attend_parts):
             column = head * group * shape.head_dim
             q_at, out_at = row * b.qkv_stride + column, row * b.a.stride + column
             out, stride = b.a.values, b.a.stride
-            attend(c.kv, query, batch.pages, b.qkv, q_at, b.qkv_stride, out, out_at, stride, b.scratch, scratch_at)
+            attend(kv, query, batch.pages, b.qkv, q_at, b.qkv_stride, out, out_at, stride, b.scratch, scratch_at)
             item = claim(c.sync)
 
     @kernel
     def attend_long(c, layer, i, group):
         """This thread's part of one long token: neighbouring splits, head by head."""
-        shape, batch, b = c.shape, c.batch, c.buffers
+        shape, kv, batch, b = c.shape, by_value(c.kv), c.batch, c.buffers
         row, position = batch.long[i, LONG_ROW], batch.long[i, LONG_POSITION] + c.turn
         splits = position // SPLIT + 1
         window, pages_at, scratch_at = c.w.layers[layer, WINDOW], batch.long[i, LONG_PAGES], c.rank * b.scratch_stride
@@ -411,7 +415,7 @@ def _make_attention(attend, attend_parts):
             q_at = row * b.qkv_stride + head * group * shape.head_dim
             part = batch.long[i, LONG_PARTS] + low * group * (shape.head_dim + 2)
             attend_parts(
-                c.kv, query, batch.pages, split, end, b.qkv, q_at, b.qkv_stride, b.parts, part, b.scratch, scratch_at
+                kv, query, batch.pages, split, end, b.qkv, q_at, b.qkv_stride, b.parts, part, b.scratch, scratch_at
             )
             low += end - split
 
@@ -603,7 +607,7 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
         batch, (w, shape, kv, adapters, buffers) = unpack(packed), fixed
         turn, going = 0, True
         while going:
-            forward(Context(rank, size, sync, turn, w, shape, kv, batch, adapters, buffers))
+            forward(hold(Context(rank, size, sync, turn, w, shape, kv, batch, adapters, buffers)))
             turn += 1
             going = turn < rounds_of(batch) and not all_ended(batch, turn - 1)
 
