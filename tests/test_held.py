@@ -10,8 +10,13 @@ from minilora_kernels.held import by_value, hold
 from minilora_kernels.jit import kernel, program
 
 
+class Innermost(NamedTuple):
+    offset: np.float32
+
+
 class Inner(NamedTuple):
     weights: np.ndarray
+    most: Innermost
     factor: np.float32
     last: bool
 
@@ -28,7 +33,7 @@ def _dot(inner, table):
     total = np.float32(0)
     for i in range(len(inner.weights)):
         total += inner.weights[i] * table[1, i]
-    return total * inner.factor
+    return total * inner.factor + inner.most.offset
 
 
 @kernel
@@ -55,22 +60,29 @@ def _no_tuple(outer, out):
     hold(out)
 
 
+@kernel
+def _no_address(outer, out):
+    by_value(outer)
+
+
 def arguments():
     weights = np.array([1, 2, 3], np.float32)
     table = np.arange(6, dtype=np.float32).reshape(2, 3)
-    return Outer(False, table, Inner(weights, np.float32(0.5), True), 7), np.zeros((3, 3), np.float32)
+    return Outer(False, table, Inner(weights, Innermost(np.float32(8)), np.float32(0.5), True), 7), np.zeros(
+        (3, 3), np.float32
+    )
 
 
 def test_fields_inner_tuples_and_what_is_written_through_them():
     outer, out = arguments()
     program(_turns)(outer, out)
-    expected = [0.5 * (3 * (1 + turn) + 4 * 2 + 5 * 3) for turn in range(3)]
+    expected = [8 + 0.5 * (3 * (1 + turn) + 4 * 2 + 5 * 3) for turn in range(3)]
     assert out[:, 0].tolist() == out[:, 1].tolist() == expected
     assert out[:, 2].tolist() == [3, 2, 2]
     assert outer.inner.weights[0] == 4
 
 
-@pytest.mark.parametrize("wrong", [_misspelt, _no_tuple])
-def test_unknown_fields_and_what_is_no_tuple_do_not_compile(wrong):
+@pytest.mark.parametrize("wrong", [_misspelt, _no_tuple, _no_address])
+def test_unknown_fields_and_the_wrong_kind_do_not_compile(wrong):
     with pytest.raises(TypingError):
         program(wrong)(*arguments())
