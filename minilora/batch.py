@@ -5,8 +5,9 @@ from itertools import chain
 from operator import itemgetter
 from typing import NamedTuple
 
-from minilora_kernels.attention import SPLIT, partial_size
+from minilora_kernels.attention import partial_size
 from minilora_kernels.batch import NOT_CHOSEN, TILE_POSITION, Packed, pack
+from minilora_kernels.pages import SPLIT
 
 from .params import SamplingParams
 

@@ -10,34 +10,21 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilora_kernels.attention import KV, KV_FLOAT16, KV_FLOAT32, KV_INT8, RUN
+from minilora_kernels.pages import KV, KV_FLOAT16, KV_FLOAT32, KV_INT8, RUN, empty_pool, token_bytes
 
 from .config import ModelConfig
 
 KV_FORMATS = {"float32": KV_FLOAT32, "float16": KV_FLOAT16, "int8": KV_INT8}
-_DTYPES = {KV_FLOAT32: np.float32, KV_FLOAT16: np.uint16, KV_INT8: np.int8}
 
 
 def page_bytes(config: ModelConfig, kv_format: int, page: int) -> int:
     """Bytes that one page takes over all layers."""
-    numbers = 2 * config.layers * config.kv_heads * page
-    return numbers * (config.head_dim * np.dtype(_DTYPES[kv_format]).itemsize + (4 if kv_format == KV_INT8 else 0))
+    return 2 * config.layers * config.kv_heads * page * token_bytes(kv_format, config.head_dim)
 
 
 def make_kv(config: ModelConfig, kv_format: int, pages: int, page: int) -> KV:
-    """The arrays of a pool; memory that is never written is never taken from the system."""
-    tokens = config.layers * -(-pages // RUN) * RUN * config.kv_heads * page
-    scales = tokens if kv_format == KV_INT8 else 1
-    return KV(
-        np.zeros(tokens * config.head_dim, _DTYPES[kv_format]),
-        np.zeros(tokens * config.head_dim, _DTYPES[kv_format]),
-        np.zeros(scales, np.float32),
-        np.zeros(scales, np.float32),
-        config.layers,
-        config.kv_heads,
-        config.head_dim,
-        page,
-    )
+    """The arrays of a pool."""
+    return empty_pool(kv_format, pages, config.layers, config.kv_heads, config.head_dim, page)
 
 
 def _parts(kv: KV, page: int) -> list[np.ndarray]:

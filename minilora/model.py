@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora_kernels.attention import KV, SPLIT, Query, make_attention, merge_parts
+from minilora_kernels.attention import make_attention, merge_parts
 from minilora_kernels.batch import (
     CHOICE_ROW,
     CUT_TEMPERATURE,
@@ -41,6 +41,7 @@ from minilora_kernels.jit import kernel
 from minilora_kernels.linear import Rows, make_linear
 from minilora_kernels.lora import make_lora, panel_bytes
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
+from minilora_kernels.pages import KV, NOBODY, SPLIT, Query
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
 from minilora_kernels.sample import argmax
 from minilora_kernels.sync import barrier, claim, share
@@ -350,27 +351,43 @@ def _make_projection(linear, expand_all, write_key, write_value):
             write_key(kv, layer, page, slot, key, x, at)
 
     @kernel
+    def project_some(c, layer, x_row, row, rows, head0, head1):
+        """q k v of some rows and some heads, ready for attention."""
+        size = c.shape.head_dim
+        block0, block1 = head0 * size // BLOCK, (head1 * size + BLOCK - 1) // BLOCK
+        multiply(c, layer, x_row + row, rows, block0, block1, row * c.buffers.qkv_stride + block0 * BLOCK)
+        adapt(c, layer, row, row + rows, head0, head1)
+        for r in range(row, row + rows):
+            for head in range(head0, head1):
+                finish(c, layer, r, head)
+
+    @kernel
     def project_heads(c, layer, x_row):
-        """q k v of this thread's heads, ready for attention. Ends with a barrier."""
+        """q k v of this thread's heads, ready for attention. Ends with a barrier.
+
+        Each kind of head is shared by itself: keys take longest to write, and those who have more queries get fewer of them.
+        """
         shape, count = c.shape, len(c.batch.tokens)
-        heads, unit = shape.heads + 2 * shape.kv_heads, 1 if shape.head_dim % BLOCK == 0 else 2
-        low, high = _share(c, (heads + unit - 1) // unit)
-        head0, head1 = low * unit, min(high * unit, heads)
-        block0, block1 = head0 * shape.head_dim // BLOCK, (head1 * shape.head_dim + BLOCK - 1) // BLOCK
-        step = _rows_at_once(shape.width)
+        step, keys, values = _rows_at_once(shape.width), shape.heads, shape.heads + shape.kv_heads
         for row in range(0, count, step):
             rows = min(step, count - row)
-            multiply(c, layer, x_row + row, rows, block0, block1, row * c.buffers.qkv_stride + block0 * BLOCK)
-            adapt(c, layer, row, row + rows, head0, head1)
-            for r in range(row, row + rows):
-                for head in range(head0, head1):
-                    finish(c, layer, r, head)
+            if shape.head_dim % BLOCK == 0:
+                low, high = share(shape.heads, c.rank, c.size)
+                project_some(c, layer, x_row, row, rows, low, high)
+                low, high = share(shape.kv_heads, c.size - 1 - c.rank, c.size)
+                project_some(c, layer, x_row, row, rows, keys + low, keys + high)
+                low, high = share(shape.kv_heads, c.rank, c.size)
+                project_some(c, layer, x_row, row, rows, values + low, values + high)
+            else:
+                # Two heads may share a block: pairs of them stay together.
+                low, high = share((values + shape.kv_heads + 1) // 2, c.rank, c.size)
+                project_some(c, layer, x_row, row, rows, 2 * low, min(2 * high, values + shape.kv_heads))
         barrier(c.sync, c.size)
 
     return project_heads
 
 
-def _make_attention(attend, attend_parts):
+def _make_attention(attend, attend_part):
     @kernel
     def attend_all(c, layer):
         """Attention of all heads; results are rows of buffers.a. Ends with a barrier."""
@@ -384,40 +401,72 @@ def _make_attention(attend, attend_parts):
             barrier(c.sync, c.size)
 
     @kernel
+    def tile_query(c, layer, item, group):
+        """One kv head of one tile; NOBODY where there is no such item."""
+        tile, head = item // c.shape.kv_heads, item % c.shape.kv_heads
+        if tile >= len(c.batch.tiles):
+            return NOBODY
+        tokens, position = c.batch.tiles[tile, TILE_TOKENS], c.batch.tiles[tile, TILE_POSITION] + c.turn
+        window = c.w.layers[layer, WINDOW]
+        return Query(layer, head, group, position, tokens, window, c.batch.tiles[tile, TILE_PAGES])
+
+    @kernel
     def attend_tiles(c, layer, group):
-        """Tile by tile, as threads come free."""
-        shape, kv, batch, b = c.shape, by_value(c.kv), c.batch, c.buffers
-        window, scratch_at = c.w.layers[layer, WINDOW], c.rank * b.scratch_stride
-        item = claim(c.sync)
-        while item < len(batch.tiles) * shape.kv_heads:
-            tile, head = item // shape.kv_heads, item % shape.kv_heads
-            row, tokens = batch.tiles[tile, TILE_ROW], batch.tiles[tile, TILE_TOKENS]
-            position, pages_at = batch.tiles[tile, TILE_POSITION] + c.turn, batch.tiles[tile, TILE_PAGES]
-            query = Query(layer, head, group, position, tokens, window, pages_at)
-            column = head * group * shape.head_dim
-            q_at, out_at = row * b.qkv_stride + column, row * b.a.stride + column
-            out, stride = b.a.values, b.a.stride
-            attend(kv, query, batch.pages, b.qkv, q_at, b.qkv_stride, out, out_at, stride, b.scratch, scratch_at)
-            item = claim(c.sync)
+        """Tile by tile, as threads come free; each takes one ahead, to ask for its keys."""
+        kv, batch, b, scratch_at = by_value(c.kv), c.batch, c.buffers, c.rank * c.buffers.scratch_stride
+        item, asked = claim(c.sync), 0
+        query = tile_query(c, layer, item, group)
+        while query.tokens > 0:
+            following = claim(c.sync)
+            then = tile_query(c, layer, following, group)
+            row, column = batch.tiles[item // c.shape.kv_heads, TILE_ROW], query.head * group * c.shape.head_dim
+            asked = attend(
+                kv,
+                query,
+                batch.pages,
+                asked,
+                then,
+                b.qkv,
+                row * b.qkv_stride + column,
+                b.qkv_stride,
+                b.a.values,
+                row * b.a.stride + column,
+                b.a.stride,
+                b.scratch,
+                scratch_at,
+            )
+            item, query = following, then
 
     @kernel
     def attend_long(c, layer, i, group):
-        """This thread's part of one long token: neighbouring splits, head by head."""
+        """This thread's part of one long token: split by split, in each all heads, which are neighbours in memory."""
         shape, kv, batch, b = c.shape, by_value(c.kv), c.batch, c.buffers
         row, position = batch.long[i, LONG_ROW], batch.long[i, LONG_POSITION] + c.turn
-        splits = position // SPLIT + 1
+        splits, heads = position // SPLIT + 1, shape.kv_heads
         window, pages_at, scratch_at = c.w.layers[layer, WINDOW], batch.long[i, LONG_PAGES], c.rank * b.scratch_stride
-        low, high = _share(c, shape.kv_heads * splits)
-        while low < high:
-            head, split = low // splits, low % splits
-            end = min(splits, split + high - low)
+        low, high = _share(c, splits * heads)
+        asked = 0
+        for item in range(low, high):
+            split, head = item // heads, item % heads
             query = Query(layer, head, group, position, 1, window, pages_at)
-            q_at = row * b.qkv_stride + head * group * shape.head_dim
-            part = batch.long[i, LONG_PARTS] + low * group * (shape.head_dim + 2)
-            attend_parts(
-                kv, query, batch.pages, split, end, b.qkv, q_at, b.qkv_stride, b.parts, part, b.scratch, scratch_at
+            # What follows this thread's last split is another's.
+            then = Query(layer, (item + 1) % heads, group, position, 1, window, pages_at) if item + 1 < high else NOBODY
+            asked = attend_part(
+                kv,
+                query,
+                batch.pages,
+                split,
+                asked,
+                then,
+                (item + 1) // heads,
+                b.qkv,
+                row * b.qkv_stride + head * group * shape.head_dim,
+                b.qkv_stride,
+                b.parts,
+                batch.long[i, LONG_PARTS] + (head * splits + split) * group * (shape.head_dim + 2),
+                b.scratch,
+                scratch_at,
             )
-            low += end - split
 
     @kernel
     def merge_long(c, group):
@@ -566,10 +615,10 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
     all these share the machine code.
     """
     linear = make_linear(formats)
-    write_key, write_value, attend, attend_parts = make_attention(kv_format, head_unit)
+    write_key, write_value, attend, attend_part = make_attention(kv_format, head_unit)
     shrink_all, expand_all, embed_rows = _make_adapters(lora_format)
     project_heads = _make_projection(linear, expand_all, write_key, write_value)
-    attend_all = _make_attention(attend, attend_parts)
+    attend_all = _make_attention(attend, attend_part)
     add_product = _make_output(linear, shrink_all, expand_all)
     gate_up = _make_gate_up(linear, expand_all)
     logits = _make_head(linear, shrink_all, expand_all)

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from minilora_kernels.attention import KV_FLOAT16, KV_FLOAT32, SPLIT, scratch_size
+from minilora_kernels.attention import scratch_size
 from minilora_kernels.linear import Rows
 from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
+from minilora_kernels.pages import KV_FLOAT16, KV_FLOAT32, SPLIT
 from minilora_kernels.team import Each, Team
 
 from . import numa

@@ -37,12 +37,13 @@ def test_linear_rows_do_not_depend_on_their_number(case):
 @pytest.mark.parametrize("window", [0, 290])
 def test_attention_rows_do_not_depend_on_their_tile(case, window):
     size = {"position": 505, "tokens": 12, "heads": 1, "group": 3, "size": 64, "window": window}
-    kv, query, pages, q, _, stride, out, _, _, scratch, _ = case.make(np.random.default_rng(2), size)
-    case.compiled(kv, query, pages, q, 0, stride, out, 0, stride, scratch, 0)
+    kv, query, pages, _, nobody, q, _, stride, out, _, _, scratch, _ = case.make(np.random.default_rng(2), size)
+    case.compiled(kv, query, pages, 0, nobody, q, 0, stride, out, 0, stride, scratch, 0)
     for start, count in [(0, 1), (11, 1), (2, 5), (6, 6)]:
         part = query._replace(position=query.position + start, tokens=count)
         alone = np.zeros_like(out)
-        case.compiled(kv, part, pages, q, start * stride, stride, alone, 0, stride, scratch, 0)
+        # Nor on what was asked for before and will be asked for next.
+        case.compiled(kv, part, pages, 99 * start, query, q, start * stride, stride, alone, 0, stride, scratch, 0)
         assert np.array_equal(alone[: count * stride], out[start * stride : (start + count) * stride])
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minilora.cache import PagePool
-from minilora_kernels.attention import RUN
+from minilora_kernels.pages import RUN
 
 PAGES = 6
 

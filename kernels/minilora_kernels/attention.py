@@ -1,94 +1,28 @@
-"""Attention over paged keys and values: write a token, attend from some rows of one kv head.
-
-A page holds `page` tokens of one sequence (a multiple of 32) for every layer and kv head, as subpages of 32
-tokens: keys [D][32], so that the scores of 16 tokens are one vector and need no horizontal sums; values [32][D].
-Of RUN pages with neighbouring numbers the parts of one layer and head lie together: a sequence that holds such
-pages is read in longer runs. Number formats: float32, float16, int8 with a float32 scale for each token and head.
+"""Attention over paged keys and values: attend from some rows of one kv head. See `pages` for how these lie in memory.
 
 The positions of a sequence are cut into *splits* of 256. Inside a split: scores, softmax, weighted sum of
 values. Splits are merged in order by their maxima and sums (Milakov and Gimelshein 2018, arXiv:1805.02867;
 Dao et al. 2022, arXiv:2205.14135). The cut depends on the position alone, so the bits of a row depend neither
 on how its prompt was chunked nor on the rows or threads beside it.
+
+Memory is asked for evenly: the values of a split beside its scores, and beside its sums the keys that this thread
+needs next, of the same text or of the one that follows.
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 
+from . import attention_float, attention_int8
 from .jit import kernel
-from .simd import (
-    exp,
-    f32x16,
-    fma,
-    hmax,
-    hsum,
-    keep_lanes,
-    load_f16,
-    load_f32,
-    load_i8,
-    load_scalar_f32,
-    prefetch_beside,
-    round_i32,
-    scatter_f16,
-    scatter_f32,
-    scatter_i8,
-    splat_f32,
-    store_f16,
-    store_f32,
-    store_i8,
-    tile,
-    vabs,
-    vmax,
-)
+from .pages import KV_INT8, SPLIT, SUBPAGE, make_write, token_at
+from .simd import exp, fma, hmax, hsum, keep_lanes, load_f32, splat_f32, store_f32, vmax
 
-KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)
-KV_NAMES = ("float32", "float16", "int8")
-SUBPAGE = 32
-RUN = 4
+# How far ahead keys are asked for that were not asked for before.
 AHEAD = 4 * SUBPAGE
-SPLIT = 256
-
-_LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16, KV_INT8: load_i8}
-# Numbers in a cache line.
-_LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32, KV_INT8: 64}
 
 ZERO, ONE = np.float32(0), np.float32(1)
 LOWEST = np.float32(-np.inf)
-LARGEST_INT8 = np.float32(127)
-
-
-class KV(NamedTuple):
-    """The page pool.
-
-    keys, values: flat [pages, layers, heads, page / 32] of [size, 32] and [32, size]; float32, uint16 holding
-    float16, or int8. key_scales, value_scales: float32, flat [pages, layers, heads, page]; int8 only.
-    """
-
-    keys: np.ndarray
-    values: np.ndarray
-    key_scales: np.ndarray
-    value_scales: np.ndarray
-    layers: int
-    heads: int
-    size: int
-    page: int
-
-
-class Query(NamedTuple):
-    """Some tokens of one sequence, seen by the query heads that share one kv head.
-
-    position: of the first token; tokens: how many; group: query heads per kv head; window: how many positions a
-    token sees, its own included, 0 for all; pages_at: where the sequence's page numbers start.
-    """
-
-    layer: int
-    head: int
-    group: int
-    position: int
-    tokens: int
-    window: int
-    pages_at: int
 
 
 def scratch_size(rows: int, size: int) -> int:
@@ -108,193 +42,70 @@ def _padded(rows):
 _padded_rows = kernel(_padded)
 
 
-@kernel
-def _first_token(kv, layer, page, head):
-    """Number of tokens of one kv head stored before this page's."""
-    run = (page // RUN * kv.layers + layer) * kv.heads + head
-    return (run * RUN + page % RUN) * kv.page
+# ---------------------------------------------------------------- all rows of a subpage
 
 
-# ---------------------------------------------------------------- write
-
-
-@kernel
-def _scale_of(x, at, size):
-    largest = splat_f32(ZERO)
-    for i in range(0, size, 16):
-        largest = vmax(vabs(load_f32(x, at + i)), largest)
-    return hmax(largest) / LARGEST_INT8
-
-
-def _make_write(kv_format):
-    scatter, store = {KV_FLOAT32: (scatter_f32, store_f32), KV_FLOAT16: (scatter_f16, store_f16)}.get(
-        kv_format, (scatter_i8, store_i8)
-    )
-    quantized = kv_format == KV_INT8
+def _in_tiles(make):
+    """All rows, tile by tile: make(rows) for 4, 3, 2 and 1. Only the first tile asks for memory."""
+    four, three, two, one = (make(rows) for rows in (4, 3, 2, 1))
 
     @kernel
-    def write_key(kv, layer, page, slot, head, x, at):
-        """Store a token's key of one kv head: x[at : at + size], float32, as token `slot` of the page."""
-        token = _first_token(kv, layer, page, head) + slot
-        to = token // SUBPAGE * SUBPAGE * kv.size + token % SUBPAGE
-        if quantized:
-            scale = _scale_of(x, at, kv.size)
-            kv.key_scales[token] = scale
-            inverse = splat_f32(ONE / scale if scale > ZERO else ZERO)
-        for d in range(0, kv.size, 16):
-            v = load_f32(x, at + d)
-            if quantized:
-                v = round_i32(v * inverse)
-            scatter(kv.keys, to + d * SUBPAGE, SUBPAGE, v)
+    def tiles(kv, token, count, values, keys, d, rows, scratch, source, step, target, target_step):
+        r = 0
+        while rows - r >= 4:
+            four(kv, token, count, values, keys, d, scratch, source + r * step, target + r * target_step)
+            r, values, keys = r + 4, -1, -1
+        source, target = source + r * step, target + r * target_step
+        if rows - r == 3:
+            three(kv, token, count, values, keys, d, scratch, source, target)
+        elif rows - r == 2:
+            two(kv, token, count, values, keys, d, scratch, source, target)
+        elif rows - r == 1:
+            one(kv, token, count, values, keys, d, scratch, source, target)
 
-    @kernel
-    def write_value(kv, layer, page, slot, head, x, at):
-        """Store a token's value of one kv head: x[at : at + size], float32, as token `slot` of the page."""
-        token = _first_token(kv, layer, page, head) + slot
-        if quantized:
-            scale = _scale_of(x, at, kv.size)
-            kv.value_scales[token] = scale
-            inverse = splat_f32(ONE / scale if scale > ZERO else ZERO)
-        for d in range(0, kv.size, 16):
-            v = load_f32(x, at + d)
-            if quantized:
-                v = round_i32(v * inverse)
-            store(kv.values, token * kv.size + d, v)
-
-    return write_key, write_value
-
-
-# ---------------------------------------------------------------- tiles
-
-
-def _score_tile(rows: int, kv_format: int):
-    """scores[r, t] = q[r] . key[t] for `rows` rows and the 32 tokens of a subpage.
-
-    With values >= 0 the values of token `values` and its subpage are prefetched, with keys >= 0 the keys likewise.
-    """
-    load, quantized, line = _LOAD[kv_format], kv_format == KV_INT8, _LINE[kv_format]
-    # Columns: two halves of the subpage, for each two sums over every second d, so that no FMA waits for another.
-    new_acc = tile(f32x16, rows, 4)
-
-    @kernel
-    def score(kv, token, values, keys, scratch, q_at, scores_at):
-        acc = new_acc()
-        for r in range(rows):
-            for n in range(4):
-                acc[r, n] = splat_f32(ZERO)
-        at = token * kv.size
-        for d in range(0, kv.size, 2):
-            for c in range(2):
-                row = (d + c) * SUBPAGE
-                # Of int8 a cache line holds two rows, and is asked for once.
-                for n in range(0, SUBPAGE, line):
-                    if values >= 0 and (c + 1) * SUBPAGE % line == 0:
-                        prefetch_beside(kv.values, values * kv.size + row + n)
-                    if keys >= 0 and (c + 1) * SUBPAGE % line == 0:
-                        prefetch_beside(kv.keys, keys * kv.size + row + n)
-                low, high = load(kv.keys, at + row), load(kv.keys, at + row + 16)
-                for r in range(rows):
-                    q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d + c))
-                    acc[r, c] = fma(low, q, acc[r, c])
-                    acc[r, 2 + c] = fma(high, q, acc[r, 2 + c])
-        for r in range(rows):
-            for n in range(2):
-                total = acc[r, 2 * n] + acc[r, 2 * n + 1]
-                if quantized:
-                    total = total * load_f32(kv.key_scales, token + 16 * n)
-                store_f32(scratch, scores_at + r * SPLIT + 16 * n, total)
-
-    return score
-
-
-def _value_tile(rows: int, width: int, kv_format: int):
-    """sums[r] += sum over t of weight[r, t] * value[t] for `rows` rows, 16 * width columns, `count` tokens.
-
-    With keys >= 0 the keys of token `keys` and its subpage are prefetched.
-    """
-    load, line = _LOAD[kv_format], _LINE[kv_format]
-    new_acc, new_value = tile(f32x16, rows, width), tile(f32x16, width)
-
-    @kernel
-    def accumulate(kv, token, count, keys, d, scratch, weights_at, sums_at):
-        acc, value = new_acc(), new_value()
-        for r in range(rows):
-            for j in range(width):
-                acc[r, j] = load_f32(scratch, sums_at + r * kv.size + d + 16 * j)
-        for t in range(count):
-            at = (token + t) * kv.size + d
-            for j in range(width):
-                if keys >= 0 and 16 * j % line == 0:
-                    prefetch_beside(kv.keys, (keys + t) * kv.size + d + 16 * j)
-                value[j] = load(kv.values, at + 16 * j)
-            for r in range(rows):
-                weight = splat_f32(load_scalar_f32(scratch, weights_at + r * SPLIT + t))
-                for j in range(width):
-                    acc[r, j] = fma(value[j], weight, acc[r, j])
-        for r in range(rows):
-            for j in range(width):
-                store_f32(scratch, sums_at + r * kv.size + d + 16 * j, acc[r, j])
-
-    return accumulate
+    return tiles
 
 
 def _make_scores(kv_format):
-    four, three, two, one = (_score_tile(rows, kv_format) for rows in (4, 3, 2, 1))
+    if kv_format == KV_INT8:
+        tiles = _in_tiles(attention_int8.score_tile)
+    else:
+        tiles = _in_tiles(lambda rows: attention_float.score_tile(rows, kv_format))
 
     @kernel
     def scores(kv, token, keys, rows, scratch, q_at, scores_at):
         """All rows against one subpage; meanwhile its values and the keys of token `keys` come nearer."""
-        r, values = 0, token
-        while rows - r >= 4:
-            four(kv, token, values, keys, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
-            r, values, keys = r + 4, -1, -1
-        if rows - r == 3:
-            three(kv, token, values, keys, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
-        elif rows - r == 2:
-            two(kv, token, values, keys, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
-        elif rows - r == 1:
-            one(kv, token, values, keys, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+        tiles(kv, token, SUBPAGE, token, keys, 0, rows, scratch, q_at, kv.size, scores_at, SPLIT)
 
     return scores
 
 
 def _make_values(kv_format, unit):
     quantized = kv_format == KV_INT8
+    # Integers want two sums for each number.
+    width = 2 if quantized else 4
 
     def for_width(width):
-        four, three, two, one = (_value_tile(rows, width, kv_format) for rows in (4, 3, 2, 1))
+        if quantized:
+            return _in_tiles(lambda rows: attention_int8.value_tile(rows, width))
+        return _in_tiles(lambda rows: attention_float.value_tile(rows, width, kv_format))
 
-        @kernel
-        def values(kv, token, count, keys, d, rows, scratch, weights_at, sums_at):
-            r = 0
-            while rows - r >= 4:
-                four(kv, token, count, keys, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
-                r, keys = r + 4, -1
-            if rows - r == 3:
-                three(kv, token, count, keys, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
-            elif rows - r == 2:
-                two(kv, token, count, keys, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
-            elif rows - r == 1:
-                one(kv, token, count, keys, d, scratch, weights_at + r * SPLIT, sums_at + r * kv.size)
-
-        return values
-
-    wide, narrow = for_width(4), for_width(1) if unit % 64 else None
+    wide, columns = for_width(width), 16 * width
+    narrow = for_width(1) if unit % columns else None
 
     @kernel
-    def values(kv, token, count, keys, rows, scratch, weights_at, sums_at):
-        """All rows, all columns: 64 at a time, a rest 16 at a time; meanwhile the keys of token `keys` come nearer."""
-        if quantized:
-            for r in range(rows):
-                for t in range(weights_at + r * SPLIT, weights_at + r * SPLIT + SUBPAGE, 16):
-                    scale = load_f32(kv.value_scales, token + t - weights_at - r * SPLIT)
-                    store_f32(scratch, t, load_f32(scratch, t) * scale)
-        whole = kv.size // 64 * 64
-        for d in range(0, whole, 64):
-            wide(kv, token, count, keys, d, rows, scratch, weights_at, sums_at)
+    def values(kv, token, count, keys, rows, scratch, weights, position, sums):
+        """All rows, all columns: 16 * width at a time, a rest 16 at a time; meanwhile the keys of token `keys` come nearer.
+
+        weights: where those of the split begin; position: the subpage's in the split.
+        """
+        at = weights + (position // 2 if quantized else position)
+        whole = kv.size // columns * columns
+        for d in range(0, whole, columns):
+            wide(kv, token, count, -1, keys, d, rows, scratch, at, SPLIT, sums, kv.size)
         if narrow is not None:
             for d in range(whole, kv.size, 16):
-                narrow(kv, token, count, keys, d, rows, scratch, weights_at, sums_at)
+                narrow(kv, token, count, -1, keys, d, rows, scratch, at, SPLIT, sums, kv.size)
 
     return values
 
@@ -354,13 +165,6 @@ def _divide_row(sums, at, size, total, out, out_at):
 
 
 @kernel
-def _token_at(kv, query, pages, position):
-    """Where the token at a position of the query's sequence is stored, counted in tokens."""
-    page = pages[query.pages_at + position // kv.page]
-    return _first_token(kv, query.layer, page, query.head) + position % kv.page
-
-
-@kernel
 def _first_seen(query, start):
     """The first subpage's position that any row of the query sees, in the split that begins at `start`."""
     if query.window == 0:
@@ -368,23 +172,31 @@ def _first_seen(query, start):
     return max(start, (query.position - query.window + 1) // SUBPAGE * SUBPAGE)
 
 
+@kernel
+def _next_keys(query, split, splits, following):
+    """(query, position): the keys that follow those of a split, in its own text or in the next one."""
+    if split + 1 < splits:
+        return query, (split + 1) * SPLIT
+    return following, _first_seen(following, 0)
+
+
 def _make_split(kv_format, unit):
-    scores, values = _make_scores(kv_format), _make_values(kv_format, unit)
+    scores, values, quantized = _make_scores(kv_format), _make_values(kv_format, unit), kv_format == KV_INT8
 
     @kernel
-    def attend_split(kv, query, pages, split, begins, goes_on, scratch, q_at, weights, sums, state):
+    def attend_split(kv, query, pages, split, asked, following, ahead, scratch, q_at, weights, sums, state):
         """One split for all rows: sums of values and, in state, each row's maximum and total weight.
 
-        begins: this thread did not attend to the split before; goes_on: it will to the next. Memory is asked for
-        evenly: the values of a split beside its scores, the keys of the next one beside its sums.
+        asked: up to which position keys were asked for; ahead: from which one on those of `following` come next.
+        Returns up to which they were asked for.
         """
         rows, last = query.tokens * query.group, query.position + query.tokens
         start, end = split * SPLIT, min(split * SPLIT + SPLIT, last)
         first = _first_seen(query, start)
         stop = start + (end - start + 15) // 16 * 16
         for p in range(first, end, SUBPAGE):
-            keys = _token_at(kv, query, pages, p + AHEAD) if begins and p + AHEAD < end else -1
-            scores(kv, _token_at(kv, query, pages, p), keys, rows, scratch, q_at, weights + p - start)
+            keys = token_at(kv, query, pages, p + AHEAD) if asked <= p + AHEAD < end else -1
+            scores(kv, token_at(kv, query, pages, p), keys, rows, scratch, q_at, weights + p - start)
         for r in range(rows):
             own = query.position + r // query.group
             low = max(first, own - query.window + 1) if query.window > 0 else first
@@ -393,21 +205,28 @@ def _make_split(kv_format, unit):
             )
         for i in range(0, rows * kv.size, 16):
             store_f32(scratch, sums + i, splat_f32(ZERO))
+        if quantized and first < end:
+            attention_int8.weights_to_digits(kv, query, pages, first, end, rows, scratch, weights)
+        beyond = following.position + following.tokens
         for p in range(first, end, SUBPAGE):
-            token = _token_at(kv, query, pages, p)
-            keys = _token_at(kv, query, pages, p + SPLIT) if goes_on and p + SPLIT < last else -1
-            values(kv, token, min(SUBPAGE, end - p), keys, rows, scratch, weights + p - start, sums)
+            keys = token_at(kv, following, pages, ahead) if ahead < beyond else -1
+            token = token_at(kv, query, pages, p)
+            values(kv, token, min(SUBPAGE, end - p), keys, rows, scratch, weights, p - start, sums)
+            ahead += SUBPAGE
+        if quantized and first < end:
+            attention_int8.sums_to_floats(kv, rows, scratch, weights, sums)
+        return ahead
 
     return attend_split
 
 
 @cache
 def make_attention(kv_format: int, unit: int = 16):
-    """(write_key, write_value, attend, attend_parts) for a pool of this format; merge_parts serves all.
+    """(write_key, write_value, attend, attend_part) for a pool of this format; merge_parts serves all.
 
     unit: what the heads' size is a multiple of, 16 or 64; with 64 there is less to compile.
     """
-    attend_split = _make_split(kv_format, unit)
+    attend_split, quantized = _make_split(kv_format, unit), kv_format == KV_INT8
 
     @kernel
     def load_queries(kv, query, q, q_at, q_stride, scratch, to):
@@ -416,13 +235,17 @@ def make_attention(kv_format: int, unit: int = 16):
             at = q_at + r // query.group * q_stride + r % query.group * kv.size
             for d in range(0, kv.size, 16):
                 store_f32(scratch, to + r * kv.size + d, load_f32(q, at + d) * factor)
+        if quantized:
+            attention_int8.queries_to_digits(kv, query.tokens * query.group, scratch, to)
 
     @kernel
-    def attend(kv, query, pages, q, q_at, q_stride, out, out_at, out_stride, scratch, scratch_at):
+    def attend(kv, query, pages, asked, following, q, q_at, q_stride, out, out_at, out_stride, scratch, scratch_at):
         """out = softmax(q . keys / sqrt(size)) . values, over the positions up to each token's own.
 
         query: Query; pages: int64 page numbers; q, out: float32, token t at t * stride, its heads side by side;
-        scratch: float32, scratch_size(tokens * group, size) numbers from scratch_at.
+        scratch: float32, scratch_size(tokens * group, size) numbers from scratch_at. asked: up to which position this
+        thread asked for keys before; following: the Query that it serves next, one of 0 tokens where there is none.
+        Returns `asked` for that.
         """
         rows, padded = query.tokens * query.group, _padded_rows(query.tokens * query.group)
         more = scratch_at + padded * kv.size
@@ -431,11 +254,15 @@ def make_attention(kv_format: int, unit: int = 16):
         state = weights + padded * SPLIT
         load_queries(kv, query, q, q_at, q_stride, scratch, scratch_at)
         splits = (query.position + query.tokens + SPLIT - 1) // SPLIT
-        split0 = max(0, query.position - query.window + 1) // SPLIT if query.window > 0 else 0
-        attend_split(kv, query, pages, split0, True, True, scratch, scratch_at, weights, sums, state)
+        split0 = _first_seen(query, 0) // SPLIT
+        then, ahead = _next_keys(query, split0, splits, following)
+        asked = attend_split(kv, query, pages, split0, asked, then, ahead, scratch, scratch_at, weights, sums, state)
         more_state = state + 2 * padded
         for split in range(split0 + 1, splits):
-            attend_split(kv, query, pages, split, False, True, scratch, scratch_at, weights, more, more_state)
+            then, ahead = _next_keys(query, split, splits, following)
+            asked = attend_split(
+                kv, query, pages, split, asked, then, ahead, scratch, scratch_at, weights, more, more_state
+            )
             for r in range(rows):
                 mine, other = state + 2 * r, more_state + 2 * r
                 scratch[mine], scratch[mine + 1] = _merge_row(
@@ -452,33 +279,38 @@ def make_attention(kv_format: int, unit: int = 16):
         for r in range(rows):
             to = out_at + r // query.group * out_stride + r % query.group * kv.size
             _divide_row(scratch, sums + r * kv.size, kv.size, scratch[state + 2 * r + 1], out, to)
+        return asked
 
     @kernel
-    def attend_parts(kv, query, pages, split0, split1, q, q_at, q_stride, parts, parts_at, scratch, scratch_at):
-        """Splits split0 .. split1 of `attend`, not merged: rows x (size + 2) numbers each, from parts_at on.
+    def attend_part(
+        kv, query, pages, split, asked, following, then, q, q_at, q_stride, parts, parts_at, scratch, scratch_at
+    ):
+        """One split of `attend`, not merged: size + 2 numbers for each row, from parts_at on.
 
-        Row r's sums, maximum and total are at r * (size + 2).
+        They are its sums, its maximum and its total weight. then: the split of `following` that this thread serves
+        next; all else and what it returns: as `attend`.
         """
         rows, padded = query.tokens * query.group, _padded_rows(query.tokens * query.group)
         sums = scratch_at + padded * kv.size
         weights = sums + padded * kv.size
-        state, to = weights + padded * SPLIT, parts_at
+        state, to, ahead = weights + padded * SPLIT, parts_at, _first_seen(following, then * SPLIT)
         load_queries(kv, query, q, q_at, q_stride, scratch, scratch_at)
-        for split in range(split0, split1):
-            begins, goes_on = split == split0, split + 1 < split1
-            attend_split(kv, query, pages, split, begins, goes_on, scratch, scratch_at, weights, sums, state)
-            for r in range(rows):
-                for d in range(0, kv.size, 16):
-                    store_f32(parts, to + d, load_f32(scratch, sums + r * kv.size + d))
-                parts[to + kv.size], parts[to + kv.size + 1] = scratch[state + 2 * r], scratch[state + 2 * r + 1]
-                to += kv.size + 2
+        asked = attend_split(
+            kv, query, pages, split, asked, following, ahead, scratch, scratch_at, weights, sums, state
+        )
+        for r in range(rows):
+            for d in range(0, kv.size, 16):
+                store_f32(parts, to + d, load_f32(scratch, sums + r * kv.size + d))
+            parts[to + kv.size], parts[to + kv.size + 1] = scratch[state + 2 * r], scratch[state + 2 * r + 1]
+            to += kv.size + 2
+        return asked
 
-    return *_make_write(kv_format), attend, attend_parts
+    return *make_write(kv_format), attend, attend_part
 
 
 @kernel
 def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):
-    """Merge row `row` of `splits` results of attend_parts, in order, into `size` float32 from out_at.
+    """Merge row `row` of `splits` neighbouring results of attend_part, in order, into `size` float32 from out_at.
 
     The first split's sums are overwritten. The bits are those that `attend` gives.
     """

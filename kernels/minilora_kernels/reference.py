@@ -5,8 +5,8 @@ Arrays are flat, as in the kernels; each twin first cuts out what its kernel wou
 
 import numpy as np
 
-from .attention import KV, RUN, SUBPAGE, Query
 from .pack import BLOCK, COLUMNS, FLOAT16, FLOAT32, FORMAT, GROUP, INT8, PANEL, is_float, unpack, unpack_quantized, zero
+from .pages import KV, RUN, SPLIT, SUBPAGE, Query
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -129,30 +129,45 @@ def _pages(kv: KV, array, pages, layer, head, *shape):
 
 def _tokens(kv: KV, layer, head, pages, pages_at, count):
     """Keys and values [count, size] of a sequence's first tokens, as float32."""
-    table, subpages = pages[pages_at : pages_at + -(-count // kv.page)], kv.page // SUBPAGE
-    keys = _pages(kv, kv.keys, table, layer, head, subpages, kv.size, SUBPAGE)
-    k = np.moveaxis(keys, -2, -1).reshape(-1, kv.size)[:count]
-    v = _pages(kv, kv.values, table, layer, head, kv.page, kv.size).reshape(-1, kv.size)[:count]
+    table = pages[pages_at : pages_at + -(-count // kv.page)]
+    k, v = (x.reshape(-1, kv.size)[:count] for x in (_keys(kv, table, layer, head), _values(kv, table, layer, head)))
     if kv.keys.dtype == np.uint16:
         return k.view(np.float16).astype(np.float32), v.view(np.float16).astype(np.float32)
-    if kv.keys.dtype == np.int8:
+    if _has_scales(kv):
         scales = (
             _pages(kv, s, table, layer, head, kv.page).reshape(-1)[:count, None]
             for s in (kv.key_scales, kv.value_scales)
         )
-        return tuple(x * s for x, s in zip((k, v), scales, strict=True))
+        return tuple(x * s for x, s in zip((k - np.float32(128), v), scales, strict=True))
     return k, v
 
 
-def _write(kv: KV, array, scales, x, at):
+def _keys(kv: KV, pages, layer, head):
+    """Keys as they are stored, [..., subpages, 32, size]."""
+    subpages = kv.page // SUBPAGE
+    if _has_scales(kv):
+        fours = _pages(kv, kv.keys, pages, layer, head, subpages, kv.size // 4, SUBPAGE, 4)
+        return np.swapaxes(fours, -3, -2).reshape(*fours.shape[:-3], SUBPAGE, kv.size)
+    return np.swapaxes(_pages(kv, kv.keys, pages, layer, head, subpages, kv.size, SUBPAGE), -2, -1)
+
+
+def _values(kv: KV, pages, layer, head):
+    """Values as they are stored, [..., page, size]."""
+    if _has_scales(kv):
+        fours = _pages(kv, kv.values, pages, layer, head, kv.page // 4, kv.size, 4)
+        return np.swapaxes(fours, -2, -1).reshape(*fours.shape[:-3], kv.page, kv.size)
+    return _pages(kv, kv.values, pages, layer, head, kv.page, kv.size)
+
+
+def _stored(kv: KV, scales, x, at):
     """x as the pool stores it, its scale noted."""
     v = _span(x, at, kv.size)
-    if array.dtype == np.uint16:
+    if kv.keys.dtype == np.uint16:
         return np.clip(v, -65504, 65504).astype(np.float16).view(np.uint16)
-    if array.dtype == np.int8:
+    if _has_scales(kv):
         scale = np.abs(v).max() / np.float32(127)
         scales[:] = scale
-        return np.rint(v * (np.float32(1) / scale if scale > 0 else 0)).astype(np.int8)
+        return np.rint(v * (np.float32(1) / scale if 0 < scale < np.inf else 0)).astype(np.int8)
     return v
 
 
@@ -162,23 +177,40 @@ def _scales(kv: KV, array, page, layer, head, slot):
 
 def write_key(kv, layer, page, slot, head, x, at):
     """Store a token's key of one kv head."""
-    keys = _pages(kv, kv.keys, page, layer, head, kv.page // SUBPAGE, kv.size, SUBPAGE)
-    scales = _scales(kv, kv.key_scales, page, layer, head, slot)
-    keys[slot // SUBPAGE, :, slot % SUBPAGE] = _write(kv, kv.keys, scales, x, at)
+    key = _stored(kv, _scales(kv, kv.key_scales, page, layer, head, slot), x, at)
+    if _has_scales(kv):
+        keys = _pages(kv, kv.keys, page, layer, head, kv.page // SUBPAGE, kv.size // 4, SUBPAGE, 4)
+        keys[slot // SUBPAGE, :, slot % SUBPAGE] = (key + np.int16(128)).reshape(-1, 4)
+    else:
+        keys = _pages(kv, kv.keys, page, layer, head, kv.page // SUBPAGE, kv.size, SUBPAGE)
+        keys[slot // SUBPAGE, :, slot % SUBPAGE] = key
 
 
 def write_value(kv, layer, page, slot, head, x, at):
     """Store a token's value of one kv head."""
-    values = _pages(kv, kv.values, page, layer, head, kv.page, kv.size)
-    scales = _scales(kv, kv.value_scales, page, layer, head, slot)
-    values[slot] = _write(kv, kv.values, scales, x, at)
+    value = _stored(kv, _scales(kv, kv.value_scales, page, layer, head, slot), x, at)
+    if _has_scales(kv):
+        _pages(kv, kv.values, page, layer, head, kv.page // 4, kv.size, 4)[slot // 4, :, slot % 4] = value
+    else:
+        _pages(kv, kv.values, page, layer, head, kv.page, kv.size)[slot] = value
 
 
 def _has_scales(kv: KV) -> bool:
-    return kv.keys.dtype == np.int8
+    return kv.keys.dtype == np.uint8
 
 
-def attend(kv, query: Query, pages, q, q_at, q_stride, out, out_at, out_stride, scratch, scratch_at):
+def _asked(query: Query, following: Query, then, last):
+    """Up to which position of `following` keys are asked for, from split `then` on, beside a split that ends at `last`."""
+    first = _first_seen(query, (last - 1) // SPLIT)
+    return _first_seen(following, then) + max(0, -(-(last - first) // SUBPAGE) * SUBPAGE)
+
+
+def _first_seen(query: Query, split):
+    before = max(0, query.position - query.window + 1) // SUBPAGE * SUBPAGE if query.window else 0
+    return max(split * SPLIT, before)
+
+
+def attend(kv, query: Query, pages, asked, following, q, q_at, q_stride, out, out_at, out_stride, scratch, scratch_at):
     """out = softmax(q . keys / sqrt(size)) . values, over the positions up to each token's own."""
     last = query.position + query.tokens
     keys, values = _tokens(kv, query.layer, query.head, pages, query.pages_at, last)
@@ -190,28 +222,31 @@ def attend(kv, query: Query, pages, q, q_at, q_stride, out, out_at, out_stride, 
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         _grid(out, out_at + t * out_stride, kv.size, query.group, kv.size)[:] = weights @ values[first:end]
+    return _asked(query, following, 0, last)
 
 
-def attend_parts(kv, query: Query, pages, split0, split1, q, q_at, q_stride, parts, parts_at, scratch, scratch_at):
-    """Splits of 256 positions, not merged: each row's sums, maximum and total."""
+def attend_part(
+    kv, query: Query, pages, split, asked, following, then, q, q_at, q_stride, parts, parts_at, scratch, scratch_at
+):
+    """One split of 256 positions, not merged: each row's sums, maximum and total."""
     keys, values = _tokens(kv, query.layer, query.head, pages, query.pages_at, query.position + query.tokens)
     rows, width = query.tokens * query.group, kv.size + 2
-    for i in range((split1 - split0) * rows):
-        split, r = split0 + i // rows, i % rows
+    for r in range(rows):
         t, g = divmod(r, query.group)
         end = query.position + t + 1
         first = max(0, end - query.window) if query.window else 0
-        chosen = slice(max(first, split * 256), max(first, min(end, split * 256 + 256)))
+        chosen = slice(max(first, split * SPLIT), max(first, min(end, split * SPLIT + SPLIT)))
         row = _span(q, q_at + t * q_stride + g * kv.size, kv.size)
         scores = keys[chosen] @ row / np.sqrt(np.float32(kv.size))
         maximum = scores.max(initial=-np.inf)
         weights = np.exp(scores - maximum)
         found = np.concatenate([weights @ values[chosen], [maximum, weights.sum()]])
-        parts[parts_at + i * width : parts_at + (i + 1) * width] = found
+        parts[parts_at + r * width : parts_at + (r + 1) * width] = found
+    return _asked(query, following, then, min(split * SPLIT + SPLIT, query.position + query.tokens))
 
 
 def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):
-    """Merge `splits` results of attend_parts."""
+    """Merge `splits` results of attend_part."""
     found = (
         parts[parts_at : parts_at + splits * rows * (size + 2)]
         .reshape(splits, rows, size + 2)[:, row]
@@ -339,7 +374,7 @@ __all__ = [
     "add_row",
     "argmax",
     "attend",
-    "attend_parts",
+    "attend_part",
     "dot4",
     "embed",
     "fit_ranges",

@@ -269,8 +269,13 @@ def _narrow_i8(builder, v):
     return builder.trunc(v, _BYTE)
 
 
+def _narrow_u8x4(builder, v):
+    bytes_ = builder.xor(builder.trunc(v, _BYTE), constant(_BYTE, 128))
+    return builder.bitcast(bytes_, ir.VectorType(_WORD, 4))
+
+
 def _scatterer(vector, narrow=None):
-    """An intrinsic scatter(array, offset, step, v): lane i goes to offset + i * step."""
+    """An intrinsic scatter(array, offset, step, v): lane i of v, or of its narrow form, goes to offset + i * step."""
 
     @intrinsic
     def scatter(typing_context, array, offset, step, v):
@@ -278,7 +283,7 @@ def _scatterer(vector, narrow=None):
             array_value, offset_value, step_value, v_value = args
             value = narrow(builder, v_value) if narrow else v_value
             pair = signature(types.void, sig.args[0], types.intp)
-            for lane in range(vector.lanes):
+            for lane in range(value.type.count):
                 place = _pointer(context, builder, pair, (array_value, offset_value), value.type.element)
                 builder.store(builder.extract_element(value, ir.Constant(_WORD, lane)), place).align = 1
                 offset_value = builder.add(offset_value, step_value)
@@ -306,9 +311,12 @@ store_f16 = _storer(f32x16, _narrow_f16)
 store_u8 = _storer(u8x64)
 store_i8 = _storer(i32x16, _narrow_i8)
 """16 int32 in -128..127 as 16 bytes."""
+store_i32 = _storer(i32x16)
 scatter_f32 = _scatterer(f32x16)
 scatter_f16 = _scatterer(f32x16, _narrow_f16)
 scatter_i8 = _scatterer(i32x16, _narrow_i8)
+scatter_u8x4 = _scatterer(i32x16, _narrow_u8x4)
+"""16 int32 in -128..127, plus 128, as 4 words of 4 bytes."""
 
 
 def _prefetcher(locality):
@@ -503,4 +511,8 @@ low_nibbles = primitive(u8x64, [u8x64], _low_nibbles)
 high_nibbles = primitive(u8x64, [u8x64], _high_nibbles)
 
 
+high_digit = primitive(i32x16, [i32x16], lambda b, v: b.ashr(v, constant(_I32, 7)))
+low_digit = primitive(i32x16, [i32x16], lambda b, v: b.and_(v, constant(_I32, 127)))
+join_digits = primitive(i32x16, [i32x16] * 2, lambda b, high, low: b.add(b.shl(high, constant(_I32, 7)), low))
+"""v = 128 * high + low, low in 0..127."""
 times8 = primitive(i32x16, [i32x16], lambda b, v: b.shl(v, constant(_I32, 3)))

@@ -1,0 +1,80 @@
+"""Attention's tiles for float32 and float16 pages: scores and sums of values for a few rows at a time."""
+
+import numpy as np
+
+from .jit import kernel
+from .pages import KV_FLOAT16, KV_FLOAT32, SPLIT, SUBPAGE
+from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch_beside, splat_f32, store_f32, tile
+
+_LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
+# Numbers in a cache line.
+_LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32}
+
+ZERO = np.float32(0)
+
+
+def score_tile(rows: int, kv_format: int):
+    """scores[r, t] = q[r] . key[t] for `rows` rows and the 32 tokens of a subpage.
+
+    With values >= 0 the values of token `values` and its subpage are prefetched, with keys >= 0 the keys likewise.
+    """
+    load, line = _LOAD[kv_format], _LINE[kv_format]
+    # Columns: two halves of the subpage, for each two sums over every second d, so that no FMA waits for another.
+    new_acc = tile(f32x16, rows, 4)
+
+    @kernel
+    def score(kv, token, count, values, keys, d0, scratch, q_at, scores_at):
+        acc = new_acc()
+        for r in range(rows):
+            for n in range(4):
+                acc[r, n] = splat_f32(ZERO)
+        at = token * kv.size
+        for d in range(0, kv.size, 2):
+            for c in range(2):
+                row = (d + c) * SUBPAGE
+                for n in range(0, SUBPAGE, line):
+                    if values >= 0:
+                        prefetch_beside(kv.values, values * kv.size + row + n)
+                    if keys >= 0:
+                        prefetch_beside(kv.keys, keys * kv.size + row + n)
+                low, high = load(kv.keys, at + row), load(kv.keys, at + row + 16)
+                for r in range(rows):
+                    q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d + c))
+                    acc[r, c] = fma(low, q, acc[r, c])
+                    acc[r, 2 + c] = fma(high, q, acc[r, 2 + c])
+        for r in range(rows):
+            for n in range(2):
+                store_f32(scratch, scores_at + r * SPLIT + 16 * n, acc[r, 2 * n] + acc[r, 2 * n + 1])
+
+    return score
+
+
+def value_tile(rows: int, width: int, kv_format: int):
+    """sums[r] += sum over t of weight[r, t] * value[t] for `rows` rows, 16 * width columns from d on, `count` tokens.
+
+    With keys >= 0 the keys of token `keys` and its subpage are prefetched.
+    """
+    load, line = _LOAD[kv_format], _LINE[kv_format]
+    new_acc, new_value = tile(f32x16, rows, width), tile(f32x16, width)
+
+    @kernel
+    def accumulate(kv, token, count, values, keys, d, scratch, weights_at, sums_at):
+        acc, value = new_acc(), new_value()
+        for r in range(rows):
+            for j in range(width):
+                acc[r, j] = load_f32(scratch, sums_at + r * kv.size + d + 16 * j)
+        for t in range(count):
+            at = (token + t) * kv.size + d
+            for j in range(width):
+                if keys >= 0 and 16 * j % line == 0:
+                    prefetch_beside(kv.keys, (keys + t) * kv.size + d + 16 * j)
+                value[j] = load(kv.values, at + 16 * j)
+            for r in range(rows):
+                weight = splat_f32(load_scalar_f32(scratch, weights_at + r * SPLIT + t))
+                for j in range(width):
+                    acc[r, j] = fma(value[j], weight, acc[r, j])
+        for r in range(rows):
+            for j in range(width):
+                store_f32(scratch, sums_at + r * kv.size + d + 16 * j, acc[r, j])
+
+    return accumulate

@@ -1,0 +1,183 @@
+"""Attention's tiles for int8 pages: scores and sums through the byte dot product.
+
+Queries, and the weights of values, become integers v = round(x / scale) of 14 bits and a sign, kept as two digits,
+v = 128 * high + low: each is a byte, each product of bytes is exact, and what rounding adds is a hundredth of what int8
+keys and values cost. A row of n numbers becomes, in place, n / 2 words of four bytes: for each 16 numbers their high
+digits, then their low ones. Behind them lies the scale, for queries also minus the sums of both digits.
+"""
+
+import numpy as np
+
+from .dot import dot4_bytes, dot4_small, start_bytes
+from .jit import kernel
+from .pages import SPLIT, SUBPAGE, inverse_of, largest, token_at
+from .simd import (
+    high_digit,
+    hsum_i32,
+    i32x16,
+    join_digits,
+    keep_lanes,
+    load_f32,
+    load_i32,
+    load_scalar_f32,
+    load_u8,
+    load_word,
+    low_digit,
+    number_of,
+    prefetch_beside,
+    repeat4,
+    round_i32,
+    splat_f32,
+    splat_i32,
+    store_f32,
+    store_i8,
+    store_i32,
+    tile,
+    to_f32,
+    u8x64,
+)
+
+# The largest integer whose high digit is 127.
+LARGEST = np.float32(127 * 128)
+ZERO, NOTHING = np.float32(0), np.int32(0)
+
+
+def make_digits(sums: bool):
+    """A kernel that turns numbers into digits, with their sums behind them or not."""
+
+    @kernel
+    def to_digits(scratch, at, first, end, behind):
+        """Numbers first .. end (multiples of 16) of the row at `at` as digits, in place; scale and sums from `behind` on.
+
+        Where one of them is not finite the scale is not either: integers would hide it.
+        """
+        scale = largest(scratch, at + first, end - first) / LARGEST
+        inverse = splat_f32(inverse_of(scale))
+        minus_high, minus_low = splat_i32(NOTHING), splat_i32(NOTHING)
+        for i in range(first, end, 16):
+            v = round_i32(load_f32(scratch, at + i) * inverse)
+            high, low = high_digit(v), low_digit(v)
+            store_i8(scratch, at + i // 2, high)
+            store_i8(scratch, at + i // 2 + 4, low)
+            if sums:
+                minus_high, minus_low = minus_high - high, minus_low - low
+        scratch[at + behind] = scale
+        if sums:
+            scratch[at + behind + 1] = number_of(hsum_i32(minus_high))
+            scratch[at + behind + 2] = number_of(hsum_i32(minus_low))
+
+    return to_digits
+
+
+_query_digits, _weight_digits = make_digits(sums=True), make_digits(sums=False)
+
+
+@kernel
+def queries_to_digits(kv, rows, scratch, at):
+    """Rows of queries as score tiles read them."""
+    for r in range(rows):
+        _query_digits(scratch, at + r * kv.size, 0, kv.size, kv.size // 2)
+
+
+@kernel
+def weights_to_digits(kv, query, pages, first, end, rows, scratch, at):
+    """The weights of positions first .. end of a split, times the values' scales, as value tiles read them."""
+    start = first // SPLIT * SPLIT
+    stop = start + (end - start + 15) // 16 * 16
+    for subpage in range(first, stop, SUBPAGE):
+        token = token_at(kv, query, pages, subpage)
+        for p in range(subpage, min(subpage + SUBPAGE, stop), 16):
+            # Beyond the end lie scales of other texts.
+            scales = keep_lanes(load_f32(kv.value_scales, token + p - subpage), 0, end - p, ZERO)
+            for r in range(rows):
+                to = at + r * SPLIT + p - start
+                store_f32(scratch, to, load_f32(scratch, to) * scales)
+    for r in range(rows):
+        _weight_digits(scratch, at + r * SPLIT, first - start, stop - start, SPLIT // 2)
+
+
+@kernel
+def sums_to_floats(kv, rows, scratch, weights, sums):
+    """A split's sums as float32, in place."""
+    for r in range(rows):
+        scale = splat_f32(load_scalar_f32(scratch, weights + r * SPLIT + SPLIT // 2))
+        for i in range(sums + r * kv.size, sums + (r + 1) * kv.size, 16):
+            store_f32(scratch, i, to_f32(load_i32(scratch, i)) * scale)
+
+
+def score_tile(rows: int):
+    """scores[r, t] = q[r] . key[t] for `rows` rows and the 32 tokens of a subpage; see attention_float.score_tile."""
+    new_acc = tile(i32x16, 2 * rows, 2)
+
+    @kernel
+    def score(kv, token, count, values, keys, d0, scratch, q_at, scores_at):
+        acc, behind = new_acc(), q_at + kv.size // 2
+        for n in range(0, SUBPAGE, 16):
+            if values >= 0:
+                prefetch_beside(kv.value_scales, values + n)
+            if keys >= 0:
+                prefetch_beside(kv.key_scales, keys + n)
+        for r in range(rows):
+            for digit in range(2):
+                start = start_bytes(splat_i32(load_word(scratch, behind + r * kv.size + 1 + digit)))
+                for n in range(2):
+                    acc[2 * r + digit, n] = start
+        at = token * kv.size
+        for d in range(0, kv.size, 16):
+            for i in range(4):
+                row = (d + 4 * i) * SUBPAGE
+                for n in range(0, 4 * SUBPAGE, 64):
+                    if values >= 0:
+                        prefetch_beside(kv.values, values * kv.size + row + n)
+                    if keys >= 0:
+                        prefetch_beside(kv.keys, keys * kv.size + row + n)
+                low, high = load_u8(kv.keys, at + row), load_u8(kv.keys, at + row + 64)
+                for r in range(rows):
+                    for digit in range(2):
+                        q = repeat4(load_word(scratch, q_at + r * kv.size + d // 2 + 4 * digit + i))
+                        acc[2 * r + digit, 0] = dot4_bytes(acc[2 * r + digit, 0], low, q)
+                        acc[2 * r + digit, 1] = dot4_bytes(acc[2 * r + digit, 1], high, q)
+        for r in range(rows):
+            scale = splat_f32(load_scalar_f32(scratch, behind + r * kv.size))
+            for n in range(2):
+                total = to_f32(join_digits(acc[2 * r, n], acc[2 * r + 1, n]))
+                store_f32(
+                    scratch, scores_at + r * SPLIT + 16 * n, total * (load_f32(kv.key_scales, token + 16 * n) * scale)
+                )
+
+    return score
+
+
+def value_tile(rows: int, width: int):
+    """sums[r] += sum over t of weight[r, t] * value[t], in integers; see attention_float.value_tile."""
+    new_acc, new_value = tile(i32x16, 2 * rows, width), tile(u8x64, width)
+
+    @kernel
+    def accumulate(kv, token, count, values, keys, d, scratch, weights_at, sums_at):
+        acc, value = new_acc(), new_value()
+        if keys >= 0 and d == 0:
+            for n in range(0, SUBPAGE, 16):
+                prefetch_beside(kv.key_scales, keys + n)
+        for r in range(2 * rows):
+            for j in range(width):
+                acc[r, j] = splat_i32(NOTHING)
+        for t in range(0, count, 16):
+            for i in range(4):
+                row = (t + 4 * i) * kv.size + 4 * d
+                for j in range(width):
+                    if keys >= 0:
+                        # One line after the other, whatever the order of values: so the CPU asks ahead by itself.
+                        asked = d * SUBPAGE + (t // 4 + i) * 64 * width + 64 * j
+                        prefetch_beside(kv.keys, keys * kv.size + asked)
+                    value[j] = load_u8(kv.values, token * kv.size + row + 64 * j)
+                for r in range(rows):
+                    for digit in range(2):
+                        weight = repeat4(load_word(scratch, weights_at + r * SPLIT + t // 2 + 4 * digit + i))
+                        for j in range(width):
+                            acc[2 * r + digit, j] = dot4_small(acc[2 * r + digit, j], weight, value[j])
+        for r in range(rows):
+            for j in range(width):
+                to = sums_at + r * kv.size + d + 16 * j
+                store_i32(scratch, to, load_i32(scratch, to) + join_digits(acc[2 * r, j], acc[2 * r + 1, j]))
+
+    return accumulate
