@@ -29,9 +29,8 @@ def make_kv(config: ModelConfig, kv_format: int, pages: int, page: int) -> KV:
 
 def _parts(kv: KV, page: int) -> list[np.ndarray]:
     """Views of one page's numbers in the pool's arrays, without scales where the format has none."""
-    views = [(array, kv.page * kv.size) for array in (kv.keys, kv.values)]
-    views += [(scales, kv.page) for scales in (kv.key_scales, kv.value_scales) if len(scales) > 1]
-    return [a.reshape(-1, kv.layers * kv.heads, RUN, count)[page // RUN, :, page % RUN] for a, count in views]
+    arrays = [(kv.numbers, kv.page * kv.size)] + ([(kv.scales, kv.page)] if len(kv.scales) > 1 else [])
+    return [a.reshape(-1, kv.layers * kv.heads * 2, RUN, count)[page // RUN, :, page % RUN] for a, count in arrays]
 
 
 def poison_page(kv: KV, page: int) -> None:

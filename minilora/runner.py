@@ -96,7 +96,7 @@ class Runner:
             raise ResourceError(
                 f"no memory for {self.pages} pages of {size} bytes", "Lower kv_cache_memory or max_model_len."
             ) from None
-        self._spread(self.kv.keys, self.kv.values, self.kv.key_scales, self.kv.value_scales)
+        self._spread(self.kv.numbers, self.kv.scales)
 
     def _spread(self, *arrays: np.ndarray) -> None:
         """New memory that all threads share lies on all nodes."""

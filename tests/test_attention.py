@@ -46,9 +46,8 @@ def test_a_number_that_is_not_finite_is_not_hidden(where, bad):
         case = next(case for case in CASES if case.name == f"write_{where} int8")
         with np.errstate(invalid="ignore"):
             write(kv, query.layer, page, slot, query.head, x, 0)
-        scales = kv.key_scales if where == "key" else kv.value_scales
-        assert np.count_nonzero(~np.isfinite(scales)) == 1
-        scales[~np.isfinite(scales)] = 0
+        assert np.count_nonzero(~np.isfinite(kv.scales)) == 1
+        kv.scales[~np.isfinite(kv.scales)] = 0
         case.compiled(kv, query.layer, page, slot, query.head, x, 0)
     INT8.compiled(kv, query, pages, asked, nobody, q, q_at, stride, out, *rest)
     first, second = out[:stride], out[stride:]
@@ -58,8 +57,17 @@ def test_a_number_that_is_not_finite_is_not_hidden(where, bad):
         assert np.isnan(first).all() and np.isnan(second).all()
 
 
+def test_numbers_too_small_for_a_scale_are_nothing():
+    kv, query, pages, asked, nobody, q, *rest = INT8.make(np.random.default_rng(1), SIZE)
+    out = rest[2]
+    q[:] = 1e-41
+    kv.scales[:] = 1e-41
+    INT8.compiled(kv, query, pages, asked, nobody, q, *rest)
+    assert np.isfinite(out).all() and np.abs(out).max() < 1e-36
+
+
 def test_many_small_weights_keep_their_share():
-    """With all weights equal the sum over 256 positions is the mean, to 14 bits and not to 7."""
+    """With all weights equal the sum over all positions is the mean, to 14 bits and not to 7."""
     kv, query, pages, asked, nobody, q, q_at, stride, out, *rest = INT8.make(np.random.default_rng(1), SIZE)
     q[:] = 0
     expected = out.copy()

@@ -114,7 +114,7 @@ def test_after_preemption(world):
         * engine.runner.kv.size
         * weights.config.layers
         * 2
-        * engine.runner.kv.keys.itemsize
+        * engine.runner.kv.numbers.itemsize
     )
     engine, _ = same_in(world, neighbours=12, seed=3, kv_cache_memory=14 * page)
     assert engine.scheduler.preemptions > 0

@@ -1,6 +1,6 @@
 """Attention over paged keys and values: attend from some rows of one kv head. See `pages` for how these lie in memory.
 
-The positions of a sequence are cut into *splits* of 256. Inside a split: scores, softmax, weighted sum of
+The positions of a sequence are cut into *splits*. Inside a split: scores, softmax, weighted sum of
 values. Splits are merged in order by their maxima and sums (Milakov and Gimelshein 2018, arXiv:1805.02867;
 Dao et al. 2022, arXiv:2205.14135). The cut depends on the position alone, so the bits of a row depend neither
 on how its prompt was chunked nor on the rows or threads beside it.
@@ -15,7 +15,7 @@ import numpy as np
 
 from . import attention_float, attention_int8
 from .jit import kernel
-from .pages import KV_INT8, SPLIT, SUBPAGE, make_write, token_at
+from .pages import KV_INT8, SPLIT, SUBPAGE, make_write, token_at, values_behind
 from .simd import exp, fma, hmax, hsum, keep_lanes, load_f32, splat_f32, store_f32, vmax
 
 # How far ahead keys are asked for that were not asked for before.
@@ -75,7 +75,8 @@ def _make_scores(kv_format):
     @kernel
     def scores(kv, token, keys, rows, scratch, q_at, scores_at):
         """All rows against one subpage; meanwhile its values and the keys of token `keys` come nearer."""
-        tiles(kv, token, SUBPAGE, token, keys, 0, rows, scratch, q_at, kv.size, scores_at, SPLIT)
+        values = token + values_behind(kv)
+        tiles(kv, token, SUBPAGE, values, keys, 0, rows, scratch, q_at, kv.size, scores_at, SPLIT)
 
     return scores
 
@@ -210,7 +211,7 @@ def _make_split(kv_format, unit):
         beyond = following.position + following.tokens
         for p in range(first, end, SUBPAGE):
             keys = token_at(kv, following, pages, ahead) if ahead < beyond else -1
-            token = token_at(kv, query, pages, p)
+            token = token_at(kv, query, pages, p) + values_behind(kv)
             values(kv, token, min(SUBPAGE, end - p), keys, rows, scratch, weights, p - start, sums)
             ahead += SUBPAGE
         if quantized and first < end:

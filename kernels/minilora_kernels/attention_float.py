@@ -34,10 +34,10 @@ def score_tile(rows: int, kv_format: int):
                 row = (d + c) * SUBPAGE
                 for n in range(0, SUBPAGE, line):
                     if values >= 0:
-                        prefetch_beside(kv.values, values * kv.size + row + n)
+                        prefetch_beside(kv.numbers, values * kv.size + row + n)
                     if keys >= 0:
-                        prefetch_beside(kv.keys, keys * kv.size + row + n)
-                low, high = load(kv.keys, at + row), load(kv.keys, at + row + 16)
+                        prefetch_beside(kv.numbers, keys * kv.size + row + n)
+                low, high = load(kv.numbers, at + row), load(kv.numbers, at + row + 16)
                 for r in range(rows):
                     q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d + c))
                     acc[r, c] = fma(low, q, acc[r, c])
@@ -67,8 +67,8 @@ def value_tile(rows: int, width: int, kv_format: int):
             at = (token + t) * kv.size + d
             for j in range(width):
                 if keys >= 0 and 16 * j % line == 0:
-                    prefetch_beside(kv.keys, (keys + t) * kv.size + d + 16 * j)
-                value[j] = load(kv.values, at + 16 * j)
+                    prefetch_beside(kv.numbers, (keys + t) * kv.size + d + 16 * j)
+                value[j] = load(kv.numbers, at + 16 * j)
             for r in range(rows):
                 weight = splat_f32(load_scalar_f32(scratch, weights_at + r * SPLIT + t))
                 for j in range(width):

@@ -10,7 +10,7 @@ import numpy as np
 
 from .dot import dot4_bytes, dot4_small, start_bytes
 from .jit import kernel
-from .pages import SPLIT, SUBPAGE, inverse_of, largest, token_at
+from .pages import SPLIT, SUBPAGE, inverse_of, largest, token_at, values_behind
 from .simd import (
     high_digit,
     hsum_i32,
@@ -85,10 +85,10 @@ def weights_to_digits(kv, query, pages, first, end, rows, scratch, at):
     start = first // SPLIT * SPLIT
     stop = start + (end - start + 15) // 16 * 16
     for subpage in range(first, stop, SUBPAGE):
-        token = token_at(kv, query, pages, subpage)
+        token = token_at(kv, query, pages, subpage) + values_behind(kv)
         for p in range(subpage, min(subpage + SUBPAGE, stop), 16):
             # Beyond the end lie scales of other texts.
-            scales = keep_lanes(load_f32(kv.value_scales, token + p - subpage), 0, end - p, ZERO)
+            scales = keep_lanes(load_f32(kv.scales, token + p - subpage), 0, end - p, ZERO)
             for r in range(rows):
                 to = at + r * SPLIT + p - start
                 store_f32(scratch, to, load_f32(scratch, to) * scales)
@@ -114,9 +114,9 @@ def score_tile(rows: int):
         acc, behind = new_acc(), q_at + kv.size // 2
         for n in range(0, SUBPAGE, 16):
             if values >= 0:
-                prefetch_beside(kv.value_scales, values + n)
+                prefetch_beside(kv.scales, values + n)
             if keys >= 0:
-                prefetch_beside(kv.key_scales, keys + n)
+                prefetch_beside(kv.scales, keys + n)
         for r in range(rows):
             for digit in range(2):
                 start = start_bytes(splat_i32(load_word(scratch, behind + r * kv.size + 1 + digit)))
@@ -128,10 +128,10 @@ def score_tile(rows: int):
                 row = (d + 4 * i) * SUBPAGE
                 for n in range(0, 4 * SUBPAGE, 64):
                     if values >= 0:
-                        prefetch_beside(kv.values, values * kv.size + row + n)
+                        prefetch_beside(kv.numbers, values * kv.size + row + n)
                     if keys >= 0:
-                        prefetch_beside(kv.keys, keys * kv.size + row + n)
-                low, high = load_u8(kv.keys, at + row), load_u8(kv.keys, at + row + 64)
+                        prefetch_beside(kv.numbers, keys * kv.size + row + n)
+                low, high = load_u8(kv.numbers, at + row), load_u8(kv.numbers, at + row + 64)
                 for r in range(rows):
                     for digit in range(2):
                         q = repeat4(load_word(scratch, q_at + r * kv.size + d // 2 + 4 * digit + i))
@@ -142,7 +142,7 @@ def score_tile(rows: int):
             for n in range(2):
                 total = to_f32(join_digits(acc[2 * r, n], acc[2 * r + 1, n]))
                 store_f32(
-                    scratch, scores_at + r * SPLIT + 16 * n, total * (load_f32(kv.key_scales, token + 16 * n) * scale)
+                    scratch, scores_at + r * SPLIT + 16 * n, total * (load_f32(kv.scales, token + 16 * n) * scale)
                 )
 
     return score
@@ -157,7 +157,7 @@ def value_tile(rows: int, width: int):
         acc, value = new_acc(), new_value()
         if keys >= 0 and d == 0:
             for n in range(0, SUBPAGE, 16):
-                prefetch_beside(kv.key_scales, keys + n)
+                prefetch_beside(kv.scales, keys + n)
         for r in range(2 * rows):
             for j in range(width):
                 acc[r, j] = splat_i32(NOTHING)
@@ -168,8 +168,8 @@ def value_tile(rows: int, width: int):
                     if keys >= 0:
                         # One line after the other, whatever the order of values: so the CPU asks ahead by itself.
                         asked = d * SUBPAGE + (t // 4 + i) * 64 * width + 64 * j
-                        prefetch_beside(kv.keys, keys * kv.size + asked)
-                    value[j] = load_u8(kv.values, token * kv.size + row + 64 * j)
+                        prefetch_beside(kv.numbers, keys * kv.size + asked)
+                    value[j] = load_u8(kv.numbers, token * kv.size + row + 64 * j)
                 for r in range(rows):
                     for digit in range(2):
                         weight = repeat4(load_word(scratch, weights_at + r * SPLIT + t // 2 + 4 * digit + i))

@@ -260,14 +260,12 @@ def make_pool(
     pages = (-(-tokens // page) + 2 + RUN - 1) // RUN * RUN
     kv = empty_pool(kv_format, pages, 2, heads, size, page)
     if kv_format == KV_INT8:
-        kv.keys[:] = 128 + rng.integers(-127, 128, len(kv.keys))
-        kv.values[:] = rng.integers(-127, 128, len(kv.values))
-        for array in (kv.key_scales, kv.value_scales):
-            array[:] = rng.random(len(array)) * 0.02
+        # No byte is that of a key of -128, which quantisation never gives.
+        kv.numbers[:] = rng.integers(1, 256, len(kv.numbers))
+        kv.scales[:] = rng.random(len(kv.scales)) * 0.02
     else:
-        for array in (kv.keys, kv.values):
-            content = _normal(rng, len(array))
-            array[:] = content if array.dtype == np.float32 else content.astype(np.float16).view(np.uint16)
+        content = _normal(rng, len(kv.numbers))
+        kv.numbers[:] = content if kv_format == KV_FLOAT32 else content.astype(np.float16).view(np.uint16)
     return kv, rng.permutation(pages).astype(np.int64)
 
 

@@ -1,8 +1,8 @@
 """The page pool of keys and values: how they lie in memory, and how a token's are written.
 
-A page holds `page` tokens of one sequence (a multiple of 32) for every layer and kv head, as subpages of 32 tokens. Of
-RUN pages with neighbouring numbers the parts of one layer and head lie together: a sequence that holds such pages is
-read in longer runs.
+A page holds `page` tokens of one sequence (a multiple of 32) for every layer and kv head, as subpages of 32 tokens. RUN
+pages with neighbouring numbers are a *run*: in it, for each layer and head, the keys of all its pages lie together and
+behind them the values. A sequence that holds whole runs is read in the order of memory.
 
 float32, float16: keys [D][32], so that the scores of 16 tokens are one vector and need no horizontal sums; values
 [32][D]. int8, with a float32 scale for each token and head: as the byte dot product wants them, keys + 128 in
@@ -35,25 +35,25 @@ KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)
 KV_NAMES = ("float32", "float16", "int8")
 SUBPAGE = 32
 RUN = 4
-_DTYPES = {KV_FLOAT32: (np.float32, np.float32), KV_FLOAT16: (np.uint16, np.uint16), KV_INT8: (np.uint8, np.int8)}
 # Attention works through a text in splits of so many positions.
 SPLIT = 256
 
+_DTYPES = {KV_FLOAT32: np.float32, KV_FLOAT16: np.uint16, KV_INT8: np.uint8}
+
 ZERO, ONE = np.float32(0), np.float32(1)
-LARGEST_INT8, INFINITY = np.float32(127), np.float32(np.inf)
+LARGEST_INT8 = np.float32(127)
+INFINITY, TINY = np.float32(np.inf), np.finfo(np.float32).tiny
 
 
 class KV(NamedTuple):
     """The page pool.
 
-    keys, values: flat [pages, layers, heads, page / 32] of subpages; float32, uint16 holding float16, or uint8 and int8.
-    key_scales, value_scales: float32, flat [pages, layers, heads, page]; int8 only.
+    numbers: flat [runs, layers, heads, keys and values, RUN, page / 32] of subpages; float32, uint16 holding float16, or
+    uint8, for values holding int8. scales: float32, flat [runs, layers, heads, keys and values, RUN, page]; int8 only.
     """
 
-    keys: np.ndarray
-    values: np.ndarray
-    key_scales: np.ndarray
-    value_scales: np.ndarray
+    numbers: np.ndarray
+    scales: np.ndarray
     layers: int
     heads: int
     size: int
@@ -81,36 +81,32 @@ NOBODY = Query(0, 0, 1, 0, 0, 0, 0)
 
 def empty_pool(kv_format: int, pages: int, layers: int, heads: int, size: int, page: int) -> KV:
     """At least so many pages of `page` tokens; memory that is never written is never taken from the system."""
-    tokens = -(-pages // RUN) * RUN * layers * heads * page
-    keys, values = _DTYPES[kv_format]
-    scales = tokens if kv_format == KV_INT8 else 1
-    return KV(
-        np.zeros(tokens * size, keys),
-        np.zeros(tokens * size, values),
-        np.zeros(scales, np.float32),
-        np.zeros(scales, np.float32),
-        layers,
-        heads,
-        size,
-        page,
-    )
+    tokens = -(-pages // RUN) * layers * heads * 2 * RUN * page
+    scales = np.zeros(tokens if kv_format == KV_INT8 else 1, np.float32)
+    return KV(np.zeros(tokens * size, _DTYPES[kv_format]), scales, layers, heads, size, page)
 
 
 def token_bytes(kv_format: int, size: int) -> int:
     """What the key or the value of a token takes in one kv head, its scale included."""
-    return size * np.dtype(_DTYPES[kv_format][0]).itemsize + (4 if kv_format == KV_INT8 else 0)
+    return size * np.dtype(_DTYPES[kv_format]).itemsize + (4 if kv_format == KV_INT8 else 0)
 
 
 @kernel
 def first_token(kv, layer, page, head):
-    """Number of tokens of one kv head stored before this page's."""
+    """Where the keys of one kv head of this page begin, counted in tokens."""
     run = (page // RUN * kv.layers + layer) * kv.heads + head
-    return (run * RUN + page % RUN) * kv.page
+    return (run * 2 * RUN + page % RUN) * kv.page
+
+
+@kernel
+def values_behind(kv):
+    """How far behind a token's key its value lies, counted in tokens."""
+    return RUN * kv.page
 
 
 @kernel
 def token_at(kv, query, pages, position):
-    """Where the token at a position of the query's sequence is stored, counted in tokens."""
+    """Where the key at a position of the query's sequence lies, counted in tokens."""
     index = position // kv.page
     # No remainder: a division costs more than all else here.
     return first_token(kv, query.layer, pages[query.pages_at + index], query.head) + position - index * kv.page
@@ -127,8 +123,8 @@ def largest(x, at, n):
 
 @kernel
 def inverse_of(scale):
-    """1 / scale; 0 for a scale of 0 and for one that is not finite, which says enough by itself."""
-    return ONE / scale if scale > ZERO and scale < INFINITY else ZERO
+    """1 / scale; 0 where that is not finite, and for a scale that is not, which says enough by itself."""
+    return ONE / scale if TINY <= scale < INFINITY else ZERO
 
 
 def make_write(kv_format: int):
@@ -143,28 +139,28 @@ def make_write(kv_format: int):
         first, place = token // SUBPAGE * SUBPAGE * kv.size, token % SUBPAGE
         if quantized:
             scale = largest(x, at, kv.size) / LARGEST_INT8
-            kv.key_scales[token] = scale
+            kv.scales[token] = scale
             inverse = splat_f32(inverse_of(scale))
         for d in range(0, kv.size, 16):
             v = load_f32(x, at + d)
             if quantized:
-                scatter_u8x4(kv.keys, first + d * SUBPAGE + 4 * place, 4 * SUBPAGE, round_i32(v * inverse))
+                scatter_u8x4(kv.numbers, first + d * SUBPAGE + 4 * place, 4 * SUBPAGE, round_i32(v * inverse))
             else:
-                scatter(kv.keys, first + d * SUBPAGE + place, SUBPAGE, v)
+                scatter(kv.numbers, first + d * SUBPAGE + place, SUBPAGE, v)
 
     @kernel
     def write_value(kv, layer, page, slot, head, x, at):
         """Store a token's value of one kv head: x[at : at + size], float32, as token `slot` of the page."""
-        token = first_token(kv, layer, page, head) + slot
+        token = first_token(kv, layer, page, head) + values_behind(kv) + slot
         if quantized:
             scale = largest(x, at, kv.size) / LARGEST_INT8
-            kv.value_scales[token] = scale
+            kv.scales[token] = scale
             inverse, first = splat_f32(inverse_of(scale)), token // 4 * 4 * kv.size + token % 4
         for d in range(0, kv.size, 16):
             v = load_f32(x, at + d)
             if quantized:
-                scatter_i8(kv.values, first + 4 * d, 4, round_i32(v * inverse))
+                scatter_i8(kv.numbers, first + 4 * d, 4, round_i32(v * inverse))
             else:
-                store(kv.values, token * kv.size + d, v)
+                store(kv.numbers, token * kv.size + d, v)
 
     return write_key, write_value

@@ -122,21 +122,24 @@ def embed(weights, matrices, matrix, token, out, out_at):
 # ---------------------------------------------------------------- attention
 
 
-def _pages(kv: KV, array, pages, layer, head, *shape):
-    """The parts of one layer and head of some pages: a view for one page, a copy for an array of them."""
-    return array.reshape(-1, kv.layers, kv.heads, RUN, *shape)[pages // RUN, layer, head, pages % RUN]
+KEYS, VALUES = range(2)
+
+
+def _pages(kv: KV, array, kind, pages, layer, head, *shape):
+    """The keys or values of one layer and head of some pages: a view for one page, a copy for an array of them."""
+    return array.reshape(-1, kv.layers, kv.heads, 2, RUN, *shape)[pages // RUN, layer, head, kind, pages % RUN]
 
 
 def _tokens(kv: KV, layer, head, pages, pages_at, count):
     """Keys and values [count, size] of a sequence's first tokens, as float32."""
     table = pages[pages_at : pages_at + -(-count // kv.page)]
     k, v = (x.reshape(-1, kv.size)[:count] for x in (_keys(kv, table, layer, head), _values(kv, table, layer, head)))
-    if kv.keys.dtype == np.uint16:
+    if kv.numbers.dtype == np.uint16:
         return k.view(np.float16).astype(np.float32), v.view(np.float16).astype(np.float32)
     if _has_scales(kv):
         scales = (
-            _pages(kv, s, table, layer, head, kv.page).reshape(-1)[:count, None]
-            for s in (kv.key_scales, kv.value_scales)
+            _pages(kv, kv.scales, kind, table, layer, head, kv.page).reshape(-1)[:count, None]
+            for kind in (KEYS, VALUES)
         )
         return tuple(x * s for x, s in zip((k - np.float32(128), v), scales, strict=True))
     return k, v
@@ -146,57 +149,61 @@ def _keys(kv: KV, pages, layer, head):
     """Keys as they are stored, [..., subpages, 32, size]."""
     subpages = kv.page // SUBPAGE
     if _has_scales(kv):
-        fours = _pages(kv, kv.keys, pages, layer, head, subpages, kv.size // 4, SUBPAGE, 4)
+        fours = _pages(kv, kv.numbers, KEYS, pages, layer, head, subpages, kv.size // 4, SUBPAGE, 4)
         return np.swapaxes(fours, -3, -2).reshape(*fours.shape[:-3], SUBPAGE, kv.size)
-    return np.swapaxes(_pages(kv, kv.keys, pages, layer, head, subpages, kv.size, SUBPAGE), -2, -1)
+    return np.swapaxes(_pages(kv, kv.numbers, KEYS, pages, layer, head, subpages, kv.size, SUBPAGE), -2, -1)
 
 
 def _values(kv: KV, pages, layer, head):
     """Values as they are stored, [..., page, size]."""
     if _has_scales(kv):
-        fours = _pages(kv, kv.values, pages, layer, head, kv.page // 4, kv.size, 4)
+        fours = _pages(kv, kv.numbers.view(np.int8), VALUES, pages, layer, head, kv.page // 4, kv.size, 4)
         return np.swapaxes(fours, -2, -1).reshape(*fours.shape[:-3], kv.page, kv.size)
-    return _pages(kv, kv.values, pages, layer, head, kv.page, kv.size)
+    return _pages(kv, kv.numbers, VALUES, pages, layer, head, kv.page, kv.size)
 
 
 def _stored(kv: KV, scales, x, at):
     """x as the pool stores it, its scale noted."""
     v = _span(x, at, kv.size)
-    if kv.keys.dtype == np.uint16:
+    if kv.numbers.dtype == np.uint16:
         return np.clip(v, -65504, 65504).astype(np.float16).view(np.uint16)
     if _has_scales(kv):
         scale = np.abs(v).max() / np.float32(127)
         scales[:] = scale
-        return np.rint(v * (np.float32(1) / scale if 0 < scale < np.inf else 0)).astype(np.int8)
+        return np.rint(v * (np.float32(1) / scale if np.finfo(np.float32).tiny <= scale < np.inf else 0)).astype(
+            np.int8
+        )
     return v
 
 
-def _scales(kv: KV, array, page, layer, head, slot):
-    return _pages(kv, array, page, layer, head, kv.page)[slot : slot + 1] if _has_scales(kv) else array
+def _scale(kv: KV, kind, page, layer, head, slot):
+    """Where a token's scale is kept, if it has one."""
+    return _pages(kv, kv.scales, kind, page, layer, head, kv.page)[slot : slot + 1] if _has_scales(kv) else kv.scales
 
 
 def write_key(kv, layer, page, slot, head, x, at):
     """Store a token's key of one kv head."""
-    key = _stored(kv, _scales(kv, kv.key_scales, page, layer, head, slot), x, at)
+    key = _stored(kv, _scale(kv, KEYS, page, layer, head, slot), x, at)
     if _has_scales(kv):
-        keys = _pages(kv, kv.keys, page, layer, head, kv.page // SUBPAGE, kv.size // 4, SUBPAGE, 4)
+        keys = _pages(kv, kv.numbers, KEYS, page, layer, head, kv.page // SUBPAGE, kv.size // 4, SUBPAGE, 4)
         keys[slot // SUBPAGE, :, slot % SUBPAGE] = (key + np.int16(128)).reshape(-1, 4)
     else:
-        keys = _pages(kv, kv.keys, page, layer, head, kv.page // SUBPAGE, kv.size, SUBPAGE)
+        keys = _pages(kv, kv.numbers, KEYS, page, layer, head, kv.page // SUBPAGE, kv.size, SUBPAGE)
         keys[slot // SUBPAGE, :, slot % SUBPAGE] = key
 
 
 def write_value(kv, layer, page, slot, head, x, at):
     """Store a token's value of one kv head."""
-    value = _stored(kv, _scales(kv, kv.value_scales, page, layer, head, slot), x, at)
+    value = _stored(kv, _scale(kv, VALUES, page, layer, head, slot), x, at)
     if _has_scales(kv):
-        _pages(kv, kv.values, page, layer, head, kv.page // 4, kv.size, 4)[slot // 4, :, slot % 4] = value
+        values = _pages(kv, kv.numbers.view(np.int8), VALUES, page, layer, head, kv.page // 4, kv.size, 4)
+        values[slot // 4, :, slot % 4] = value
     else:
-        _pages(kv, kv.values, page, layer, head, kv.page, kv.size)[slot] = value
+        _pages(kv, kv.numbers, VALUES, page, layer, head, kv.page, kv.size)[slot] = value
 
 
 def _has_scales(kv: KV) -> bool:
-    return kv.keys.dtype == np.uint8
+    return kv.numbers.dtype == np.uint8
 
 
 def _asked(query: Query, following: Query, then, last):
@@ -228,7 +235,7 @@ def attend(kv, query: Query, pages, asked, following, q, q_at, q_stride, out, ou
 def attend_part(
     kv, query: Query, pages, split, asked, following, then, q, q_at, q_stride, parts, parts_at, scratch, scratch_at
 ):
-    """One split of 256 positions, not merged: each row's sums, maximum and total."""
+    """One split of positions, not merged: each row's sums, maximum and total."""
     keys, values = _tokens(kv, query.layer, query.head, pages, query.pages_at, query.position + query.tokens)
     rows, width = query.tokens * query.group, kv.size + 2
     for r in range(rows):
