@@ -12,6 +12,7 @@ import pytest
 MODULE = """
 import sys
 from minilora_kernels import jit
+from constants import LIMIT
 
 @jit.kernel
 def helper(x):
@@ -20,7 +21,7 @@ def helper(x):
 def make(factor):
     @jit.kernel
     def inner(x):
-        return helper(x) * factor
+        return helper(x) * factor + LIMIT
 
     def scaled(x):
         return inner(x)
@@ -37,13 +38,16 @@ print([make(int(word))(1) for word in sys.argv[1:]], len(compiled))
 def start(tmp_path):
     """A function: factors -> what a fresh process computes with them, and how many programs it had to compile."""
 
-    def run(*factors, offset=0, options=(), **environment):
+    def run(*factors, offset=0, limit=0, options=(), **environment):
         source, part = tmp_path / "scaled.py", tmp_path / uuid4().hex
         # Whole at any time: another thread's process may be about to read it.
         part.write_text(MODULE.format(offset=offset))
         part.replace(source)
+        part.write_text(f"LIMIT = {limit}")
+        part.replace(tmp_path / "constants.py")
         kernels = os.path.join(os.path.dirname(__file__), "..", "kernels")
-        env = {**os.environ, "MINILORA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": kernels, **environment}
+        env = {**os.environ, "MINILORA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": kernels}
+        env |= {"PYTHONDONTWRITEBYTECODE": "1", **environment}
         done = subprocess.run(
             [sys.executable, *options, source, *map(str, factors)], env=env, capture_output=True, text=True, check=True
         )
@@ -88,6 +92,12 @@ def test_each_cpu_has_its_own_code(start):
 def test_an_edited_helper_is_compiled_anew(start):
     assert start(3)[0] == "[3] 1"
     assert start(3, offset=10)[0] == "[33] 1"
+
+
+def test_an_edited_constant_of_another_file_is_compiled_anew(start):
+    assert start(3)[0] == "[3] 1"
+    assert start(3, limit=4)[0] == "[7] 1"
+    assert start(3, limit=4)[0] == "[7] 0"
 
 
 def test_bounds_checks_and_optimised_python_have_their_own_ways(start):

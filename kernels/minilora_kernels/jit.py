@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cache
+from numbers import Number
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -199,8 +200,10 @@ class _DiskCache(_Cache):
 
     def __init__(self, function, inner, constants):
         self._function = function
-        source = Path(inspect.getfile(inner)).read_bytes()
-        self._key = repr((function.__module__, function.__qualname__, constants, hashlib.sha256(source).hexdigest()))
+        source = hashlib.sha256(Path(inspect.getfile(inner)).read_bytes()).hexdigest()
+        # Compiled in, and perhaps imported from another file.
+        numbers = sorted((name, repr(x)) for name, x in inner.__globals__.items() if isinstance(x, Number))
+        self._key = repr((function.__module__, function.__qualname__, constants, source, numbers))
         self._form = CompileResultCacheImpl(function)
         self._enabled = True
 
