@@ -366,12 +366,13 @@ def _make_projection(linear, expand_all, write_key, write_value):
         """q k v of this thread's heads, ready for attention. Ends with a barrier.
 
         Each kind of head is shared by itself: keys take longest to write, and those who have more queries get fewer of them.
+        For a single row they take little, and weights are better read in one piece.
         """
         shape, count = c.shape, len(c.batch.tokens)
         step, keys, values = _rows_at_once(shape.width), shape.heads, shape.heads + shape.kv_heads
         for row in range(0, count, step):
             rows = min(step, count - row)
-            if shape.head_dim % BLOCK == 0:
+            if shape.head_dim % BLOCK == 0 and count > 1:
                 low, high = share(shape.heads, c.rank, c.size)
                 project_some(c, layer, x_row, row, rows, low, high)
                 low, high = share(shape.kv_heads, c.size - 1 - c.rank, c.size)
