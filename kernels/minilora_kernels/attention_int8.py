@@ -1,7 +1,7 @@
 """Attention's tiles for int8 pages: scores and sums through the byte dot product.
 
 Queries, and the weights of values, become integers v = round(x / scale) of 14 bits and a sign, kept as two digits,
-v = 128 * high + low: each is a byte, each product of bytes is exact, and what rounding adds is a hundredth of what int8
+v = 128 * high + low: each is a byte, each product of bytes is exact, and what rounding adds is small beside what int8
 keys and values cost. A row of n numbers becomes, in place, n / 2 words of four bytes: for each 16 numbers their high
 digits, then their low ones. Behind them lies the scale, for queries also minus the sums of both digits.
 """
