@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora_kernels.lora import pack_expand, pack_numbers, pack_shrink, panel_bytes
+from minilora_kernels.lora import pack_expand, pack_shrink, padded_rank, panel_bytes
 from minilora_kernels.pack import BLOCK, PANEL
 
 from .checkpoint.folder import read_json
@@ -55,8 +55,8 @@ class AdapterArrays(NamedTuple):
     """The resident adapters as the step reads them, int64 but for the arena. Offsets are bytes in it.
 
     arena: uint8. inputs: [slots, layers + 1, 4, 2]: offset and padded ranks of A for each input; outputs: [slots,
-    layers + 1, 7, 3]: offset and rank of B for each matrix, and its first column in the shrunk rows. The last
-    layer's input 0 and output 0 are the head's. embed: [slots, 3]: offsets of A and B, and rank.
+    layers + 1, 7, 3]: offset and padded rank of B for each matrix, and its first column in the shrunk rows. The last
+    layer's input 0 and output 0 are the head's. embed: [slots, 3]: offsets of A and B, and padded rank.
     """
 
     arena: np.ndarray
@@ -415,15 +415,22 @@ class PackedAdapter(NamedTuple):
 
 
 class _Arena:
-    """Takes panels of float32 numbers as fmt, one array after the other, each on a cache line. size: bytes at most."""
+    """Takes halves of pairs, packed as fmt, one after the other, each on a cache line. size: bytes at most."""
 
     def __init__(self, fmt: int, size: int) -> None:
         self._fmt, self._data, self._end = fmt, np.empty(size, np.uint8), 0
 
-    def add(self, panels: np.ndarray, inner: int) -> int:
-        """The offset of the first byte of panels of `inner` x 16 numbers."""
-        start = self._end
-        end = pack_numbers(panels, inner, self._fmt, self._data, start)
+    def add_shrink(self, parts: list[np.ndarray]) -> int:
+        """The offset of the first byte of these A, below each other."""
+        return self._add(pack_shrink(parts, self._fmt))
+
+    def add_expand(self, b: np.ndarray) -> int:
+        """The offset of the first byte of this B."""
+        return self._add(pack_expand(b, self._fmt))
+
+    def _add(self, packed: np.ndarray) -> int:
+        start, end = self._end, self._end + len(packed)
+        self._data[start:end] = packed
         self._end = -(-end // LINE) * LINE
         self._data[end : self._end] = 0
         return start
@@ -433,9 +440,14 @@ class _Arena:
         return self._data[: self._end]
 
 
+def _padded_panels(rank: int) -> int:
+    """Columns of whole panels."""
+    return -(-rank // PANEL) * PANEL
+
+
 def _most_bytes(adapter: Adapter, fmt: int) -> int:
     """Bytes of an adapter's packed form at most, padding included."""
-    panels = [(len(half) // PANEL + 1, half.shape[1]) for pair in adapter.pairs.values() for half in pair]
+    panels = [(len(half) // PANEL + 1, padded_rank(half.shape[1])) for pair in adapter.pairs.values() for half in pair]
     return -(-sum(count * panel_bytes(inner, fmt) + LINE for count, inner in panels) // LINE) * LINE
 
 
@@ -468,12 +480,11 @@ def _pack_ends(
     """The pairs of the head and of the embedding."""
     if HEAD in adapter.pairs:
         a, b = adapter.pairs[HEAD]
-        head_inputs[0] = arena.add(pack_shrink([a]), a.shape[1]), -(-len(a) // PANEL) * PANEL
-        padded = np.pad(b, ((0, -len(b) % PANEL), (0, 0)))
-        head_outputs[0] = arena.add(pack_expand(padded), len(a)), len(a), 0
+        head_inputs[0] = arena.add_shrink([a]), _padded_panels(len(a))
+        head_outputs[0] = arena.add_expand(np.pad(b, ((0, -len(b) % PANEL), (0, 0)))), padded_rank(len(a)), 0
     if EMBED in adapter.pairs:
         a, b = adapter.pairs[EMBED]
-        embed[:] = arena.add(pack_shrink([a]), a.shape[1]), arena.add(pack_expand(b), len(a)), len(a)
+        embed[:] = arena.add_shrink([a]), arena.add_expand(b), padded_rank(len(a))
 
 
 def _pack_input(
@@ -494,12 +505,12 @@ def _pack_input(
         a, b = adapter.pairs[name]
         start = 0
         for out in outs:
-            output_rows_[out] = arena.add(pack_expand(b[start : start + rows[out]]), len(a)), len(a), column
+            output_rows_[out] = arena.add_expand(b[start : start + rows[out]]), padded_rank(len(a)), column
             start += rows[out]
         stacked.append(a)
-        column += len(a)
+        column += padded_rank(len(a))
     if stacked:
-        input_row[:] = arena.add(pack_shrink(stacked), stacked[0].shape[1]), -(-column // PANEL) * PANEL
+        input_row[:] = arena.add_shrink(stacked), _padded_panels(column)
 
 
 def describe(folder: Path) -> dict[str, Any]:

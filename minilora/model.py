@@ -90,7 +90,7 @@ class Buffers(NamedTuple):
     """Scratch of the step, float32, allocated once.
 
     x: [T, width], the residual stream; a: inputs of q k v, o and gate up; b: inputs of down; qkv: [T, qkv];
-    s: [T, s_stride], shrunk rows; scratch: scratch_stride numbers for each thread; parts: unmerged attention;
+    s: [T, s_stride], shrunk rows, of int8 adapters as digits; scratch: scratch_stride numbers for each thread; parts: unmerged attention;
     logits: [rows, vocabulary padded to 32]; bests: [rows, threads], where the largest of each thread's columns is;
     chances, ids: a row of logits for each thread. shared: T at most; from that row of `a` on, FEW rows for each thread.
     """
@@ -254,7 +254,7 @@ def _make_adapters(lora_format):
             first, end, slot = max(row0, segments[i, 0]), min(row1, segments[i, 1]), segments[i, 2]
             at, ranks = outputs[slot, layer, which, 0], outputs[slot, layer, which, 1]
             if ranks > 0 and first < end:
-                s_at = first * b.s_stride + segments[i, 3] + outputs[slot, layer, which, 2]
+                s_at, column = first * b.s_stride + segments[i, 3], outputs[slot, layer, which, 2]
                 out_at = to.at + (first - row0) * to.stride + low * to.step
                 then, matrix, panel = segments[min(i + 1, last), 2], which, low
                 if i == last:
@@ -270,6 +270,7 @@ def _make_adapters(lora_format):
                     following,
                     b.s,
                     s_at,
+                    column,
                     b.s_stride,
                     count,
                     to.array,
@@ -294,7 +295,7 @@ def _make_adapters(lora_format):
                 s_at = r * b.s_stride + batch.segments[i, 3]
                 token = token_at(batch, c.turn, r)
                 gather(arena, a_at, c.shape.vocabulary, panels, token, batch.scales[i], b.s, s_at)
-                expand(arena, b_at, ranks, 0, width // PANEL, b_at, b.s, s_at, 0, 1, b.x, r * width, 0, PANEL)
+                expand(arena, b_at, ranks, 0, width // PANEL, b_at, b.s, s_at, 0, 0, 1, b.x, r * width, 0, PANEL)
         barrier(c.sync, c.size)
 
     return shrink_all, expand_all, embed_rows

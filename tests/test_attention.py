@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from minilora_kernels import reference
-from minilora_kernels.attention_int8 import LARGEST, make_digits
 from minilora_kernels.cases import CASES
+from minilora_kernels.digits import LARGEST, make_digits
 from minilora_kernels.jit import program
 
 [INT8] = [case for case in CASES if case.name == "attend int8"]

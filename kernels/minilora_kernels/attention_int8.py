@@ -1,19 +1,16 @@
 """Attention's tiles for int8 pages: scores and sums through the byte dot product.
 
-Queries, and the weights of values, become integers v = round(x / scale) of 14 bits and a sign, kept as two digits,
-v = 128 * high + low: each is a byte, each product of bytes is exact, and what rounding adds is small beside what int8
-keys and values cost. A row of n numbers becomes, in place, n / 2 words of four bytes: for each 16 numbers their high
-digits, then their low ones. Behind them lies the scale, for queries also minus the sums of both digits.
+Queries, and the weights of values, are integers of two digits, see `digits`; those of queries have minus the sums of
+both digits behind their scale.
 """
 
 import numpy as np
 
+from .digits import make_digits
 from .dot import dot4_bytes, dot4_small, start_bytes
 from .jit import kernel
-from .pages import SPLIT, SUBPAGE, inverse_of, largest, token_at, values_behind
+from .pages import SPLIT, SUBPAGE, token_at, values_behind
 from .simd import (
-    high_digit,
-    hsum_i32,
     i32x16,
     join_digits,
     keep_lanes,
@@ -22,52 +19,18 @@ from .simd import (
     load_scalar_f32,
     load_u8,
     load_word,
-    low_digit,
-    number_of,
     prefetch_beside,
     repeat4,
-    round_i32,
     splat_f32,
     splat_i32,
     store_f32,
-    store_i8,
     store_i32,
     tile,
     to_f32,
     u8x64,
 )
 
-# The largest integer whose high digit is 127.
-LARGEST = np.float32(127 * 128)
 ZERO, NOTHING = np.float32(0), np.int32(0)
-
-
-def make_digits(sums: bool):
-    """A kernel that turns numbers into digits, with their sums behind them or not."""
-
-    @kernel
-    def to_digits(scratch, at, first, end, behind):
-        """Numbers first .. end (multiples of 16) of the row at `at` as digits, in place; scale and sums from `behind` on.
-
-        Where one of them is not finite the scale is not either: integers would hide it.
-        """
-        scale = largest(scratch, at + first, end - first) / LARGEST
-        inverse = splat_f32(inverse_of(scale))
-        minus_high, minus_low = splat_i32(NOTHING), splat_i32(NOTHING)
-        for i in range(first, end, 16):
-            v = round_i32(load_f32(scratch, at + i) * inverse)
-            high, low = high_digit(v), low_digit(v)
-            store_i8(scratch, at + i // 2, high)
-            store_i8(scratch, at + i // 2 + 4, low)
-            if sums:
-                minus_high, minus_low = minus_high - high, minus_low - low
-        scratch[at + behind] = scale
-        if sums:
-            scratch[at + behind + 1] = number_of(hsum_i32(minus_high))
-            scratch[at + behind + 2] = number_of(hsum_i32(minus_low))
-
-    return to_digits
-
 
 _query_digits, _weight_digits = make_digits(sums=True), make_digits(sums=False)
 

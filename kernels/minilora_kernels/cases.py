@@ -3,7 +3,7 @@
 Tests and bench/kernels.py both loop over CASES; a new kernel is a function, a twin and a row here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -47,7 +47,8 @@ class Case:
 
     kernel, twin: the compiled function and its NumPy twin; make: arguments for the given sizes; tolerance: largest
     difference, relative to the largest number of the twin's result; small, large: sizes for tests and for the
-    benchmark; bytes, operations: of one call, for sizes (bytes read from memory, multiply-adds).
+    benchmark; bytes, operations: of one call, for sizes (bytes read from memory, multiply-adds); read: what is compared
+    of the arguments, by default all arrays.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Case:
     bytes: Callable[[dict[str, int]], int]
     operations: Callable[[dict[str, int]], int] = lambda size: 0
     constants: tuple = ()
+    read: Callable[[Arguments], Iterable[np.ndarray]] | None = None
 
     @property
     def compiled(self) -> Callable:
@@ -71,7 +73,8 @@ class Case:
         mine = self.make(rng, size)
         theirs = deepcopy(mine)
         results = [(self.compiled(*mine), self.twin(*theirs))]
-        results += list(zip(_arrays(mine), _arrays(theirs), strict=True))
+        read = self.read or _arrays
+        results += list(zip(read(mine), read(theirs), strict=True))
         return max((_difference(x, y) for x, y in results if x is not None), default=0.0)
 
 
@@ -392,65 +395,46 @@ def _make_merge(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
 # ---------------------------------------------------------------- LoRA
 
 
-def _panelled(panels: np.ndarray, inner: int, fmt: int) -> np.ndarray:
-    out = np.zeros(len(panels) // (16 * inner) * lora.panel_bytes(inner, fmt), np.uint8)
-    lora.pack_numbers(panels, inner, fmt, out, 0)
-    return out
-
-
 def _lora_cases(fmt: int) -> list[Case]:
     shrink, gather, expand = lora.make_lora(fmt)
     twin_shrink, twin_gather, twin_expand = reference.make_lora(fmt)
+    quantized = fmt == INT8
 
     def make_shrink(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        a = _panelled(lora.pack_shrink([_normal(rng, s["R"] * s["K"]).reshape(s["R"], s["K"])]), s["K"], fmt)
-        padded = -(-s["R"] // 16) * 16
-        return (
-            a,
-            0,
-            0,
-            s["K"],
-            padded // 16 - 1,
-            _normal(rng, s["M"] * s["K"]),
-            0,
-            s["K"],
-            s["M"],
-            np.float32(0.5),
-            np.zeros(s["M"] * padded, np.float32),
-            0,
-            padded,
-        )
+        ranks, columns, count, padded = s["R"], s["K"], s["M"], -(-s["R"] // 16) * 16
+        a = lora.pack_shrink([_normal(rng, ranks * columns).reshape(ranks, columns)], fmt)
+        x, shrunk, scale = _normal(rng, count * columns), np.zeros(count * padded, np.float32), np.float32(0.5)
+        return a, 0, 0, columns, padded // 16 - 1, x, 0, columns, count, scale, shrunk, 0, padded
 
     def make_expand(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        b = _panelled(lora.pack_expand(_normal(rng, s["N"] * s["R"]).reshape(s["N"], s["R"])), s["R"], fmt)
-        step = s.get("step", 16)
-        stride = s["N"] // 16 * step
-        return (
-            b,
-            0,
-            s["R"],
-            1,
-            s["N"] // 16,
-            0,
-            _normal(rng, s["M"] * s["R"]),
-            0,
-            s["R"],
+        rank, rows, count, step, column = (
+            lora.padded_rank(s["R"]),
+            s["N"],
             s["M"],
-            _normal(rng, s["M"] * stride),
-            0,
-            stride,
-            step,
+            s.get("step", 16),
+            s.get("column", 0),
         )
+        b = lora.pack_expand(_normal(rng, rows * s["R"]).reshape(rows, s["R"]), fmt)
+        stride, out_stride = -(-(column + rank) // 16) * 16, rows // 16 * step
+        shrunk, out = _normal(rng, count * stride), _normal(rng, count * out_stride)
+        if quantized:
+            shrunk = reference.to_digits(shrunk)
+        return b, 0, rank, 1, rows // 16, 0, shrunk, 0, column, stride, count, out, 0, out_stride, step
 
     def make_gather(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        a = _panelled(lora.pack_shrink([_normal(rng, s["R"] * s["V"]).reshape(s["R"], s["V"])]), s["V"], fmt)
-        panels = -(-s["R"] // 16)
-        return a, 0, s["V"], panels, s["V"] - 1, np.float32(2), np.zeros(16 * panels, np.float32), 0
+        ranks, tokens, panels = s["R"], s["V"], -(-s["R"] // 16)
+        a = lora.pack_shrink([_normal(rng, ranks * tokens).reshape(ranks, tokens)], fmt)
+        return a, 0, tokens, panels, tokens - 1, np.float32(2), np.zeros(16 * panels, np.float32), 0
+
+    def shrunk(at: int) -> Callable[[Arguments], list[np.ndarray]]:
+        """How to read the shrunk numbers in argument `at`: from digits, which differ by one where numbers hardly do."""
+        return lambda arguments: [reference.from_digits(arguments[at]) if quantized else arguments[at]]
 
     name = FORMAT_NAMES[fmt]
     shrinks = tuple({"R": r, "K": k, "M": m} for r, k, m in ((1, 64, 1), (24, 96, 5), (48, 128, 9)))
     expands = tuple(
-        {"R": r, "N": n, "M": m, "step": step} for r, n, m, step in ((1, 32, 1, 16), (8, 64, 5, 32), (17, 48, 8, 16))
+        {"R": r, "N": n, "M": m, "step": step, "column": column}
+        for r, n, m, step, column in ((1, 32, 1, 16, 0), (8, 64, 5, 32, 12), (17, 48, 8, 16, 4), (16, 160, 1, 16, 16))
     )
     return [
         Case(
@@ -458,11 +442,12 @@ def _lora_cases(fmt: int) -> list[Case]:
             shrink,
             twin_shrink,
             make_shrink,
-            3e-6,
+            1e-4 if quantized else 3e-6,
             shrinks,
             ({"R": 16, "K": 2048, "M": 1}, {"R": 16, "K": 2048, "M": 256}),
             lambda s: lora.panel_bytes(s["K"], fmt),
             lambda s: s["M"] * 16 * s["K"],
+            read=shrunk(10),
         ),
         Case(
             f"expand {name}",
@@ -474,16 +459,18 @@ def _lora_cases(fmt: int) -> list[Case]:
             ({"R": 16, "N": 2048, "M": 1}, {"R": 16, "N": 2048, "M": 256}),
             lambda s: s["N"] // 16 * lora.panel_bytes(s["R"], fmt),
             lambda s: s["M"] * s["R"] * s["N"],
+            read=lambda arguments: [arguments[11]],
         ),
         Case(
             f"gather {name}",
             gather,
             twin_gather,
             make_gather,
-            1e-6,
+            1e-4 if quantized else 1e-6,
             ({"R": 5, "V": 40}, {"R": 16, "V": 3}, {"R": 40, "V": 7}),
             ({"R": 16, "V": 4096},),
             lambda s: s["R"] * 4,
+            read=shrunk(6),
         ),
     ]
 
@@ -715,11 +702,12 @@ CASES: list[Case] = [
             _normal(rng, s["panels"] * s["inner"] * 16),
             s["panels"],
             s["inner"],
+            s.get("words", 0) == 1,
             np.zeros(s["panels"] * lora.panel_bytes(s["inner"], INT8), np.uint8),
             0,
         ),
         0,
-        ({"panels": 1, "inner": 1}, {"panels": 5, "inner": 33}),
+        ({"panels": 1, "inner": 1}, {"panels": 5, "inner": 33}, {"panels": 5, "inner": 36, "words": 1}),
         ({"panels": 128, "inner": 2048},),
         lambda s: 64 * s["panels"] * s["inner"],
     ),

@@ -5,11 +5,24 @@ from functools import cache
 import numpy as np
 
 from .jit import kernel, program
-from .simd import hmax, load_f16, load_f32, round_i32, splat_f32, store_f16, store_f32, store_i8, vabs, vmax
+from .simd import (
+    hmax,
+    load_f16,
+    load_f32,
+    round_i32,
+    scatter_i8,
+    splat_f32,
+    splat_i32,
+    store_f16,
+    store_f32,
+    store_i8,
+    vabs,
+    vmax,
+)
 
 LARGEST_FLOAT16 = 65504.0
 LARGEST_INT8 = np.float32(127)
-ZERO, TINY = np.float32(0), np.float32(1e-30)
+ZERO, TINY, OFFSET = np.float32(0), np.float32(1e-30), np.int32(128)
 
 
 @kernel
@@ -34,10 +47,11 @@ def widen(x, n, out):
 
 
 @kernel
-def quantize_panels(x, panels, inner, out, at):
+def quantize_panels(x, panels, inner, words, out, at):
     """Panels of [inner][16] float32: scale[i] = max over k of |x[k, i]| / 127, q[k, i] = round(x[k, i] / scale[i]).
 
-    out: uint8; each panel from byte `at` on is 16 float32 scales, then int8 [inner][16].
+    out: uint8; each panel from byte `at` on is 16 float32 scales, then q as int8 [inner][16]; with words q + 128 as
+    [inner / 4][16][4], inner a multiple of 4.
     """
     for p in range(panels):
         first, largest = p * inner * 16, splat_f32(ZERO)
@@ -48,7 +62,11 @@ def quantize_panels(x, panels, inner, out, at):
         store_f32(out, at, scale)
         at += 64
         for k in range(inner):
-            store_i8(out, at + 16 * k, round_i32(load_f32(x, first + 16 * k) / scale))
+            q = round_i32(load_f32(x, first + 16 * k) / scale)
+            if words:
+                scatter_i8(out, at + k // 4 * 64 + k % 4, 4, q + splat_i32(OFFSET))
+            else:
+                store_i8(out, at + 16 * k, q)
         at += 16 * inner
 
 
@@ -57,9 +75,9 @@ def _programs():
     return program(narrow), program(widen), program(quantize_panels)
 
 
-def quantize_panels_int8(x: np.ndarray, inner: int, out: np.ndarray, at: int) -> None:
+def quantize_panels_int8(x: np.ndarray, inner: int, words: bool, out: np.ndarray, at: int) -> None:
     """See quantize_panels; x: float32, flat, a whole number of panels."""
-    _programs()[2](x, len(x) // (16 * inner), inner, out, at)
+    _programs()[2](x, len(x) // (16 * inner), inner, words, out, at)
 
 
 def narrow_float16(x: np.ndarray, out: np.ndarray, at: int) -> None:

@@ -13,22 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .digits import inverse_of, largest
 from .jit import kernel
 from .simd import (
-    hmax_i32,
     load_f32,
-    magnitude,
-    number_of,
     round_i32,
     scatter_f16,
     scatter_f32,
     scatter_i8,
     scatter_u8x4,
     splat_f32,
-    splat_i32,
     store_f16,
     store_f32,
-    vmax_i32,
 )
 
 KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)
@@ -40,9 +36,7 @@ SPLIT = 256
 
 _DTYPES = {KV_FLOAT32: np.float32, KV_FLOAT16: np.uint16, KV_INT8: np.uint8}
 
-ZERO, ONE = np.float32(0), np.float32(1)
 LARGEST_INT8 = np.float32(127)
-INFINITY, TINY = np.float32(np.inf), np.finfo(np.float32).tiny
 
 
 class KV(NamedTuple):
@@ -110,21 +104,6 @@ def token_at(kv, query, pages, position):
     index = position // kv.page
     # No remainder: a division costs more than all else here.
     return first_token(kv, query.layer, pages[query.pages_at + index], query.head) + position - index * kv.page
-
-
-@kernel
-def largest(x, at, n):
-    """max |x[i]|, i < n, a multiple of 16; NaN where one of them is NaN."""
-    bits = splat_i32(np.int32(0))
-    for i in range(0, n, 16):
-        bits = vmax_i32(magnitude(load_f32(x, at + i)), bits)
-    return number_of(hmax_i32(bits))
-
-
-@kernel
-def inverse_of(scale):
-    """1 / scale; 0 where that is not finite, and for a scale that is not, which says enough by itself."""
-    return ONE / scale if TINY <= scale < INFINITY else ZERO
 
 
 def make_write(kv_format: int):

@@ -86,12 +86,14 @@ def widen(x, n, out):
     out[:n] = x[:n].view(np.float16)
 
 
-def quantize_panels(x, panels, inner, out, at):
+def quantize_panels(x, panels, inner, words, out, at):
     """scale[i] = max over k of |x[k, i]| / 127, q[k, i] = round(x[k, i] / scale[i]) in each panel [inner][16]."""
     v = _span(x, 0, panels * inner * PANEL).reshape(panels, inner, PANEL)
     scales = np.maximum(np.abs(v).max(axis=1), np.float32(1e-30)) / np.float32(127)
     q = np.rint(v / scales[:, None]).astype(np.int8)
     raw = out[at : at + panels * (64 + inner * PANEL)].reshape(panels, -1)
+    if words:
+        q = (q.reshape(panels, inner // 4, 4, PANEL).transpose(0, 1, 3, 2) + np.int16(128)).astype(np.uint8)
     raw[:, :64], raw[:, 64:] = scales.view(np.uint8), q.reshape(panels, -1).view(np.uint8)
 
 
@@ -266,32 +268,60 @@ def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):
 # ---------------------------------------------------------------- LoRA
 
 
-def _panels(arena, at, panels, inner, fmt):
-    """Panels [panels, inner, 16] at byte `at`, as float32."""
+def _panels(arena, at, panels, inner, fmt, words=False):
+    """Panels [panels, inner, 16] at byte `at`, as float32; words: int8 numbers are stored as [inner / 4][16][4], plus 128."""
     if fmt == INT8:
         raw = arena[at : at + panels * (64 + inner * PANEL)].reshape(panels, -1)
         scales = np.ascontiguousarray(raw[:, :64]).view(np.float32)
-        return scales[:, None] * raw[:, 64:].view(np.int8).reshape(panels, inner, PANEL)
+        if words:
+            numbers = raw[:, 64:].reshape(panels, inner // 4, PANEL, 4).transpose(0, 1, 3, 2).astype(np.float32) - 128
+        else:
+            numbers = raw[:, 64:].view(np.int8)
+        return scales[:, None] * numbers.reshape(panels, inner, PANEL)
     dtype = np.dtype({FLOAT32: np.float32, FLOAT16: np.float16}[fmt])
     count = panels * inner * PANEL
     return arena[at : at + count * dtype.itemsize].view(dtype).astype(np.float32).reshape(panels, inner, PANEL)
 
 
+def to_digits(numbers):
+    """Numbers [rows, 16 n] as digits.store_sixteen leaves them, float32 of the same shape."""
+    panels = np.asarray(numbers, np.float32).reshape(-1, PANEL)
+    scale = np.abs(panels).max(axis=1) / np.float32(127 * 128)
+    v = np.rint(np.divide(panels, scale[:, None], out=np.zeros_like(panels), where=scale[:, None] > 0)).astype(np.int32)
+    out = np.zeros_like(panels)
+    out[:, :4] = (v >> 7).astype(np.int8).view(np.float32)
+    out[:, 4:8] = (v & 127).astype(np.int8).view(np.float32)
+    out[:, 8] = scale
+    out[:, 9:13] = (-v).reshape(-1, 4, 4).sum(axis=2, dtype=np.int32).view(np.float32)
+    return out.reshape(numbers.shape)
+
+
+def from_digits(digits):
+    """The numbers for which these digits stand, of the same shape."""
+    panels = digits.reshape(-1, PANEL)
+    high, low = (np.ascontiguousarray(panels[:, i : i + 4]).view(np.int8).astype(np.int32) for i in (0, 4))
+    return ((128 * high + low) * panels[:, 8:9]).astype(np.float32).reshape(digits.shape)
+
+
 def make_lora(fmt):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
+    leave = to_digits if fmt == INT8 else lambda numbers: numbers
 
     def shrink(arena, at, following, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
         a = _panels(arena, at, panel + 1, columns, fmt)[panel]
-        _grid(s, s_at + panel * PANEL, s_stride, rows, PANEL)[:] = scale * (_grid(x, x_at, x_stride, rows, columns) @ a)
+        product = scale * (_grid(x, x_at, x_stride, rows, columns) @ a)
+        _grid(s, s_at + panel * PANEL, s_stride, rows, PANEL)[:] = leave(product)
 
     def gather(arena, at, columns, panels, token, scale, s, s_at):
-        s[s_at : s_at + panels * PANEL] = scale * _panels(arena, at, panels, columns, fmt)[:, token].reshape(-1)
+        numbers = scale * _panels(arena, at, panels, columns, fmt)[:, token]
+        s[s_at : s_at + panels * PANEL] = leave(numbers).reshape(-1)
 
     def expand(
-        arena, at, rank, panel0, panel1, following, s, s_at, s_stride, rows, out, out_at, out_stride, panel_step
+        arena, at, rank, panel0, panel1, following, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
     ):
-        b = _panels(arena, at, panel1, rank, fmt)
-        shrunk = _grid(s, s_at, s_stride, rows, rank)
+        b, whole = _panels(arena, at, panel1, rank, fmt, words=True), -(-(column + rank) // PANEL) * PANEL
+        shrunk = _grid(s, s_at, s_stride, rows, whole)
+        shrunk = (from_digits(shrunk) if fmt == INT8 else shrunk)[:, column : column + rank]
         for p in range(panel0, panel1):
             _grid(out, out_at + (p - panel0) * panel_step, out_stride, rows, PANEL)[:] += shrunk @ b[p]
 

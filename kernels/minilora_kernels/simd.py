@@ -269,6 +269,12 @@ def _narrow_i8(builder, v):
     return builder.trunc(v, _BYTE)
 
 
+def _sums_of_four(builder, v):
+    """Lanes 0 to 3 together, then 4 to 7, ..."""
+    parts = [pick_lanes(builder, v, range(i, 16, 4)) for i in range(4)]
+    return builder.add(builder.add(parts[0], parts[1]), builder.add(parts[2], parts[3]))
+
+
 def _narrow_u8x4(builder, v):
     bytes_ = builder.xor(builder.trunc(v, _BYTE), constant(_BYTE, 128))
     return builder.bitcast(bytes_, ir.VectorType(_WORD, 4))
@@ -312,6 +318,8 @@ store_u8 = _storer(u8x64)
 store_i8 = _storer(i32x16, _narrow_i8)
 """16 int32 in -128..127 as 16 bytes."""
 store_i32 = _storer(i32x16)
+store_sums = _storer(i32x16, _sums_of_four)
+"""Each sum of four neighbouring int32, as 4 int32."""
 scatter_f32 = _scatterer(f32x16)
 scatter_f16 = _scatterer(f32x16, _narrow_f16)
 scatter_i8 = _scatterer(i32x16, _narrow_i8)
