@@ -1,0 +1,74 @@
+"""Adapters as float32, float16 and int8: ranks that fill no word of bytes, and what integers must not hide or lose."""
+
+import numpy as np
+import pytest
+
+from minilora.adapters import Adapter, Pair, adapter_from_arrays
+from minilora.sequence import AdapterUse
+from minilora_kernels import reference
+from minilora_kernels.cases import CASES
+from minilora_kernels.lora import pack_shrink
+from minilora_kernels.pack import INT8
+
+from .support import LINEAR, load_weights, make_engine, peft_tensors, prompt_logits, random_tokens
+from .test_network import largest_error, reference_logprobs
+
+EVERYTHING = (*LINEAR, "embed_tokens", "lm_head")
+SHRINK, EXPAND = (next(case for case in CASES if case.name == name) for name in ("shrink int8", "expand int8"))
+
+
+def in_bytes(half):
+    """A or B as int8 numbers with a scale for each row hold it."""
+    scale = np.abs(half).max(axis=1, keepdims=True) / np.float32(127)
+    return np.rint(half / scale) * scale
+
+
+STORED = {"float32": np.float32, "float16": lambda half: half.astype(np.float16).astype(np.float32), "int8": in_bytes}
+
+
+@pytest.mark.parametrize("rank", [1, 6, 19])
+@pytest.mark.parametrize("lora_dtype", STORED)
+def test_equals_merged_weights(tiny, lora_dtype, rank):
+    """What storing the numbers costs is left out: the expected update is of the numbers as they are stored."""
+    weights, tokens = load_weights(tiny("llama")), random_tokens(np.random.default_rng(rank), 40)
+    tensors, others = peft_tensors(weights.config, rank, EVERYTHING, rank), {"k_proj": 3, "up_proj": 9, "o_proj": 2}
+    for module, other in others.items():
+        tensors |= peft_tensors(weights.config, other, (module,), rank)
+    settings = {"r": rank, "lora_alpha": 2 * rank, "rank_pattern": others}
+    adapter = adapter_from_arrays(tensors, settings, weights.config)
+    engine = make_engine(weights, lora_dtype=lora_dtype)
+    found = prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(adapter), 0.5),))
+    stored = Adapter({module: Pair(*map(STORED[lora_dtype], pair)) for module, pair in adapter.pairs.items()})
+    expected = reference_logprobs(weights, tokens, engine.length, [(stored, 0.5)])
+    error = largest_error(found, expected, tokens)
+    assert error < (1e-2 if lora_dtype == "int8" else 2e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_number_that_is_not_finite_is_not_hidden(bad):
+    """Integers would hide it: the scale of the row's shrunk numbers shows it, and so does what is added to the row."""
+    rng = np.random.default_rng(1)
+    arguments = SHRINK.make(rng, {"R": 16, "K": 64, "M": 5})
+    x, s, stride = arguments[5], arguments[10], arguments[12]
+    x[2 * 64 + 7] = bad
+    SHRINK.compiled(*arguments)
+    numbers = np.isfinite(reference.from_digits(s.reshape(5, 16)[:, :16]))
+    assert not numbers[2].any() and numbers[[0, 1, 3, 4]].all()
+    arguments = list(EXPAND.make(rng, {"R": 16, "N": 64, "M": 5}))
+    arguments[6], arguments[9], arguments[3] = s, stride, 0
+    EXPAND.compiled(*arguments)
+    out = np.isfinite(arguments[11].reshape(5, 64))
+    assert not out[2].any() and out[[0, 1, 3, 4]].all()
+
+
+def test_small_numbers_keep_their_share():
+    """Shrunk numbers have 14 bits: beside one of 100 times their size they keep half a hundredth at least."""
+    s = np.full(16, 0.01, np.float32)
+    s[3] = 1
+    assert np.abs(reference.from_digits(reference.to_digits(s)) - s).max() < 0.5 / (127 * 128) * 1.01
+    arguments = SHRINK.make(np.random.default_rng(1), {"R": 16, "K": 64, "M": 1})
+    a, x = np.zeros((16, 64), np.float32), arguments[5]
+    a[:, 0], x[:] = s, 0
+    x[0] = 2
+    SHRINK.compiled(pack_shrink([a], INT8), *arguments[1:])
+    assert np.abs(reference.from_digits(arguments[10]) - s).max() < 1e-4
