@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora_kernels.lora import pack_expand, pack_shrink, padded_rank, panel_bytes
-from minilora_kernels.pack import BLOCK, PANEL
+from minilora_kernels.pack import BLOCK, INT8, PANEL
 
 from .checkpoint.folder import read_json
 from .checkpoint.safetensors import TensorFile
@@ -418,15 +418,15 @@ class _Arena:
     """Takes halves of pairs, packed as fmt, one after the other, each on a cache line. size: bytes at most."""
 
     def __init__(self, fmt: int, size: int) -> None:
-        self._fmt, self._data, self._end = fmt, np.empty(size, np.uint8), 0
+        self.fmt, self._data, self._end = fmt, np.empty(size, np.uint8), 0
 
     def add_shrink(self, parts: list[np.ndarray]) -> int:
         """The offset of the first byte of these A, below each other."""
-        return self._add(pack_shrink(parts, self._fmt))
+        return self._add(pack_shrink(parts, self.fmt))
 
     def add_expand(self, b: np.ndarray) -> int:
         """The offset of the first byte of this B."""
-        return self._add(pack_expand(b, self._fmt))
+        return self._add(pack_expand(b, self.fmt))
 
     def _add(self, packed: np.ndarray) -> int:
         start, end = self._end, self._end + len(packed)
@@ -438,6 +438,16 @@ class _Arena:
     def bytes(self) -> np.ndarray:
         """All of them."""
         return self._data[: self._end]
+
+
+def _evened(pair: Pair) -> Pair:
+    """The same update with an A near 1: int8 adapters keep what several A give with a common scale.
+
+    The factor is a power of two, so that no number changes but for its exponent.
+    """
+    size = np.sqrt(np.mean(np.square(pair.a, dtype=np.float64)))
+    factor = np.float32(2 ** np.rint(np.log2(size))) if size > 0 else np.float32(1)
+    return Pair(pair.a / factor, pair.b * factor)
 
 
 def _padded_panels(rank: int) -> int:
@@ -502,7 +512,7 @@ def _pack_input(
         name = f"model.layers.{layer}.{module}"
         if outs[0] not in OUTPUTS_OF[source] or name not in adapter.pairs:
             continue
-        a, b = adapter.pairs[name]
+        a, b = _evened(adapter.pairs[name]) if arena.fmt == INT8 else adapter.pairs[name]
         start = 0
         for out in outs:
             output_rows_[out] = arena.add_expand(b[start : start + rows[out]]), padded_rank(len(a)), column

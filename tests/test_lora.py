@@ -10,7 +10,7 @@ from minilora_kernels.cases import CASES
 from minilora_kernels.lora import pack_shrink
 from minilora_kernels.pack import INT8
 
-from .support import LINEAR, load_weights, make_engine, peft_tensors, prompt_logits, random_tokens
+from .support import LINEAR, load_weights, make_adapter, make_engine, peft_tensors, prompt_logits, random_tokens
 from .test_network import largest_error, reference_logprobs
 
 EVERYTHING = (*LINEAR, "embed_tokens", "lm_head")
@@ -42,6 +42,19 @@ def test_equals_merged_weights(tiny, lora_dtype, rank):
     expected = reference_logprobs(weights, tokens, engine.length, [(stored, 0.5)])
     error = largest_error(found, expected, tokens)
     assert error < (1e-2 if lora_dtype == "int8" else 2e-4)
+
+
+def test_a_small_module_beside_a_large_one_keeps_its_digits(tiny):
+    """What A of q and of k leave shares a scale: k's A a millionth of q's, its B a million times as large."""
+    weights, tokens = load_weights(tiny("llama")), random_tokens(np.random.default_rng(1), 40)
+    adapter = make_adapter(weights.config, rank=4, modules=("q_proj", "k_proj"))
+    pairs = {m: Pair(p.a * 1e-6, p.b * 1e6) if m.endswith("k_proj") else p for m, p in adapter.pairs.items()}
+    texts = []
+    for one in (adapter, Adapter(pairs)):
+        engine = make_engine(weights, lora_dtype="int8")
+        texts.append(prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(one), 1.0),)))
+    places = zip(*texts, strict=True)
+    assert max(abs(x.logprob - y.logprob) for x, y in places) < 1e-3
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
