@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora_kernels.lora import pack_expand, pack_shrink, padded_rank, panel_bytes
+from minilora_kernels.lora_pack import pack_expand, pack_shrink, padded_rank, panel_bytes
 from minilora_kernels.pack import BLOCK, INT8, PANEL
 
 from .checkpoint.folder import read_json
@@ -26,6 +26,8 @@ from .weights import Weights
 LINE = 64
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HIGHEST_RANK = 256
+# Beyond this power of two A is made no larger or smaller: B must not overflow.
+LARGEST_SHIFT = 32
 
 # What adapters shrink: the inputs of the products of a layer; each serves the matrices that read it.
 QKV_IN, O_IN, GATE_UP_IN, DOWN_IN = range(4)
@@ -446,12 +448,14 @@ def _evened(pair: Pair) -> Pair:
     The factor is a power of two, so that no number changes but for its exponent.
     """
     size = np.sqrt(np.mean(np.square(pair.a, dtype=np.float64)))
-    factor = np.float32(2 ** np.rint(np.log2(size))) if size > 0 else np.float32(1)
+    factor = (
+        np.float32(2 ** np.clip(np.rint(np.log2(size)), -LARGEST_SHIFT, LARGEST_SHIFT)) if size > 0 else np.float32(1)
+    )
     return Pair(pair.a / factor, pair.b * factor)
 
 
-def _padded_panels(rank: int) -> int:
-    """Columns of whole panels."""
+def _whole_panels(rank: int) -> int:
+    """Columns of the panels that this many ranks fill."""
     return -(-rank // PANEL) * PANEL
 
 
@@ -490,7 +494,7 @@ def _pack_ends(
     """The pairs of the head and of the embedding."""
     if HEAD in adapter.pairs:
         a, b = adapter.pairs[HEAD]
-        head_inputs[0] = arena.add_shrink([a]), _padded_panels(len(a))
+        head_inputs[0] = arena.add_shrink([a]), _whole_panels(len(a))
         head_outputs[0] = arena.add_expand(np.pad(b, ((0, -len(b) % PANEL), (0, 0)))), padded_rank(len(a)), 0
     if EMBED in adapter.pairs:
         a, b = adapter.pairs[EMBED]
@@ -520,7 +524,7 @@ def _pack_input(
         stacked.append(a)
         column += padded_rank(len(a))
     if stacked:
-        input_row[:] = arena.add_shrink(stacked), _padded_panels(column)
+        input_row[:] = arena.add_shrink(stacked), _whole_panels(column)
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -39,7 +39,8 @@ from minilora_kernels.batch import (
 from minilora_kernels.held import by_value, hold
 from minilora_kernels.jit import kernel
 from minilora_kernels.linear import Rows, make_linear
-from minilora_kernels.lora import make_lora, panel_bytes
+from minilora_kernels.lora import make_lora
+from minilora_kernels.lora_pack import head_bytes, number_bytes
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
 from minilora_kernels.pages import KV, NOBODY, SPLIT, Query
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
@@ -90,9 +91,10 @@ class Buffers(NamedTuple):
     """Scratch of the step, float32, allocated once.
 
     x: [T, width], the residual stream; a: inputs of q k v, o and gate up; b: inputs of down; qkv: [T, qkv];
-    s: [T, s_stride], shrunk rows, of int8 adapters as digits; scratch: scratch_stride numbers for each thread; parts: unmerged attention;
-    logits: [rows, vocabulary padded to 32]; bests: [rows, threads], where the largest of each thread's columns is;
-    chances, ids: a row of logits for each thread. shared: T at most; from that row of `a` on, FEW rows for each thread.
+    s: [T, s_stride], shrunk rows, of int8 adapters as digits; scratch: scratch_stride numbers for each thread;
+    parts: unmerged attention; logits: [rows, vocabulary padded to 32]; bests: [rows, threads], where the largest of each
+    thread's columns is; chances, ids: a row of logits for each thread. shared: T at most; from that row of `a` on, FEW rows
+    for each thread.
     """
 
     x: np.ndarray
@@ -212,7 +214,7 @@ class Place(NamedTuple):
 
 def _make_adapters(lora_format):
     shrink, gather, expand = make_lora(lora_format)
-    head, size = panel_bytes(0, lora_format), panel_bytes(1, lora_format) - panel_bytes(0, lora_format)
+    head, size = head_bytes(lora_format), PANEL * number_bytes(lora_format)
 
     @kernel
     def shrink_all(c, segments, scales, layer, which, columns, x, x_row):

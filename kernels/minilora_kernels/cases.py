@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import attention, convert, lora, pointwise, reference, sample
+from . import attention, convert, lora, lora_pack, pointwise, reference, sample
 from .attention import make_attention, partial_size, scratch_size
 from .jit import program
 from .linear import Rows, make_linear
@@ -402,19 +402,19 @@ def _lora_cases(fmt: int) -> list[Case]:
 
     def make_shrink(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         ranks, columns, count, padded = s["R"], s["K"], s["M"], -(-s["R"] // 16) * 16
-        a = lora.pack_shrink([_normal(rng, ranks * columns).reshape(ranks, columns)], fmt)
+        a = lora_pack.pack_shrink([_normal(rng, ranks * columns).reshape(ranks, columns)], fmt)
         x, shrunk, scale = _normal(rng, count * columns), np.zeros(count * padded, np.float32), np.float32(0.5)
         return a, 0, 0, columns, padded // 16 - 1, x, 0, columns, count, scale, shrunk, 0, padded
 
     def make_expand(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         rank, rows, count, step, column = (
-            lora.padded_rank(s["R"]),
+            lora_pack.padded_rank(s["R"]),
             s["N"],
             s["M"],
             s.get("step", 16),
             s.get("column", 0),
         )
-        b = lora.pack_expand(_normal(rng, rows * s["R"]).reshape(rows, s["R"]), fmt)
+        b = lora_pack.pack_expand(_normal(rng, rows * s["R"]).reshape(rows, s["R"]), fmt)
         stride, out_stride = -(-(column + rank) // 16) * 16, rows // 16 * step
         shrunk, out = _normal(rng, count * stride), _normal(rng, count * out_stride)
         if quantized:
@@ -423,7 +423,7 @@ def _lora_cases(fmt: int) -> list[Case]:
 
     def make_gather(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         ranks, tokens, panels = s["R"], s["V"], -(-s["R"] // 16)
-        a = lora.pack_shrink([_normal(rng, ranks * tokens).reshape(ranks, tokens)], fmt)
+        a = lora_pack.pack_shrink([_normal(rng, ranks * tokens).reshape(ranks, tokens)], fmt)
         return a, 0, tokens, panels, tokens - 1, np.float32(2), np.zeros(16 * panels, np.float32), 0
 
     def shrunk(at: int) -> Callable[[Arguments], list[np.ndarray]]:
@@ -445,7 +445,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             1e-4 if quantized else 3e-6,
             shrinks,
             ({"R": 16, "K": 2048, "M": 1}, {"R": 16, "K": 2048, "M": 256}),
-            lambda s: lora.panel_bytes(s["K"], fmt),
+            lambda s: lora_pack.panel_bytes(s["K"], fmt),
             lambda s: s["M"] * 16 * s["K"],
             read=shrunk(10),
         ),
@@ -457,7 +457,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             3e-6,
             expands,
             ({"R": 16, "N": 2048, "M": 1}, {"R": 16, "N": 2048, "M": 256}),
-            lambda s: s["N"] // 16 * lora.panel_bytes(s["R"], fmt),
+            lambda s: s["N"] // 16 * lora_pack.panel_bytes(s["R"], fmt),
             lambda s: s["M"] * s["R"] * s["N"],
             read=lambda arguments: [arguments[11]],
         ),
@@ -703,7 +703,7 @@ CASES: list[Case] = [
             s["panels"],
             s["inner"],
             s.get("words", 0) == 1,
-            np.zeros(s["panels"] * lora.panel_bytes(s["inner"], INT8), np.uint8),
+            np.zeros(s["panels"] * lora_pack.panel_bytes(s["inner"], INT8), np.uint8),
             0,
         ),
         0,

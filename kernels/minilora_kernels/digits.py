@@ -1,8 +1,8 @@
 """Numbers as integers of 14 bits and a sign, for the byte dot product: v = round(x / scale) = 128 * high + low.
 
 Each of the two digits is a byte, each product of bytes is exact, and what rounding adds is small beside what int8
-keys, values or weights cost. A row of n numbers becomes, in place, n / 2 words of four bytes: for each 16 numbers
-their high digits, then their low ones. Behind them lies the scale.
+keys, values or weights cost. Sixteen numbers become eight words of four bytes: their high digits, then their low ones.
+Behind the digits of all numbers that share it lies the scale.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ from .simd import (
 LARGEST = np.float32(127 * 128)
 ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.int32(0)
 INFINITY, TINY = np.float32(np.inf), np.finfo(np.float32).tiny
-# Where the parts of 16 numbers lie, see store_sixteen.
+# Where the low digits of 16 numbers lie, and what store_sixteen puts behind them.
 LOW, SCALE, MINUS = 4, 8, 9
 
 
@@ -47,6 +47,12 @@ def inverse_of(scale):
     return ONE / scale if TINY <= scale < INFINITY else ZERO
 
 
+@kernel
+def _store_both(x, at, high, low):
+    store_i8(x, at, high)
+    store_i8(x, at + LOW, low)
+
+
 def make_digits(sums: bool):
     """A kernel that turns numbers into digits, with their sums behind them or not."""
 
@@ -62,8 +68,7 @@ def make_digits(sums: bool):
         for i in range(first, end, 16):
             v = round_i32(load_f32(scratch, at + i) * inverse)
             high, low = high_digit(v), low_digit(v)
-            store_i8(scratch, at + i // 2, high)
-            store_i8(scratch, at + i // 2 + 4, low)
+            _store_both(scratch, at + i // 2, high, low)
             if sums:
                 minus_high, minus_low = minus_high - high, minus_low - low
         scratch[at + behind] = scale
@@ -81,7 +86,6 @@ def store_sixteen(x, at, numbers):
     """
     scale = number_of(hmax_i32(magnitude(numbers))) / LARGEST
     v = round_i32(numbers * splat_f32(inverse_of(scale)))
-    store_i8(x, at, high_digit(v))
-    store_i8(x, at + LOW, low_digit(v))
+    _store_both(x, at, high_digit(v), low_digit(v))
     x[at + SCALE] = scale
     store_sums(x, at + MINUS, splat_i32(NOTHING) - v)

@@ -1,76 +1,18 @@
 """Segmented LoRA: y += (x A) B for runs of rows that share an adapter, never merged into the base weights.
 
-All matrices of an adapter that read the same input are shrunk at once: A is stored transposed as
-[R / 16 panels][K][16] with the ranks of those matrices side by side, each padded to a multiple of 4 (R: their sum,
-padded to 16). B of each matrix is stored as [N / 16 panels][rank][16], alpha / rank folded in. Both lie in a uint8
-arena as float32, float16 or int8. A panel of int8 begins with 16 float32 scales, one for each of its 16 rows of A or
-B; B's numbers + 128 lie as the byte dot product wants them, [rank / 4][16][4].
-
-Sums run in a fixed order, see the tiles in `lora_shrink` and `lora_expand`.
+How A and B lie in memory: see `lora_pack`. Sums run in a fixed order: see the tiles in `lora_shrink` and `lora_expand`.
 """
 
 from functools import cache
 
-import numpy as np
-
-from .convert import narrow_float16, quantize_panels_int8
 from .jit import kernel
 from .lora_expand import expand_tile
+from .lora_pack import head_bytes, number_bytes
 from .lora_shrink import gather_panel, shrink_tile
-from .pack import FLOAT16, FLOAT32, INT8, PANEL
+from .pack import INT8, PANEL
 
 # How many panels of B ahead of their use memory is asked for.
 PANELS_AHEAD = 8
-
-
-def padded_rank(rank: int) -> int:
-    """What a rank is padded to, with zeros: words of four bytes."""
-    return -(-rank // 4) * 4
-
-
-def pack_shrink(parts: list[np.ndarray], fmt: int) -> np.ndarray:
-    """A [R, K] as fmt, uint8: the parts below each other, each from a multiple of 4 on.
-
-    Raises OverflowError where a number is too large for float16.
-    """
-    rows = sum(padded_rank(len(part)) for part in parts)
-    stacked, at = np.zeros((-(-rows // PANEL) * PANEL, parts[0].shape[1]), np.float32), 0
-    for part in parts:
-        stacked[at : at + len(part)] = part
-        at += padded_rank(len(part))
-    return _pack(stacked, fmt, False)
-
-
-def pack_expand(b: np.ndarray, fmt: int) -> np.ndarray:
-    """B [N, rank] as fmt, uint8, alpha / rank folded in; N is a multiple of 16. Raises as pack_shrink does."""
-    return _pack(np.pad(b, ((0, 0), (0, padded_rank(b.shape[1]) - b.shape[1]))), fmt, True)
-
-
-def _pack(matrix: np.ndarray, fmt: int, words: bool) -> np.ndarray:
-    """Panels of 16 rows; words: int8 numbers as the byte dot product wants them."""
-    rows, inner = matrix.shape
-    panels = np.ascontiguousarray(matrix.reshape(-1, PANEL, inner).transpose(0, 2, 1), np.float32).reshape(-1)
-    if fmt == FLOAT32:
-        return panels.view(np.uint8)
-    out = np.empty(rows // PANEL * panel_bytes(inner, fmt), np.uint8)
-    if fmt == INT8:
-        quantize_panels_int8(panels, inner, words, out, 0)
-    else:
-        narrow_float16(panels, out.view(np.uint16), 0)
-    return out
-
-
-def panel_bytes(inner: int, fmt: int) -> int:
-    """Bytes of a panel of 16 rows of `inner` numbers each."""
-    return _head(fmt) + inner * PANEL * _size(fmt)
-
-
-def _head(fmt: int) -> int:
-    return 4 * PANEL if fmt == INT8 else 0
-
-
-def _size(fmt: int) -> int:
-    return {FLOAT32: 4, FLOAT16: 2, INT8: 1}[fmt]
 
 
 @cache
@@ -79,7 +21,7 @@ def make_lora(fmt: int):
     wide = 4 if fmt == INT8 else 2
     shrink4, shrink1 = shrink_tile(4, fmt), shrink_tile(1, fmt)
     expand4, expand1, expand_wide = expand_tile(4, 1, fmt), expand_tile(1, 1, fmt), expand_tile(1, wide, fmt)
-    gather_one, size, head = gather_panel(fmt), _size(fmt), _head(fmt)
+    gather_one, size, head = gather_panel(fmt), number_bytes(fmt), head_bytes(fmt)
 
     @kernel
     def shrink(arena, at, following, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):

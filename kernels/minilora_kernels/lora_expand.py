@@ -8,6 +8,7 @@ import numpy as np
 from .digits import LOW, MINUS, SCALE
 from .dot import dot4_bytes, start_bytes
 from .jit import kernel
+from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import (
     f32x16,
@@ -29,14 +30,13 @@ from .simd import (
     u8x64,
 )
 
-# Bytes of an int8 panel's scales, which come first, and of four ranks in it.
-HEAD = 4 * PANEL
-STEP = 4 * PANEL
+# Bytes of an int8 panel's scales, and of four ranks in it.
+HEAD = head_bytes(INT8)
+STEP = 4 * PANEL * number_bytes(INT8)
 
 ZERO, NOTHING = np.float32(0), np.int32(0)
 
 _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16}
-_SIZE = {FLOAT32: 4, FLOAT16: 2}
 
 
 def expand_tile(rows: int, panels: int, fmt: int):
@@ -48,7 +48,7 @@ def expand_tile(rows: int, panels: int, fmt: int):
 
 
 def _float_tile(rows: int, panels: int, fmt: int):
-    load, size = _LOAD[fmt], _SIZE[fmt]
+    load, size = _LOAD[fmt], number_bytes(fmt)
     new_acc, new_b = tile(f32x16, rows, panels), tile(f32x16, panels)
 
     @kernel

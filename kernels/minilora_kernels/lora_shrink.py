@@ -8,6 +8,7 @@ import numpy as np
 
 from .digits import store_sixteen
 from .jit import kernel
+from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import f32x16, fma, load_f16, load_f32, load_i8, load_scalar_f32, prefetch_beside, splat_f32, store_f32, tile
 
@@ -18,7 +19,6 @@ AHEAD = 8192
 ZERO = np.float32(0)
 
 _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16, INT8: load_i8}
-_SIZE = {FLOAT32: 4, FLOAT16: 2, INT8: 1}
 
 
 def shrink_tile(rows: int, fmt: int):
@@ -26,15 +26,16 @@ def shrink_tile(rows: int, fmt: int):
 
     following: the byte that is likely to be read after this panel, for prefetching.
     """
-    load, size, quantized = _LOAD[fmt], _SIZE[fmt], fmt == INT8
-    new_acc, new_a, store = tile(f32x16, rows, CHAINS), tile(f32x16, CHAINS), store_sixteen if quantized else store_f32
+    load, size, quantized = _LOAD[fmt], number_bytes(fmt), fmt == INT8
+    new_acc, new_a, head = tile(f32x16, rows, CHAINS), tile(f32x16, CHAINS), head_bytes(fmt)
+    store = store_sixteen if quantized else store_f32
 
     @kernel
     def multiply(arena, at, following, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
         acc, a, lanes, length = new_acc(), new_a(), splat_f32(scale), columns * PANEL * size
         if quantized:
             lanes = lanes * load_f32(arena, at)
-            at += 4 * PANEL
+            at += head
         for m in range(rows):
             for c in range(CHAINS):
                 acc[m, c] = splat_f32(ZERO)
@@ -56,15 +57,15 @@ def shrink_tile(rows: int, fmt: int):
 
 def gather_panel(fmt: int):
     """s = scale * column `token` of the panel of A at byte `at`."""
-    load, size, quantized = _LOAD[fmt], _SIZE[fmt], fmt == INT8
-    store = store_sixteen if quantized else store_f32
+    load, size, quantized = _LOAD[fmt], number_bytes(fmt), fmt == INT8
+    head, store = head_bytes(fmt), store_sixteen if quantized else store_f32
 
     @kernel
     def gather(arena, at, token, scale, s, s_at):
         lanes = splat_f32(scale)
         if quantized:
             lanes = lanes * load_f32(arena, at)
-            at += 4 * PANEL
+            at += head
         store(s, s_at, load(arena, at + token * PANEL * size) * lanes)
 
     return gather
