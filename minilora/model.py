@@ -158,12 +158,24 @@ def _rows_at_once(columns):
 
 
 @kernel
-def _norm_row(c, norm_at, group, x_row, row):
+def _place_of_values(c, group, segments, rows, at, scratch_at):
+    """(array, at): where a row's floats go: rows.values[at] if adapters, or weights that are floats, read them there.
+
+    If they are only to be quantised they stay in scratch, in the nearest cache.
+    """
+    if group == 0 or len(segments) > 0:
+        return rows.values, at
+    return c.buffers.scratch, scratch_at
+
+
+@kernel
+def _norm_row(c, norm_at, group, segments, x_row, row):
     """Row x_row of the stream, normalised and quantised: row `row` of buffers.a."""
     a, width = c.buffers.a, c.shape.width
-    rms_norm(c.buffers.x, x_row * width, width, c.w.arena, norm_at, c.shape.eps, a.values, row * a.stride)
+    values, at = _place_of_values(c, group, segments, a, row * a.stride, c.rank * c.buffers.scratch_stride)
+    rms_norm(c.buffers.x, x_row * width, width, c.w.arena, norm_at, c.shape.eps, values, at)
     if group > 0:
-        quantize_row(a.values, row * a.stride, width, group, a, row, 0)
+        quantize_row(values, at, width, group, a, row, 0)
 
 
 @kernel
@@ -173,11 +185,11 @@ def _norm(c, norm_at, group):
     if count <= FEW:
         first = c.buffers.shared + c.rank * FEW
         for r in range(count):
-            _norm_row(c, norm_at, group, r, first + r)
+            _norm_row(c, norm_at, group, c.batch.segments, r, first + r)
         return first
     low, high = _share(c, count)
     for r in range(low, high):
-        _norm_row(c, norm_at, group, r, r)
+        _norm_row(c, norm_at, group, c.batch.segments, r, r)
     barrier(c.sync, c.size)
     return 0
 
@@ -521,12 +533,12 @@ def _make_gate_up(linear, expand_all):
         b, count, stride = c.buffers, end - block, CHUNK_BLOCKS * BLOCK
         at, bias = c.rank * b.scratch_stride, c.w.layers[layer, GATE_UP_BIAS]
         for r in range(row, row + rows):
-            to = r * b.b.stride + block * PANEL
+            values, to = _place_of_values(c, group, c.batch.segments, b.b, r * b.b.stride + block * PANEL, at)
             if bias >= 0:
                 add_row(b.scratch, at, c.w.arena, bias + 4 * block * BLOCK, count * BLOCK)
-            silu_mul(b.scratch, at, count, b.b.values, to)
+            silu_mul(b.scratch, at, count, values, to)
             if group > 0:
-                quantize_row(b.b.values, to, count * PANEL, group, b.b, r, block * PANEL)
+                quantize_row(values, to, count * PANEL, group, b.b, r, block * PANEL)
             at += stride
 
     @kernel
@@ -561,7 +573,7 @@ def _make_head(linear, shrink_all, expand_all):
         count, group, padded = len(batch.out_rows), w.matrices[w.head, GROUP], w.matrices[w.head, ROWS]
         low, high = _share(c, count)
         for j in range(low, high):
-            _norm_row(c, w.final_norm, group, batch.out_rows[j], j)
+            _norm_row(c, w.final_norm, group, batch.out_segments, batch.out_rows[j], j)
         barrier(c.sync, c.size)
         if len(batch.out_segments) > 0:
             shrink_all(c, batch.out_segments, batch.out_scales, shape.layers, 0, shape.width, b.a, 0)
