@@ -71,6 +71,8 @@ from .weights import (
 FEW = 8
 CHUNK_BLOCKS = 8
 MOST_ROWS = 256
+# From how many rows for each thread on q k v are shared by rows: reading the weights takes little beside them.
+ROWS_EACH = 32
 CACHE_BYTES = 256 * 1024
 
 
@@ -378,27 +380,38 @@ def _make_projection(linear, expand_all, write_key, write_value):
 
     @kernel
     def project_heads(c, layer, x_row):
-        """q k v of this thread's heads, ready for attention. Ends with a barrier.
+        """q k v, ready for attention. Ends with a barrier. Many rows are shared by rows, few by heads."""
+        shape, count, step = c.shape, len(c.batch.tokens), _rows_at_once(c.shape.width)
+        if count >= ROWS_EACH * c.size:
+            low, high = _share(c, (count + FEW - 1) // FEW)
+            end = min(high * FEW, count)
+            for row in range(low * FEW, end, step):
+                project_some(c, layer, x_row, row, min(step, end - row), 0, shape.heads + 2 * shape.kv_heads)
+        else:
+            for row in range(0, count, step):
+                project_mine(c, layer, x_row, row, min(step, count - row))
+        barrier(c.sync, c.size)
+
+    @kernel
+    def project_mine(c, layer, x_row, row, rows):
+        """q k v of this thread's heads.
 
         Each kind of head is shared by itself: keys take longest to write, and those who have more queries get fewer of them.
         For a single row they take little, and weights are better read in one piece.
         """
-        shape, count = c.shape, len(c.batch.tokens)
-        step, keys, values = _rows_at_once(shape.width), shape.heads, shape.heads + shape.kv_heads
-        for row in range(0, count, step):
-            rows = min(step, count - row)
-            if shape.head_dim % BLOCK == 0 and count > 1:
-                low, high = share(shape.heads, c.rank, c.size)
-                project_some(c, layer, x_row, row, rows, low, high)
-                low, high = share(shape.kv_heads, c.size - 1 - c.rank, c.size)
-                project_some(c, layer, x_row, row, rows, keys + low, keys + high)
-                low, high = share(shape.kv_heads, c.rank, c.size)
-                project_some(c, layer, x_row, row, rows, values + low, values + high)
-            else:
-                # Two heads may share a block: pairs of them stay together.
-                low, high = share((values + shape.kv_heads + 1) // 2, c.rank, c.size)
-                project_some(c, layer, x_row, row, rows, 2 * low, min(2 * high, values + shape.kv_heads))
-        barrier(c.sync, c.size)
+        shape = c.shape
+        keys, values = shape.heads, shape.heads + shape.kv_heads
+        if shape.head_dim % BLOCK == 0 and len(c.batch.tokens) > 1:
+            low, high = _share(c, shape.heads)
+            project_some(c, layer, x_row, row, rows, low, high)
+            low, high = share(shape.kv_heads, c.size - 1 - c.rank, c.size)
+            project_some(c, layer, x_row, row, rows, keys + low, keys + high)
+            low, high = _share(c, shape.kv_heads)
+            project_some(c, layer, x_row, row, rows, values + low, values + high)
+        else:
+            # Two heads may share a block: pairs of them stay together.
+            low, high = _share(c, (values + shape.kv_heads + 1) // 2)
+            project_some(c, layer, x_row, row, rows, 2 * low, min(2 * high, values + shape.kv_heads))
 
     return project_heads
 

@@ -9,12 +9,12 @@ from itertools import pairwise
 
 import numpy as np
 
+from minilora_kernels.memory import CACHE_LINE, aligned_zeros
 from minilora_kernels.pack import FLOAT16
 
 from .adapters import AdapterArrays, PackedAdapter
 from .config import ModelConfig
 from .errors import ResourceError
-from .memory import ALIGNMENT, aligned_empty
 
 
 @dataclass
@@ -44,7 +44,7 @@ class AdapterPool:
         self.hits = self.insertions = self.evictions = 0
         layers = config.layers + 1
         try:
-            arena = aligned_empty(max(capacity, ALIGNMENT))
+            arena = aligned_zeros(max(capacity, CACHE_LINE))
         except MemoryError:
             raise ResourceError(f"no memory for {capacity} bytes of adapters", "Lower lora_memory.") from None
         self.arrays = AdapterArrays(

@@ -10,6 +10,7 @@ import psutil
 
 from minilora_kernels.attention import scratch_size
 from minilora_kernels.linear import Rows
+from minilora_kernels.memory import aligned_zeros
 from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
 from minilora_kernels.pages import KV_FLOAT16, KV_FLOAT32, SPLIT
 from minilora_kernels.team import Each, Team
@@ -157,7 +158,7 @@ class Runner:
             parts=_floats(parts),
             logits=_floats(logits * padded),
             bests=np.zeros(logits * threads, np.int64),
-            chances=np.empty(threads * padded, np.float32),
+            chances=_floats(threads * padded),
             ids=np.empty(threads * padded, np.int64),
             shared=max(rows, logits),
         )
@@ -218,7 +219,7 @@ class Runner:
 
 
 def _floats(count: int) -> np.ndarray:
-    return np.zeros(count, np.float32)
+    return aligned_zeros(count, np.float32)
 
 
 def _rows(count: int, width: int) -> Rows:
@@ -227,9 +228,9 @@ def _rows(count: int, width: int) -> Rows:
     groups = count * stride // 32
     return Rows(
         _floats(count * stride),
-        np.zeros(count * stride, np.int8),
+        aligned_zeros(count * stride, np.int8),
         _floats(groups),
-        np.zeros(groups, np.int32),
+        aligned_zeros(groups, np.int32),
         _floats(groups),
         stride,
     )

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels import pack
+from minilora_kernels.memory import CACHE_LINE, aligned_zeros
 from minilora_kernels.pack import BLOCK, FLOAT32, FORMAT, GROUPS, INT4, INT8, PANEL, Quantized
 from minilora_kernels.quantize import quantize
 
 from .checkpoint.base import Checkpoint
 from .config import ModelConfig
 from .errors import FormatError, UsageError
-from .memory import ALIGNMENT, aligned_empty
 
 # Columns of the layers table: byte offsets of float32 vectors in the arena (-1: none), rows of the matrices
 # table, and what the layer does.
@@ -296,7 +296,7 @@ class Plan:
     def _place(self, item: Vector) -> int:
         offset = self.size
         self.items.append((offset, item))
-        self.size = -(-(offset + item.bytes) // ALIGNMENT) * ALIGNMENT
+        self.size = -(-(offset + item.bytes) // CACHE_LINE) * CACHE_LINE
         return offset
 
 
@@ -489,7 +489,7 @@ class Weights:
 
 def pack_in_memory(plan: Plan) -> Weights:
     """Pack a model without writing it anywhere."""
-    arena, at = aligned_empty(plan.size), 0
+    arena, at = aligned_zeros(plan.size), 0
     for chunk in Packer(plan).chunks():
         arena[at : at + len(chunk)] = chunk
         at += len(chunk)

@@ -15,9 +15,11 @@ import numpy as np
 
 from . import attention_float, attention_int8
 from .jit import kernel
-from .pages import KV_INT8, SPLIT, SUBPAGE, make_write, token_at, values_behind
+from .pages import KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, make_write, token_at, values_behind
 from .simd import exp, fma, hmax, hsum, keep_lanes, load_f32, splat_f32, store_f32, vmax
 
+# From how many rows on it pays to widen float16 keys for all of them.
+MANY = 12
 # How far ahead keys are asked for that were not asked for before.
 AHEAD = 4 * SUBPAGE
 
@@ -27,7 +29,7 @@ LOWEST = np.float32(-np.inf)
 
 def scratch_size(rows: int, size: int) -> int:
     """float32 numbers that `attend` needs for `rows` rows (tokens x group) of head size `size`."""
-    return _padded(rows) * (3 * size + SPLIT + 4)
+    return _padded(rows) * (3 * size + SPLIT + 4) + SUBPAGE * size
 
 
 def partial_size(size: int) -> int:
@@ -40,6 +42,12 @@ def _padded(rows):
 
 
 _padded_rows = kernel(_padded)
+
+
+@kernel
+def _behind_queries(kv, q_at, rows):
+    """Where in scratch a subpage's widened keys go."""
+    return q_at + _padded_rows(rows) * kv.size
 
 
 # ---------------------------------------------------------------- all rows of a subpage
@@ -71,11 +79,15 @@ def _make_scores(kv_format):
         tiles = _in_tiles(attention_int8.score_tile)
     else:
         tiles = _in_tiles(lambda rows: attention_float.score_tile(rows, kv_format))
+    many = attention_float.many_scores(kv_format) if kv_format == KV_FLOAT16 else None
 
     @kernel
     def scores(kv, token, keys, rows, scratch, q_at, scores_at):
         """All rows against one subpage; meanwhile its values and the keys of token `keys` come nearer."""
         values = token + values_behind(kv)
+        if many is not None and rows >= MANY:
+            many(kv, token, values, keys, rows, scratch, q_at, _behind_queries(kv, q_at, rows), scores_at)
+            return
         tiles(kv, token, SUBPAGE, values, keys, 0, rows, scratch, q_at, kv.size, scores_at, SPLIT)
 
     return scores
@@ -249,7 +261,7 @@ def make_attention(kv_format: int, unit: int = 16):
         Returns `asked` for that.
         """
         rows, padded = query.tokens * query.group, _padded_rows(query.tokens * query.group)
-        more = scratch_at + padded * kv.size
+        more = _behind_queries(kv, scratch_at, rows) + SUBPAGE * kv.size
         sums = more + padded * kv.size
         weights = sums + padded * kv.size
         state = weights + padded * SPLIT
@@ -292,7 +304,7 @@ def make_attention(kv_format: int, unit: int = 16):
         next; all else and what it returns: as `attend`.
         """
         rows, padded = query.tokens * query.group, _padded_rows(query.tokens * query.group)
-        sums = scratch_at + padded * kv.size
+        sums = _behind_queries(kv, scratch_at, rows) + SUBPAGE * kv.size
         weights = sums + padded * kv.size
         state, to, ahead = weights + padded * SPLIT, parts_at, _first_seen(following, then * SPLIT)
         load_queries(kv, query, q, q_at, q_stride, scratch, scratch_at)

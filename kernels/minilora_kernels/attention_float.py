@@ -18,17 +18,46 @@ def score_tile(rows: int, kv_format: int):
 
     With values >= 0 the values of token `values` and its subpage are prefetched, with keys >= 0 the keys likewise.
     """
+    dots = _dots(rows, kv_format)
+
+    @kernel
+    def score(kv, token, count, values, keys, d0, scratch, q_at, scores_at):
+        dots(kv, kv.numbers, token * kv.size, values, keys, scratch, q_at, scores_at)
+
+    return score
+
+
+def many_scores(kv_format: int):
+    """Likewise for any number of rows, whose scratch ends with a multiple of 4. float16 keys become float32 once for all."""
+    four, load, line = _dots(4, KV_FLOAT32), _LOAD[kv_format], _LINE[kv_format]
+
+    @kernel
+    def scores(kv, token, values, keys, rows, scratch, q_at, keys_at, scores_at):
+        for row in range(0, kv.size * SUBPAGE, SUBPAGE):
+            for n in range(0, SUBPAGE, line):
+                prefetch_beside(kv.numbers, values * kv.size + row + n)
+                if keys >= 0:
+                    prefetch_beside(kv.numbers, keys * kv.size + row + n)
+            for n in range(0, SUBPAGE, 16):
+                store_f32(scratch, keys_at + row + n, load(kv.numbers, token * kv.size + row + n))
+        for r in range(0, rows, 4):
+            four(kv, scratch, keys_at, -1, -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+
+    return scores
+
+
+def _dots(rows: int, kv_format: int):
+    """The scores of `rows` rows and a subpage whose keys lie at numbers[at], in numbers of this format."""
     load, line = _LOAD[kv_format], _LINE[kv_format]
     # Columns: two halves of the subpage, for each two sums over every second d, so that no FMA waits for another.
     new_acc = tile(f32x16, rows, 4)
 
     @kernel
-    def score(kv, token, count, values, keys, d0, scratch, q_at, scores_at):
+    def dots(kv, numbers, at, values, keys, scratch, q_at, scores_at):
         acc = new_acc()
         for r in range(rows):
             for n in range(4):
                 acc[r, n] = splat_f32(ZERO)
-        at = token * kv.size
         for d in range(0, kv.size, 2):
             for c in range(2):
                 row = (d + c) * SUBPAGE
@@ -37,7 +66,7 @@ def score_tile(rows: int, kv_format: int):
                         prefetch_beside(kv.numbers, values * kv.size + row + n)
                     if keys >= 0:
                         prefetch_beside(kv.numbers, keys * kv.size + row + n)
-                low, high = load(kv.numbers, at + row), load(kv.numbers, at + row + 16)
+                low, high = load(numbers, at + row), load(numbers, at + row + 16)
                 for r in range(rows):
                     q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d + c))
                     acc[r, c] = fma(low, q, acc[r, c])
@@ -46,7 +75,7 @@ def score_tile(rows: int, kv_format: int):
             for n in range(2):
                 store_f32(scratch, scores_at + r * SPLIT + 16 * n, acc[r, 2 * n] + acc[r, 2 * n + 1])
 
-    return score
+    return dots
 
 
 def value_tile(rows: int, width: int, kv_format: int):

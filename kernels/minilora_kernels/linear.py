@@ -99,10 +99,9 @@ def _quantized_tile(rows: int, fmt: int):
             for n in range(2):
                 acc[m, n] = splat_f32(ZERO)
         q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
-        if add:
-            for m in range(rows):
-                for n in range(2):
-                    prefetch(out, out_at + m * out_stride + 16 * n)
+        for m in range(rows):
+            for n in range(2):
+                prefetch(out, out_at + m * out_stride + 16 * n)
         for _ in range(columns // group):
             if ahead > 0:
                 for i in range(0, header, 64):

@@ -15,6 +15,7 @@ import numpy as np
 
 from .digits import inverse_of, largest
 from .jit import kernel
+from .memory import aligned_zeros
 from .simd import (
     load_f32,
     round_i32,
@@ -76,8 +77,8 @@ NOBODY = Query(0, 0, 1, 0, 0, 0, 0)
 def empty_pool(kv_format: int, pages: int, layers: int, heads: int, size: int, page: int) -> KV:
     """At least so many pages of `page` tokens; memory that is never written is never taken from the system."""
     tokens = -(-pages // RUN) * layers * heads * 2 * RUN * page
-    scales = np.zeros(tokens if kv_format == KV_INT8 else 1, np.float32)
-    return KV(np.zeros(tokens * size, _DTYPES[kv_format]), scales, layers, heads, size, page)
+    scales = aligned_zeros(tokens if kv_format == KV_INT8 else 1, np.float32)
+    return KV(aligned_zeros(tokens * size, _DTYPES[kv_format]), scales, layers, heads, size, page)
 
 
 def token_bytes(kv_format: int, size: int) -> int:
