@@ -143,7 +143,8 @@ class Runner:
         part = split_size(model.heads, model.head_dim)
         parts = part * -(-self.length // SPLIT) * max(1, 4 * threads // model.kv_heads)
         rows = config.max_num_batched_tokens
-        scratch = max(scratch_size(max(ROWS_PER_TILE, model.group), model.head_dim), MOST_ROWS * CHUNK_BLOCKS * BLOCK)
+        attention = scratch_size(max(ROWS_PER_TILE, model.group), model.head_dim)
+        scratch = max(attention, MOST_ROWS * CHUNK_BLOCKS * BLOCK, padded_rows(model.hidden_size))
         qkv = padded_rows(model.qkv_rows)
         self._buffers = Buffers(
             x=_floats(rows * model.hidden_size),

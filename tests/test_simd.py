@@ -5,10 +5,11 @@ import pytest
 
 from minilora_kernels import reference
 from minilora_kernels.dot import dot4, dot4_bytes, dot4_small, start_bytes
-from minilora_kernels.jit import kernel, program
+from minilora_kernels.jit import inlined, kernel, program
 from minilora_kernels.simd import (
     count_above,
     exp,
+    f32x16,
     fma,
     hmax,
     hmax_i32,
@@ -25,6 +26,7 @@ from minilora_kernels.simd import (
     store_f16,
     store_f32,
     store_i8,
+    tile,
     times8,
     to_f32,
     vmax,
@@ -101,6 +103,38 @@ def _largest_magnitude(x):
 def _larger_and_smaller(x, out):
     store_f32(out, 0, vmax(load_f32(x, 0), load_f32(x, 16)))
     store_f32(out, 16, vmin(load_f32(x, 0), load_f32(x, 16)))
+
+
+_four = tile(f32x16, 4)
+
+
+@inlined
+def _towers(rows, x, out, at):
+    """Too long for LLVM to make it part of its callers by itself."""
+    v = _four()
+    for r in range(rows):
+        v[r] = load_f32(x, at + 16 * r)
+        v[r] = exp(exp(exp(exp(exp(exp(v[r]))))))
+        v[r] = exp(exp(exp(exp(exp(exp(v[r]))))))
+        v[r] = exp(exp(exp(exp(exp(exp(v[r]))))))
+    for r in range(rows):
+        store_f32(out, at + 16 * r, v[r])
+
+
+@kernel
+def _both_sizes(x, out):
+    _towers(4, x, out, 0)
+    _towers(2, x, out, 64)
+
+
+def test_an_inlined_kernel_is_part_of_its_caller_at_every_size():
+    compiled, out = program(_both_sizes), np.zeros(112, np.float32)
+    # Code that comes from the disk can't be read.
+    compiled._cache.disable()
+    compiled(np.full(112, -np.inf, np.float32), out)
+    assert len(set(out[:96])) == 1 and out[0] > 1e30 and np.all(out[96:] == 0)
+    [code] = compiled.inspect_llvm().values()
+    assert not [line for line in code.splitlines() if "_towers" in line and ("define" in line or "call" in line)]
 
 
 def test_every_float16_widens_exactly():

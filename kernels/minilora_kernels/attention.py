@@ -53,23 +53,22 @@ def _behind_queries(kv, q_at, rows):
 # ---------------------------------------------------------------- all rows of a subpage
 
 
-def _in_tiles(make):
-    """All rows, tile by tile: make(rows) for 4, 3, 2 and 1. Only the first tile asks for memory."""
-    four, three, two, one = (make(rows) for rows in (4, 3, 2, 1))
+def _in_tiles(tile):
+    """All rows, tile by tile: of 4, 3, 2 and 1. Only the first tile asks for memory."""
 
     @kernel
     def tiles(kv, token, count, values, keys, d, rows, scratch, source, step, target, target_step):
         r = 0
         while rows - r >= 4:
-            four(kv, token, count, values, keys, d, scratch, source + r * step, target + r * target_step)
+            tile(4, kv, token, count, values, keys, d, scratch, source + r * step, target + r * target_step)
             r, values, keys = r + 4, -1, -1
         source, target = source + r * step, target + r * target_step
         if rows - r == 3:
-            three(kv, token, count, values, keys, d, scratch, source, target)
+            tile(3, kv, token, count, values, keys, d, scratch, source, target)
         elif rows - r == 2:
-            two(kv, token, count, values, keys, d, scratch, source, target)
+            tile(2, kv, token, count, values, keys, d, scratch, source, target)
         elif rows - r == 1:
-            one(kv, token, count, values, keys, d, scratch, source, target)
+            tile(1, kv, token, count, values, keys, d, scratch, source, target)
 
     return tiles
 
@@ -78,7 +77,7 @@ def _make_scores(kv_format):
     if kv_format == KV_INT8:
         tiles = _in_tiles(attention_int8.score_tile)
     else:
-        tiles = _in_tiles(lambda rows: attention_float.score_tile(rows, kv_format))
+        tiles = _in_tiles(attention_float.score_tile(kv_format))
     many = attention_float.many_scores(kv_format) if kv_format == KV_FLOAT16 else None
 
     @kernel
@@ -100,8 +99,8 @@ def _make_values(kv_format, unit):
 
     def for_width(width):
         if quantized:
-            return _in_tiles(lambda rows: attention_int8.value_tile(rows, width))
-        return _in_tiles(lambda rows: attention_float.value_tile(rows, width, kv_format))
+            return _in_tiles(attention_int8.value_tile(width))
+        return _in_tiles(attention_float.value_tile(width, kv_format))
 
     wide, columns = for_width(width), 16 * width
     narrow = for_width(1) if unit % columns else None

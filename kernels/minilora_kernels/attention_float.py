@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .jit import kernel
+from .jit import inlined, kernel
 from .pages import KV_FLOAT16, KV_FLOAT32, SPLIT, SUBPAGE
 from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch_beside, splat_f32, store_f32, tile
 
@@ -10,26 +10,28 @@ _LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
 # Numbers in a cache line.
 _LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32}
 
+MOST_ROWS = 4
+
 ZERO = np.float32(0)
 
 
-def score_tile(rows: int, kv_format: int):
-    """scores[r, t] = q[r] . key[t] for `rows` rows and the 32 tokens of a subpage.
+def score_tile(kv_format: int):
+    """scores[r, t] = q[r] . key[t] for 1 to 4 rows and the 32 tokens of a subpage.
 
     With values >= 0 the values of token `values` and its subpage are prefetched, with keys >= 0 the keys likewise.
     """
-    dots = _dots(rows, kv_format)
+    dots = _dots(kv_format)
 
-    @kernel
-    def score(kv, token, count, values, keys, d0, scratch, q_at, scores_at):
-        dots(kv, kv.numbers, token * kv.size, values, keys, scratch, q_at, scores_at)
+    @inlined
+    def score(rows, kv, token, count, values, keys, d0, scratch, q_at, scores_at):
+        dots(rows, kv, kv.numbers, token * kv.size, values, keys, scratch, q_at, scores_at)
 
     return score
 
 
 def many_scores(kv_format: int):
     """Likewise for any number of rows, whose scratch ends with a multiple of 4. float16 keys become float32 once for all."""
-    four, load, line = _dots(4, KV_FLOAT32), _LOAD[kv_format], _LINE[kv_format]
+    dots, load, line = _dots(KV_FLOAT32), _LOAD[kv_format], _LINE[kv_format]
 
     @kernel
     def scores(kv, token, values, keys, rows, scratch, q_at, keys_at, scores_at):
@@ -41,19 +43,19 @@ def many_scores(kv_format: int):
             for n in range(0, SUBPAGE, 16):
                 store_f32(scratch, keys_at + row + n, load(kv.numbers, token * kv.size + row + n))
         for r in range(0, rows, 4):
-            four(kv, scratch, keys_at, -1, -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+            dots(4, kv, scratch, keys_at, -1, -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
 
     return scores
 
 
-def _dots(rows: int, kv_format: int):
-    """The scores of `rows` rows and a subpage whose keys lie at numbers[at], in numbers of this format."""
+def _dots(kv_format: int):
+    """The scores of 1 to 4 rows and a subpage whose keys lie at numbers[at], in numbers of this format."""
     load, line = _LOAD[kv_format], _LINE[kv_format]
     # Columns: two halves of the subpage, for each two sums over every second d, so that no FMA waits for another.
-    new_acc = tile(f32x16, rows, 4)
+    new_acc = tile(f32x16, MOST_ROWS, 4)
 
-    @kernel
-    def dots(kv, numbers, at, values, keys, scratch, q_at, scores_at):
+    @inlined
+    def dots(rows, kv, numbers, at, values, keys, scratch, q_at, scores_at):
         acc = new_acc()
         for r in range(rows):
             for n in range(4):
@@ -78,16 +80,16 @@ def _dots(rows: int, kv_format: int):
     return dots
 
 
-def value_tile(rows: int, width: int, kv_format: int):
-    """sums[r] += sum over t of weight[r, t] * value[t] for `rows` rows, 16 * width columns from d on, `count` tokens.
+def value_tile(width: int, kv_format: int):
+    """sums[r] += sum over t of weight[r, t] * value[t] for 1 to 4 rows, 16 * width columns from d on, `count` tokens.
 
     With keys >= 0 the keys of token `keys` and its subpage are prefetched.
     """
     load, line = _LOAD[kv_format], _LINE[kv_format]
-    new_acc, new_value = tile(f32x16, rows, width), tile(f32x16, width)
+    new_acc, new_value = tile(f32x16, MOST_ROWS, width), tile(f32x16, width)
 
-    @kernel
-    def accumulate(kv, token, count, values, keys, d, scratch, weights_at, sums_at):
+    @inlined
+    def accumulate(rows, kv, token, count, values, keys, d, scratch, weights_at, sums_at):
         acc, value = new_acc(), new_value()
         for r in range(rows):
             for j in range(width):

@@ -6,9 +6,10 @@ both digits behind their scale.
 
 import numpy as np
 
+from .attention_float import MOST_ROWS
 from .digits import make_digits
 from .dot import dot4_bytes, dot4_small, start_bytes
-from .jit import kernel
+from .jit import inlined, kernel
 from .pages import SPLIT, SUBPAGE, token_at, values_behind
 from .simd import (
     i32x16,
@@ -31,6 +32,8 @@ from .simd import (
 )
 
 ZERO, NOTHING = np.float32(0), np.int32(0)
+
+_score_sums = tile(i32x16, 2 * MOST_ROWS, 2)
 
 _query_digits, _weight_digits = make_digits(sums=True), make_digits(sums=False)
 
@@ -68,55 +71,48 @@ def sums_to_floats(kv, rows, scratch, weights, sums):
             store_f32(scratch, i, to_f32(load_i32(scratch, i)) * scale)
 
 
-def score_tile(rows: int):
-    """scores[r, t] = q[r] . key[t] for `rows` rows and the 32 tokens of a subpage; see attention_float.score_tile."""
-    new_acc = tile(i32x16, 2 * rows, 2)
-
-    @kernel
-    def score(kv, token, count, values, keys, d0, scratch, q_at, scores_at):
-        acc, behind = new_acc(), q_at + kv.size // 2
-        for n in range(0, SUBPAGE, 16):
-            if values >= 0:
-                prefetch_beside(kv.scales, values + n)
-            if keys >= 0:
-                prefetch_beside(kv.scales, keys + n)
-        for r in range(rows):
-            for digit in range(2):
-                start = start_bytes(splat_i32(load_word(scratch, behind + r * kv.size + 1 + digit)))
-                for n in range(2):
-                    acc[2 * r + digit, n] = start
-        at = token * kv.size
-        for d in range(0, kv.size, 16):
-            for i in range(4):
-                row = (d + 4 * i) * SUBPAGE
-                for n in range(0, 4 * SUBPAGE, 64):
-                    if values >= 0:
-                        prefetch_beside(kv.numbers, values * kv.size + row + n)
-                    if keys >= 0:
-                        prefetch_beside(kv.numbers, keys * kv.size + row + n)
-                low, high = load_u8(kv.numbers, at + row), load_u8(kv.numbers, at + row + 64)
-                for r in range(rows):
-                    for digit in range(2):
-                        q = repeat4(load_word(scratch, q_at + r * kv.size + d // 2 + 4 * digit + i))
-                        acc[2 * r + digit, 0] = dot4_bytes(acc[2 * r + digit, 0], low, q)
-                        acc[2 * r + digit, 1] = dot4_bytes(acc[2 * r + digit, 1], high, q)
-        for r in range(rows):
-            scale = splat_f32(load_scalar_f32(scratch, behind + r * kv.size))
+@inlined
+def score_tile(rows, kv, token, count, values, keys, d0, scratch, q_at, scores_at):
+    """scores[r, t] = q[r] . key[t] for 1 to 4 rows and the 32 tokens of a subpage; see attention_float.score_tile."""
+    acc, behind = _score_sums(), q_at + kv.size // 2
+    for n in range(0, SUBPAGE, 16):
+        if values >= 0:
+            prefetch_beside(kv.scales, values + n)
+        if keys >= 0:
+            prefetch_beside(kv.scales, keys + n)
+    for r in range(rows):
+        for digit in range(2):
+            start = start_bytes(splat_i32(load_word(scratch, behind + r * kv.size + 1 + digit)))
             for n in range(2):
-                total = to_f32(join_digits(acc[2 * r, n], acc[2 * r + 1, n]))
-                store_f32(
-                    scratch, scores_at + r * SPLIT + 16 * n, total * (load_f32(kv.scales, token + 16 * n) * scale)
-                )
+                acc[2 * r + digit, n] = start
+    at = token * kv.size
+    for d in range(0, kv.size, 16):
+        for i in range(4):
+            row = (d + 4 * i) * SUBPAGE
+            for n in range(0, 4 * SUBPAGE, 64):
+                if values >= 0:
+                    prefetch_beside(kv.numbers, values * kv.size + row + n)
+                if keys >= 0:
+                    prefetch_beside(kv.numbers, keys * kv.size + row + n)
+            low, high = load_u8(kv.numbers, at + row), load_u8(kv.numbers, at + row + 64)
+            for r in range(rows):
+                for digit in range(2):
+                    q = repeat4(load_word(scratch, q_at + r * kv.size + d // 2 + 4 * digit + i))
+                    acc[2 * r + digit, 0] = dot4_bytes(acc[2 * r + digit, 0], low, q)
+                    acc[2 * r + digit, 1] = dot4_bytes(acc[2 * r + digit, 1], high, q)
+    for r in range(rows):
+        scale = splat_f32(load_scalar_f32(scratch, behind + r * kv.size))
+        for n in range(2):
+            total = to_f32(join_digits(acc[2 * r, n], acc[2 * r + 1, n]))
+            store_f32(scratch, scores_at + r * SPLIT + 16 * n, total * (load_f32(kv.scales, token + 16 * n) * scale))
 
-    return score
 
-
-def value_tile(rows: int, width: int):
+def value_tile(width: int):
     """sums[r] += sum over t of weight[r, t] * value[t], in integers; see attention_float.value_tile."""
-    new_acc, new_value = tile(i32x16, 2 * rows, width), tile(u8x64, width)
+    new_acc, new_value = tile(i32x16, 2 * MOST_ROWS, width), tile(u8x64, width)
 
-    @kernel
-    def accumulate(kv, token, count, values, keys, d, scratch, weights_at, sums_at):
+    @inlined
+    def accumulate(rows, kv, token, count, values, keys, d, scratch, weights_at, sums_at):
         acc, value = new_acc(), new_value()
         if keys >= 0 and d == 0:
             for n in range(0, SUBPAGE, 16):

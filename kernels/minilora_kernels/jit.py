@@ -1,8 +1,9 @@
 """How kernels are compiled, and where their machine code is kept.
 
-`kernel` marks a function that other kernels call. `program` marks one that Python calls: its machine code is
-kept on disk. Numba's own cache looks at one source file only and can mix up processes that write at once, so
-the key here covers every kernel source, the versions of Numba and LLVM and the CPU, and each key has its file.
+`kernel` marks a function that other kernels call, `inlined` one that becomes part of them. `program` marks one that
+Python calls: its machine code is kept on disk. Numba's own cache looks at one source file only and can mix up
+processes that write at once, so the key here covers every kernel source, the versions of Numba and LLVM and the CPU,
+and each key has its file.
 
 The files hold pickled data (Numba's own form), so they are read only from a folder that nobody else may write.
 """
@@ -36,6 +37,9 @@ from . import cpu
 # No reference counts: a kernel can't allocate, and arrays cost nothing to pass. No fastmath: the order of
 # floating-point operations is a promise. No exceptions: division by zero gives infinity, as in NumPy.
 FLAGS = {"nogil": True, "error_model": "numpy", "_nrt": False}
+
+# forceinline: otherwise kernels inherit it from their caller.
+_KERNEL = {"nopython": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": False, **FLAGS}
 
 _listeners: list[Callable[[str], None]] = []
 
@@ -125,8 +129,15 @@ class Kernel(CPUDispatcher):
 
 def kernel(function: Callable) -> Kernel:
     """Mark a function for use inside programs and other kernels. Nothing is compiled before it is used."""
-    options = {"nopython": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **FLAGS}
-    return Kernel(function, {}, options, _PartCompiler)
+    return Kernel(function, {}, _KERNEL, _PartCompiler)
+
+
+def inlined(function: Callable) -> Kernel:
+    """A kernel that becomes part of each caller: what is constant there, say a tile's size, is constant in it.
+
+    Numba reads it once for all sizes, and LLVM unrolls each of them.
+    """
+    return Kernel(function, {}, {**_KERNEL, "forceinline": True}, _PartCompiler)
 
 
 def program(function: Callable, constants: tuple = (), inner: Callable | None = None) -> Callable:

@@ -19,8 +19,7 @@ PANELS_AHEAD = 8
 def make_lora(fmt: int):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
     wide = 4 if fmt == INT8 else 2
-    shrink4, shrink1 = shrink_tile(4, fmt), shrink_tile(1, fmt)
-    expand4, expand1, expand_wide = expand_tile(4, 1, fmt), expand_tile(1, 1, fmt), expand_tile(1, wide, fmt)
+    shrink_some, expand_some = shrink_tile(fmt), expand_tile(fmt)
     gather_one, size, head = gather_panel(fmt), number_bytes(fmt), head_bytes(fmt)
 
     @kernel
@@ -36,11 +35,11 @@ def make_lora(fmt: int):
         m = 0
         while rows - m >= 4:
             x_m, s_m = x_at + m * x_stride, s_at + m * s_stride
-            shrink4(arena, at, following, columns, x, x_m, x_stride, scale, s, s_m, s_stride)
+            shrink_some(4, arena, at, following, columns, x, x_m, x_stride, scale, s, s_m, s_stride)
             m += 4
         while m < rows:
             x_m, s_m = x_at + m * x_stride, s_at + m * s_stride
-            shrink1(arena, at, following, columns, x, x_m, x_stride, scale, s, s_m, s_stride)
+            shrink_some(1, arena, at, following, columns, x, x_m, x_stride, scale, s, s_m, s_stride)
             m += 1
 
     @kernel
@@ -71,17 +70,19 @@ def make_lora(fmt: int):
             if p + distance >= panel1:
                 ahead = following + (p + distance - panel1) * panel
             if rows == 1 and p + wide <= panel1:
-                expand_wide(arena, here, ahead, rank, s, s_at, column, s_stride, out, to, out_stride, panel_step)
+                expand_some(
+                    1, wide, arena, here, ahead, rank, s, s_at, column, s_stride, out, to, out_stride, panel_step
+                )
                 p += wide
                 continue
             m = 0
             while rows - m >= 4:
                 s_m, to_m = s_at + m * s_stride, to + m * out_stride
-                expand4(arena, here, ahead, rank, s, s_m, column, s_stride, out, to_m, out_stride, panel_step)
+                expand_some(4, 1, arena, here, ahead, rank, s, s_m, column, s_stride, out, to_m, out_stride, panel_step)
                 m += 4
             while m < rows:
                 s_m, to_m = s_at + m * s_stride, to + m * out_stride
-                expand1(arena, here, ahead, rank, s, s_m, column, s_stride, out, to_m, out_stride, panel_step)
+                expand_some(1, 1, arena, here, ahead, rank, s, s_m, column, s_stride, out, to_m, out_stride, panel_step)
                 m += 1
             p += 1
 

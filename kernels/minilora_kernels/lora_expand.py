@@ -7,7 +7,7 @@ import numpy as np
 
 from .digits import LOW, MINUS, SCALE
 from .dot import dot4_bytes, start_bytes
-from .jit import kernel
+from .jit import inlined
 from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import (
@@ -30,6 +30,8 @@ from .simd import (
     u8x64,
 )
 
+# Rows, and panels, of a tile.
+MOST = 4
 # Bytes of an int8 panel's scales, and of four ranks in it.
 HEAD = head_bytes(INT8)
 STEP = 4 * PANEL * number_bytes(INT8)
@@ -39,20 +41,20 @@ ZERO, NOTHING = np.float32(0), np.int32(0)
 _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16}
 
 
-def expand_tile(rows: int, panels: int, fmt: int):
-    """out[m, p] += sum over r < rank of s[m, column + r] * B[p, r] for `rows` rows and the panels of B from byte `at` on.
+def expand_tile(fmt: int):
+    """out[m, p] += sum over r < rank of s[m, column + r] * B[p, r] for 1 to 4 rows and panels of B from byte `at` on.
 
     Panels of `out` are panel_step apart; meanwhile as many bytes from `ahead` on are asked for.
     """
-    return _int8_tile(rows, panels) if fmt == INT8 else _float_tile(rows, panels, fmt)
+    return _int8_tile() if fmt == INT8 else _float_tile(fmt)
 
 
-def _float_tile(rows: int, panels: int, fmt: int):
+def _float_tile(fmt: int):
     load, size = _LOAD[fmt], number_bytes(fmt)
-    new_acc, new_b = tile(f32x16, rows, panels), tile(f32x16, panels)
+    new_acc, new_b = tile(f32x16, MOST, MOST), tile(f32x16, MOST)
 
-    @kernel
-    def multiply(arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step):
+    @inlined
+    def multiply(rows, panels, arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step):
         acc, b, panel = new_acc(), new_b(), rank * PANEL * size
         for i in range(0, panels * panel, 64):
             prefetch_beside(arena, ahead + i)
@@ -74,12 +76,12 @@ def _float_tile(rows: int, panels: int, fmt: int):
     return multiply
 
 
-def _int8_tile(rows: int, panels: int):
-    new_acc, new_dots, new_b = tile(f32x16, rows, panels), tile(i32x16, 2 * rows, panels), tile(u8x64, panels)
-    new_minus = tile(i32x16, rows)
+def _int8_tile():
+    new_acc, new_dots, new_b = tile(f32x16, MOST, MOST), tile(i32x16, 2 * MOST, MOST), tile(u8x64, MOST)
+    new_minus = tile(i32x16, MOST)
 
-    @kernel
-    def multiply(arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step):
+    @inlined
+    def multiply(rows, panels, arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step):
         acc, dots, b, minus = new_acc(), new_dots(), new_b(), new_minus()
         panel, first = HEAD + rank * PANEL, column // 4
         word, end = first, first + rank // 4

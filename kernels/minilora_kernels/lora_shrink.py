@@ -7,12 +7,12 @@ Sums run over k in four interleaved chains. What comes out are float32 numbers, 
 import numpy as np
 
 from .digits import store_sixteen
-from .jit import kernel
+from .jit import inlined, kernel
 from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import f32x16, fma, load_f16, load_f32, load_i8, load_scalar_f32, prefetch_beside, splat_f32, store_f32, tile
 
-CHAINS = 4
+MOST_ROWS, CHAINS = 4, 4
 # How far ahead of its use memory is asked for, in bytes.
 AHEAD = 8192
 
@@ -21,17 +21,17 @@ ZERO = np.float32(0)
 _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16, INT8: load_i8}
 
 
-def shrink_tile(rows: int, fmt: int):
-    """s[m] = scale * sum over k of x[m, k] * A[k] for `rows` rows and the panel of A at byte `at`.
+def shrink_tile(fmt: int):
+    """s[m] = scale * sum over k of x[m, k] * A[k] for 1 to 4 rows and the panel of A at byte `at`.
 
     following: the byte that is likely to be read after this panel, for prefetching.
     """
     load, size, quantized = _LOAD[fmt], number_bytes(fmt), fmt == INT8
-    new_acc, new_a, head = tile(f32x16, rows, CHAINS), tile(f32x16, CHAINS), head_bytes(fmt)
+    new_acc, new_a, head = tile(f32x16, MOST_ROWS, CHAINS), tile(f32x16, CHAINS), head_bytes(fmt)
     store = store_sixteen if quantized else store_f32
 
-    @kernel
-    def multiply(arena, at, following, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
+    @inlined
+    def multiply(rows, arena, at, following, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
         acc, a, lanes, length = new_acc(), new_a(), splat_f32(scale), columns * PANEL * size
         if quantized:
             lanes = lanes * load_f32(arena, at)
