@@ -12,7 +12,7 @@ import numpy as np
 
 from . import cpu
 from .dot import dot4, dot4_bytes, dot4_small, start_bytes
-from .jit import inlined, kernel
+from .jit import kernel
 from .pack import (
     BFLOAT16,
     BLOCK,
@@ -79,29 +79,21 @@ def _heights() -> tuple[int, ...]:
     return (8, 4, 2, 1) if cpu.family() == cpu.AVX512_VNNI else (2, 1)
 
 
-def _asker(highest: int):
-    @inlined
-    def ask(rows, weights, at):
-        """The highest tile computes long enough to ask for more than it waits for."""
-        if rows == highest:
-            prefetch_beside(weights, at)
-        else:
-            prefetch_once(weights, at)
-
-    return ask
+def _asker(rows: int):
+    """How a tile asks for memory: the highest computes long enough to ask for more than it waits for."""
+    return prefetch_beside if rows == _heights()[0] else prefetch_once
 
 
-def _quantized_tile(fmt: int):
-    """1, 2, 4 or 8 rows x 1 block of an integer format."""
+def _quantized_tile(rows: int, fmt: int):
+    """rows x 1 block of an integer format."""
     nibbles, minimum = fmt in (INT4, INT4_MIN), fmt in (INT4_MIN, INT8_MIN)
     header, step = (128 if minimum else 64), (64 if nibbles else 128)
     dot, start_at = (dot4_small, times8) if nibbles else (dot4 if minimum else dot4_bytes, start_bytes)
-    most = _heights()[0]
-    ask = _asker(most)
-    new_acc, new_dots, new_scale = tile(f32x16, most, 2), tile(i32x16, most, 2), tile(f32x16, 2, 2)
+    ask = _asker(rows)
+    new_acc, new_dots, new_scale = tile(f32x16, rows, 2), tile(i32x16, rows, 2), tile(f32x16, 2, 2)
 
-    @inlined
-    def multiply(rows, weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
+    @kernel
+    def multiply(weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
         acc, dots, scale = new_acc(), new_dots(), new_scale()
         for m in range(rows):
             for n in range(2):
@@ -113,7 +105,7 @@ def _quantized_tile(fmt: int):
         for _ in range(columns // group):
             if ahead > 0:
                 for i in range(0, header, 64):
-                    ask(rows, weights, at + ahead + i)
+                    ask(weights, at + ahead + i)
             for m in range(rows):
                 if minimum:
                     start = splat_i32(np.int32(0))
@@ -124,7 +116,7 @@ def _quantized_tile(fmt: int):
             for k in range(group // 4):
                 if ahead > 0:
                     for i in range(0, step, 64):
-                        ask(rows, weights, at + ahead + header + step * k + i)
+                        ask(weights, at + ahead + header + step * k + i)
                 if nibbles:
                     both = load_u8(weights, at + header + step * k)
                     low, high = low_nibbles(both), high_nibbles(both)
@@ -158,14 +150,13 @@ def _quantized_tile(fmt: int):
     return multiply
 
 
-def _float_tile(fmt: int):
-    """1, 2, 4 or 8 rows x 1 block of a floating-point format."""
+def _float_tile(rows: int, fmt: int):
+    """rows x 1 block of a floating-point format."""
     load, size = {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2), BFLOAT16: (load_bf16, 2)}[fmt]
-    most = _heights()[0]
-    ask, new_acc = _asker(most), tile(f32x16, most, 2)
+    ask, new_acc = _asker(rows), tile(f32x16, rows, 2)
 
-    @inlined
-    def multiply(rows, weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
+    @kernel
+    def multiply(weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
         acc = new_acc()
         for m in range(rows):
             for n in range(2):
@@ -173,7 +164,7 @@ def _float_tile(fmt: int):
         for k in range(columns):
             if ahead > 0:
                 for i in range(0, BLOCK * size, 64):
-                    ask(rows, weights, at + ahead + i)
+                    ask(weights, at + ahead + i)
             low, high = load(weights, at), load(weights, at + 16 * size)
             for m in range(rows):
                 a = splat_f32(load_scalar_f32(x.values, (x_row + m) * x.stride + k))
@@ -188,17 +179,14 @@ def _float_tile(fmt: int):
     return multiply
 
 
-def _block(multiply, heights: tuple):
+def _block(fmt: int, heights: tuple):
     """All rows of a step x 1 block: tiles of the first height while they fit, the rest in lower ones."""
-    height, others = heights[0], _block(multiply, heights[1:]) if len(heights) > 1 else None
+    height = heights[0]
+    mine = (_float_tile if is_float(fmt) else _quantized_tile)(height, fmt)
+    others = _block(fmt, heights[1:]) if len(heights) > 1 else None
 
     @kernel
-    def mine(weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
-        # A function of its own: a single row, whose code is fetched anew in each phase, is 5% slower as a part of all.
-        multiply(height, weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add)
-
-    @kernel
-    def tiles(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+    def multiply(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         m, soon, to = 0, ahead, out_at
         while rows - m >= height:
             mine(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
@@ -207,13 +195,12 @@ def _block(multiply, heights: tuple):
         if others is not None and m < rows:
             others(weights, at, soon, columns, group, x, x_row + m, rows - m, out, to, out_stride, add)
 
-    return tiles
+    return multiply
 
 
 def _first_of(formats: tuple):
     """A kernel that calls the block kernel of its argument fmt, one of `formats`."""
-    tile_of = _float_tile if is_float(formats[0]) else _quantized_tile
-    first = _block(tile_of(formats[0]), _heights())
+    first = _block(formats[0], _heights())
     if len(formats) == 1:
 
         @kernel
