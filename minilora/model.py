@@ -383,6 +383,7 @@ def _make_projection(linear, expand_all, write_key, write_value):
         """q k v, ready for attention. Ends with a barrier. Many rows are shared by rows, few by heads."""
         shape, count, step = c.shape, len(c.batch.tokens), _rows_at_once(c.shape.width)
         if count >= ROWS_EACH * c.size:
+            # Whole tiles of 8 rows.
             low, high = _share(c, (count + FEW - 1) // FEW)
             end = min(high * FEW, count)
             for row in range(low * FEW, end, step):

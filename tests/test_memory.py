@@ -4,7 +4,10 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from minilora_kernels.memory import CACHE_LINE, aligned_zeros
 
 FREED = """
 import psutil
@@ -24,6 +27,14 @@ for _ in range(3):
     del many, array
 print(psutil.Process().memory_info().rss >> 20)
 """
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.float32])
+@pytest.mark.parametrize("count", [0, 1, 1000, 300_001])
+def test_arrays_begin_on_a_cache_line(count, dtype):
+    arrays = [aligned_zeros(count, dtype) for _ in range(8)]
+    assert all(array.dtype == dtype and len(array) == count and not array.any() for array in arrays)
+    assert all(array.ctypes.data % CACHE_LINE == 0 for array in arrays if count)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")

@@ -10,6 +10,7 @@ _LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
 # Numbers in a cache line.
 _LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32}
 
+# Rows of the highest tile.
 MOST_ROWS = 4
 
 ZERO = np.float32(0)
