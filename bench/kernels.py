@@ -14,44 +14,33 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from minilora_kernels.cases import CASES, Case, Scratch
 from minilora_kernels.jit import program
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ceilings import Ceilings, measure
+from ceilings import Ceilings, forget, measure
 
 SECONDS = 0.15
 
 
-@intrinsic
-def _forget(typing_context):
-    """Keep the compiler from knowing what memory holds, so that it calls the kernel each time."""
-
-    def codegen(context, builder, sig, args):
-        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
 def repeated(case: Case, returns: bool):
-    """The kernel called `times` times from compiled code, so that Python's own cost is left out."""
+    """The kernel called `times` times from compiled code, so that Python's own cost is left out.
+
+    It is really called each time: the compiler forgets what memory holds.
+    """
     kernel = case.kernel
 
     def add_up(times, arguments):
         total = 0.0
         for _ in range(times):
-            _forget()
+            forget()
             total += kernel(*arguments)
         return total
 
     def call(times, arguments):
         for _ in range(times):
-            _forget()
+            forget()
             kernel(*arguments)
 
     return program(add_up if returns else call, ("bench", case.name, *case.constants))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minilora_kernels import reference
-from minilora_kernels.dot import dot4, dot4_bytes, dot4_small, start_bytes
+from minilora_kernels.dot import begin_short, dot4, dot4_bytes, dot4_short, dot4_small, end_short, start_bytes
 from minilora_kernels.jit import inlined, kernel, program
 from minilora_kernels.simd import (
     count_above,
@@ -82,6 +82,18 @@ def _byte_dots(minus_sums, u, s, out):
     for i in range(0, len(minus_sums), 16):
         start = start_bytes(load_i32(minus_sums, i))
         store_f32(out, i, to_f32(dot4_bytes(start, load_u8(u, 4 * i), load_u8(s, 4 * i))))
+
+
+@kernel
+def _nibble_dots(acc, u, s, out):
+    """Eight steps, of 32 columns, for each 16 sums."""
+    for i in range(0, len(acc), 16):
+        start = load_i32(acc, i)
+        short = begin_short(start)
+        for k in range(8):
+            at = 4 * (8 * i + 16 * k)
+            short = dot4_short(short, load_u8(u, at), load_u8(s, at))
+        store_f32(out, i, to_f32(end_short(start, short)))
 
 
 @kernel
@@ -200,6 +212,17 @@ def test_dot4_is_exact(small):
     out = np.zeros(len(acc), np.float32)
     program(_dots)(small, acc, u, s.view(np.uint8), out)
     assert np.array_equal(out, reference.dot4(acc, u, s).astype(np.float32))
+
+
+def test_sums_of_nibbles_are_exact_for_32_columns():
+    rng = np.random.default_rng(3)
+    u, s = rng.integers(0, 16, (64, 8, 16, 4)), rng.integers(-128, 128, (64, 8, 16, 4))
+    u[:2], s[0], s[1] = 15, -128, 127
+    acc, out = rng.integers(-100000, 100000, (64, 16)), np.zeros(64 * 16, np.float32)
+    program(_nibble_dots)(
+        acc.astype(np.int32).reshape(-1), u.astype(np.uint8).reshape(-1), s.astype(np.int8).reshape(-1), out
+    )
+    assert np.array_equal(out.reshape(64, 16), acc + (u * s).sum(axis=(1, 3)))
 
 
 def test_dot4_bytes_is_exact():

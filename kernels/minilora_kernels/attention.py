@@ -13,13 +13,14 @@ from functools import cache
 
 import numpy as np
 
-from . import attention_float, attention_int8
+from . import attention_float, attention_int8, cpu
+from .attention_float import AT_ONCE, MOST_ROWS
 from .jit import kernel
 from .pages import KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, make_write, token_at, values_behind
 from .simd import exp, fma, hmax, hsum, keep_lanes, load_f32, splat_f32, store_f32, vmax
 
 # From how many rows on it pays to widen float16 keys for all of them.
-MANY = 12
+MANY = 12 if cpu.vectors() >= 32 else 5
 # How far ahead keys are asked for that were not asked for before.
 AHEAD = 4 * SUBPAGE
 
@@ -38,7 +39,7 @@ def partial_size(size: int) -> int:
 
 
 def _padded(rows):
-    return (rows + 3) // 4 * 4
+    return (rows + MOST_ROWS - 1) // MOST_ROWS * MOST_ROWS
 
 
 _padded_rows = kernel(_padded)
@@ -54,16 +55,16 @@ def _behind_queries(kv, q_at, rows):
 
 
 def _in_tiles(tile):
-    """All rows, tile by tile: of 4, 3, 2 and 1. Only the first tile asks for memory."""
+    """All rows, tile by tile: of MOST_ROWS and what is left. Only the first tile asks for memory."""
 
     @kernel
     def tiles(kv, token, count, values, keys, d, rows, scratch, source, step, target, target_step):
         r = 0
-        while rows - r >= 4:
-            tile(4, kv, token, count, values, keys, d, scratch, source + r * step, target + r * target_step)
-            r, values, keys = r + 4, -1, -1
+        while rows - r >= MOST_ROWS:
+            tile(MOST_ROWS, kv, token, count, values, keys, d, scratch, source + r * step, target + r * target_step)
+            r, values, keys = r + MOST_ROWS, -1, -1
         source, target = source + r * step, target + r * target_step
-        if rows - r == 3:
+        if MOST_ROWS > 3 and rows - r == 3:
             tile(3, kv, token, count, values, keys, d, scratch, source, target)
         elif rows - r == 2:
             tile(2, kv, token, count, values, keys, d, scratch, source, target)
@@ -95,7 +96,7 @@ def _make_scores(kv_format):
 def _make_values(kv_format, unit):
     quantized = kv_format == KV_INT8
     # Integers want two sums for each number.
-    width = 2 if quantized else 4
+    width = AT_ONCE if quantized else 2 * AT_ONCE
 
     def for_width(width):
         if quantized:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from . import cpu
 from .jit import inlined, kernel
 from .pages import KV_FLOAT16, KV_FLOAT32, SPLIT, SUBPAGE
 from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch_beside, splat_f32, store_f32, tile
@@ -10,14 +11,15 @@ _LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
 # Numbers in a cache line.
 _LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32}
 
-# Rows of the highest tile.
-MOST_ROWS = 4
+# Rows of the highest tile, and how much of a row it takes at once, so that registers hold all sums: vectors of 16
+# positions in a score tile, and how much fewer columns than the widest value tile.
+MOST_ROWS, AT_ONCE = (4, 2) if cpu.vectors() >= 32 else (3, 1)
 
 ZERO = np.float32(0)
 
 
 def score_tile(kv_format: int):
-    """scores[r, t] = q[r] . key[t] for 1 to 4 rows and the 32 tokens of a subpage.
+    """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage.
 
     With values >= 0 the values of token `values` and its subpage are prefetched, with keys >= 0 the keys likewise.
     """
@@ -31,7 +33,7 @@ def score_tile(kv_format: int):
 
 
 def many_scores(kv_format: int):
-    """Likewise for any number of rows, whose scratch ends with a multiple of 4. float16 keys become float32 once for all."""
+    """Likewise for any number of rows, whose scratch ends with a multiple of MOST_ROWS. float16 keys become float32 once for all."""
     dots, load, line = _dots(KV_FLOAT32), _LOAD[kv_format], _LINE[kv_format]
 
     @kernel
@@ -43,23 +45,23 @@ def many_scores(kv_format: int):
                     prefetch_beside(kv.numbers, keys * kv.size + row + n)
             for n in range(0, SUBPAGE, 16):
                 store_f32(scratch, keys_at + row + n, load(kv.numbers, token * kv.size + row + n))
-        for r in range(0, rows, 4):
-            dots(4, kv, scratch, keys_at, -1, -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
+        for r in range(0, rows, MOST_ROWS):
+            dots(MOST_ROWS, kv, scratch, keys_at, -1, -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
 
     return scores
 
 
 def _dots(kv_format: int):
-    """The scores of 1 to 4 rows and a subpage whose keys lie at numbers[at], in numbers of this format."""
+    """The scores of 1 to MOST_ROWS rows and a subpage whose keys lie at numbers[at], in numbers of this format."""
     load, line = _LOAD[kv_format], _LINE[kv_format]
-    # Columns: two halves of the subpage, for each two sums over every second d, so that no FMA waits for another.
-    new_acc = tile(f32x16, MOST_ROWS, 4)
+    # For each 16 positions two sums over every second d, so that no FMA waits for another.
+    new_acc, new_key = tile(f32x16, MOST_ROWS, 2 * AT_ONCE), tile(f32x16, AT_ONCE)
 
     @inlined
-    def dots(rows, kv, numbers, at, values, keys, scratch, q_at, scores_at):
-        acc = new_acc()
+    def some(rows, kv, numbers, at, values, keys, scratch, q_at, scores_at):
+        acc, key = new_acc(), new_key()
         for r in range(rows):
-            for n in range(4):
+            for n in range(2 * AT_ONCE):
                 acc[r, n] = splat_f32(ZERO)
         for d in range(0, kv.size, 2):
             for c in range(2):
@@ -69,20 +71,27 @@ def _dots(kv_format: int):
                         prefetch_beside(kv.numbers, values * kv.size + row + n)
                     if keys >= 0:
                         prefetch_beside(kv.numbers, keys * kv.size + row + n)
-                low, high = load(numbers, at + row), load(numbers, at + row + 16)
+                for n in range(AT_ONCE):
+                    key[n] = load(numbers, at + row + 16 * n)
                 for r in range(rows):
                     q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d + c))
-                    acc[r, c] = fma(low, q, acc[r, c])
-                    acc[r, 2 + c] = fma(high, q, acc[r, 2 + c])
+                    for n in range(AT_ONCE):
+                        acc[r, 2 * n + c] = fma(key[n], q, acc[r, 2 * n + c])
         for r in range(rows):
-            for n in range(2):
+            for n in range(AT_ONCE):
                 store_f32(scratch, scores_at + r * SPLIT + 16 * n, acc[r, 2 * n] + acc[r, 2 * n + 1])
+
+    @inlined
+    def dots(rows, kv, numbers, at, values, keys, scratch, q_at, scores_at):
+        some(rows, kv, numbers, at, values, keys, scratch, q_at, scores_at)
+        if AT_ONCE == 1:
+            some(rows, kv, numbers, at + 16, -1, -1, scratch, q_at, scores_at + 16)
 
     return dots
 
 
 def value_tile(width: int, kv_format: int):
-    """sums[r] += sum over t of weight[r, t] * value[t] for 1 to 4 rows, 16 * width columns from d on, `count` tokens.
+    """sums[r] += sum over t of weight[r, t] * value[t] for 1 to MOST_ROWS rows, 16 * width columns from d on, `count` tokens.
 
     With keys >= 0 the keys of token `keys` and its subpage are prefetched.
     """

@@ -6,7 +6,7 @@ both digits behind their scale.
 
 import numpy as np
 
-from .attention_float import MOST_ROWS
+from .attention_float import AT_ONCE, MOST_ROWS
 from .digits import make_digits
 from .dot import dot4_bytes, dot4_small, start_bytes
 from .jit import inlined, kernel
@@ -33,7 +33,7 @@ from .simd import (
 
 ZERO, NOTHING = np.float32(0), np.int32(0)
 
-_score_sums = tile(i32x16, 2 * MOST_ROWS, 2)
+_score_sums, _score_keys = tile(i32x16, 2 * MOST_ROWS, AT_ONCE), tile(u8x64, AT_ONCE)
 
 _query_digits, _weight_digits = make_digits(sums=True), make_digits(sums=False)
 
@@ -73,8 +73,16 @@ def sums_to_floats(kv, rows, scratch, weights, sums):
 
 @inlined
 def score_tile(rows, kv, token, count, values, keys, d0, scratch, q_at, scores_at):
-    """scores[r, t] = q[r] . key[t] for 1 to 4 rows and the 32 tokens of a subpage; see attention_float.score_tile."""
-    acc, behind = _score_sums(), q_at + kv.size // 2
+    """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage; see attention_float.score_tile."""
+    _scores(rows, kv, token, 0, values, keys, scratch, q_at, scores_at)
+    if AT_ONCE == 1:
+        _scores(rows, kv, token, 16, -1, -1, scratch, q_at, scores_at)
+
+
+@inlined
+def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
+    """Of 16 * AT_ONCE tokens of the subpage, from `first` on."""
+    acc, key, behind = _score_sums(), _score_keys(), q_at + kv.size // 2
     for n in range(0, SUBPAGE, 16):
         if values >= 0:
             prefetch_beside(kv.scales, values + n)
@@ -83,9 +91,9 @@ def score_tile(rows, kv, token, count, values, keys, d0, scratch, q_at, scores_a
     for r in range(rows):
         for digit in range(2):
             start = start_bytes(splat_i32(load_word(scratch, behind + r * kv.size + 1 + digit)))
-            for n in range(2):
+            for n in range(AT_ONCE):
                 acc[2 * r + digit, n] = start
-    at = token * kv.size
+    at = token * kv.size + 4 * first
     for d in range(0, kv.size, 16):
         for i in range(4):
             row = (d + 4 * i) * SUBPAGE
@@ -94,17 +102,18 @@ def score_tile(rows, kv, token, count, values, keys, d0, scratch, q_at, scores_a
                     prefetch_beside(kv.numbers, values * kv.size + row + n)
                 if keys >= 0:
                     prefetch_beside(kv.numbers, keys * kv.size + row + n)
-            low, high = load_u8(kv.numbers, at + row), load_u8(kv.numbers, at + row + 64)
+            for n in range(AT_ONCE):
+                key[n] = load_u8(kv.numbers, at + row + 64 * n)
             for r in range(rows):
                 for digit in range(2):
                     q = repeat4(load_word(scratch, q_at + r * kv.size + d // 2 + 4 * digit + i))
-                    acc[2 * r + digit, 0] = dot4_bytes(acc[2 * r + digit, 0], low, q)
-                    acc[2 * r + digit, 1] = dot4_bytes(acc[2 * r + digit, 1], high, q)
+                    for n in range(AT_ONCE):
+                        acc[2 * r + digit, n] = dot4_bytes(acc[2 * r + digit, n], key[n], q)
     for r in range(rows):
         scale = splat_f32(load_scalar_f32(scratch, behind + r * kv.size))
-        for n in range(2):
-            total = to_f32(join_digits(acc[2 * r, n], acc[2 * r + 1, n]))
-            store_f32(scratch, scores_at + r * SPLIT + 16 * n, total * (load_f32(kv.scales, token + 16 * n) * scale))
+        for n in range(AT_ONCE):
+            total, to = to_f32(join_digits(acc[2 * r, n], acc[2 * r + 1, n])), first + 16 * n
+            store_f32(scratch, scores_at + r * SPLIT + to, total * (load_f32(kv.scales, token + to) * scale))
 
 
 def value_tile(width: int):

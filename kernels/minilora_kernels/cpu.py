@@ -43,6 +43,12 @@ def family() -> str:
 
 
 @cache
+def vectors() -> int:
+    """How many vectors of 512 bits the registers hold: 32 such ones, or 16 or 32 narrower ones."""
+    return 32 if "avx512f" in target()[2] else 8
+
+
+@cache
 def streams_past_caches() -> bool:
     """Whether what a busy kernel reads once is best fetched past the second-level cache: so on Zen 5, not on Zen 4."""
     return target()[1] == "znver5"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llvmlite import binding, ir
 
 from . import cpu
-from .simd import call, constant, i32x16, join, pick_lanes, primitive, u8x64
+from .simd import Vector, call, constant, i16x32, i32x16, join, pick_lanes, primitive, u8x64
 
 _I32 = i32x16.llvm
 
@@ -22,9 +22,9 @@ def _split(builder, v, parts):
     return [pick_lanes(builder, v, range(i * step, (i + 1) * step)) for i in range(parts)]
 
 
-def _by_parts(builder, parts, emit, acc, u, s):
+def _by_parts(builder, parts, emit, *vectors):
     """emit on each of 2 or 4 equal parts, joined again."""
-    done = [emit(builder, *args) for args in zip(*(_split(builder, v, parts) for v in (acc, u, s)), strict=True)]
+    done = [emit(builder, *args) for args in zip(*(_split(builder, v, parts) for v in vectors), strict=True)]
     while len(done) > 1:
         done = [join(builder, done[i], done[i + 1]) for i in range(0, len(done), 2)]
     return done[0]
@@ -52,11 +52,18 @@ def _vpdpbusd(bits):
     return emit
 
 
+def _pairs(builder, u, s):
+    """AVX2, u <= 127: pairs of products, which fit 16 bits: 2 * 127 * 128 < 2^15."""
+    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(ir.IntType(16), 16), u, s)
+
+
+def _add_pairs(builder, acc, pairs):
+    """AVX2: pairs of 16-bit integers into 32 bits."""
+    return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, pairs, constant(pairs.type, 1)))
+
+
 def _maddubs(builder, acc, u, s):
-    """AVX2, u <= 127: pairs of products fit 16 bits (2 * 127 * 128 < 2^15), then pairs of those into 32."""
-    pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(ir.IntType(16), 16), u, s)
-    ones = constant(pairs.type, 1)
-    return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, pairs, ones))
+    return _add_pairs(builder, acc, _pairs(builder, u, s))
 
 
 def _sdot(builder, acc, u, s):
@@ -129,12 +136,12 @@ def _family() -> _Family:
     return _Family(1, _widened, _widened)
 
 
-def _dot4(choose):
+def _dot4(choose, sums=i32x16):
     def emit(builder, acc, u, s):
         family = _family()
         return _by_parts(builder, family.parts, choose(family), acc, u, s)
 
-    return primitive(i32x16, [i32x16, u8x64, u8x64], emit)
+    return primitive(sums, [sums, u8x64, u8x64], emit)
 
 
 def _start_bytes(builder, minus_sum):
@@ -149,3 +156,30 @@ dot4_bytes = _dot4(lambda family: family.signed or family.any)
 """With all of s through it: the sum of (u - 128) * s, for s >= -127 and acc from `start_bytes`. Exact."""
 start_bytes = primitive(i32x16, [i32x16], _start_bytes)
 """Where dot4_bytes begins, from minus the sum of all s."""
+
+
+# ---------------------------------------------------------------- sums of nibbles
+
+# AVX2's dot product of bytes ends in 16 bits. Nibbles may add up there: 16 products are at most 16 * 15 * 128 < 2^15.
+_SHORT = cpu.family() == cpu.AVX2
+
+short_sums: Vector = i16x32 if _SHORT else i32x16
+"""What products of nibbles first add up in."""
+SHORT_COLUMNS = 32 if _SHORT else 0
+"""For how many columns that is exact; 0: for any number."""
+
+
+def _short(builder, acc, u, s):
+    return builder.add(acc, _pairs(builder, u, s))
+
+
+def _end_short(builder, acc, short):
+    return _by_parts(builder, 2, _add_pairs, acc, short) if _SHORT else short
+
+
+begin_short = primitive(short_sums, [i32x16], lambda b, acc: constant(short_sums.llvm, 0) if _SHORT else acc)
+"""Sums of the next columns, which come after those in acc."""
+dot4_short = _dot4(lambda family: _short if _SHORT else family.small, short_sums)
+"""dot4 on such sums, for u <= 15."""
+end_short = primitive(i32x16, [i32x16, short_sums], _end_short)
+"""acc, and what has been added up since begin_short(acc)."""

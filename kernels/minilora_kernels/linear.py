@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import cpu
-from .dot import dot4, dot4_bytes, dot4_small, start_bytes
+from .dot import SHORT_COLUMNS, begin_short, dot4, dot4_bytes, dot4_short, end_short, short_sums, start_bytes
 from .jit import kernel
 from .pack import (
     BFLOAT16,
@@ -50,6 +50,7 @@ from .simd import (
     tile,
     times8,
     to_f32,
+    u8x64,
 )
 
 ZERO = np.float32(0)
@@ -74,116 +75,130 @@ class Rows(NamedTuple):
     stride: int
 
 
-def _heights() -> tuple[int, ...]:
-    """Rows of a tile whose sums the registers hold, highest first: 32 of 512 bits; or half of that and less."""
-    return (8, 4, 2, 1) if cpu.family() == cpu.AVX512_VNNI else (2, 1)
+def _shapes() -> tuple[tuple[int, int], ...]:
+    """Tiles whose sums the registers hold, highest first: rows, and how many 16 weight rows of the block at once."""
+    return ((8, 2), (4, 2), (2, 2), (1, 2)) if cpu.vectors() >= 32 else ((4, 1), (2, 2), (1, 2))
 
 
 def _asker(rows: int):
     """How a tile asks for memory: the highest computes long enough to ask for more than it waits for."""
-    return prefetch_beside if rows == _heights()[0] else prefetch_once
+    return prefetch_beside if rows == _shapes()[0][0] else prefetch_once
 
 
-def _quantized_tile(rows: int, fmt: int):
-    """rows x 1 block of an integer format."""
+def _quantized_tile(rows: int, width: int, fmt: int):
+    """rows x 1 block of an integer format, 16 * width weight rows at a time."""
     nibbles, minimum = fmt in (INT4, INT4_MIN), fmt in (INT4_MIN, INT8_MIN)
     header, step = (128 if minimum else 64), (64 if nibbles else 128)
-    dot, start_at = (dot4_small, times8) if nibbles else (dot4 if minimum else dot4_bytes, start_bytes)
-    ask = _asker(rows)
-    new_acc, new_dots, new_scale = tile(f32x16, rows, 2), tile(i32x16, rows, 2), tile(f32x16, 2, 2)
+    dot, start_at = (dot4_short, times8) if nibbles else (dot4 if minimum else dot4_bytes, start_bytes)
+    at_once = SHORT_COLUMNS if nibbles else 0
+    ask, new_acc, new_scale, new_weights = _asker(rows), tile(f32x16, rows, width), tile(f32x16, 2, 2), tile(u8x64, 2)
+    new_dots, new_sums = tile(i32x16, rows, width), tile(short_sums if nibbles else i32x16, rows, width)
 
     @kernel
-    def multiply(weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
-        acc, dots, scale = new_acc(), new_dots(), new_scale()
-        for m in range(rows):
-            for n in range(2):
-                acc[m, n] = splat_f32(ZERO)
-        q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
+    def multiply(weights, block_at, block_ahead, columns, group, x, x_row, out, out_at, out_stride, add):
+        acc, dots, sums, scale, w = new_acc(), new_dots(), new_sums(), new_scale(), new_weights()
         for m in range(rows):
             for n in range(2):
                 prefetch(out, out_at + m * out_stride + 16 * n)
-        for _ in range(columns // group):
-            if ahead > 0:
-                for i in range(0, header, 64):
-                    ask(weights, at + ahead + i)
+        for half in range(0, 2, width):
+            at, ahead = block_at, block_ahead if half == 0 else 0
             for m in range(rows):
-                if minimum:
-                    start = splat_i32(np.int32(0))
-                else:
-                    start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
-                for n in range(2):
-                    dots[m, n] = start
-            for k in range(group // 4):
+                for n in range(width):
+                    acc[m, n] = splat_f32(ZERO)
+            q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
+            for _ in range(columns // group):
                 if ahead > 0:
-                    for i in range(0, step, 64):
-                        ask(weights, at + ahead + header + step * k + i)
-                if nibbles:
-                    both = load_u8(weights, at + header + step * k)
-                    low, high = low_nibbles(both), high_nibbles(both)
-                else:
-                    low = load_u8(weights, at + header + step * k)
-                    high = load_u8(weights, at + header + step * k + 64)
+                    for i in range(0, header, 64):
+                        ask(weights, at + ahead + i)
                 for m in range(rows):
-                    a = repeat4(load_word(x.q, q + m * x.stride + 4 * k))
-                    dots[m, 0] = dot(dots[m, 0], low, a)
-                    dots[m, 1] = dot(dots[m, 1], high, a)
-            for n in range(2):
-                scale[n, 0] = load_f16(weights, at + 32 * n)
-                if minimum:
-                    scale[n, 1] = load_f16(weights, at + 64 + 32 * n)
+                    if minimum:
+                        start = splat_i32(np.int32(0))
+                    else:
+                        start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
+                    for n in range(width):
+                        dots[m, n] = start
+                parts, steps = (group // at_once, min(group, at_once) // 4) if at_once else (1, group // 4)
+                for part in range(parts):
+                    for m in range(rows):
+                        for n in range(width):
+                            sums[m, n] = begin_short(dots[m, n]) if nibbles else dots[m, n]
+                    for k in range(part * steps, (part + 1) * steps):
+                        if ahead > 0:
+                            for i in range(0, step, 64):
+                                ask(weights, at + ahead + header + step * k + i)
+                        for n in range(width):
+                            if nibbles:
+                                both = load_u8(weights, at + header + step * k)
+                                w[n] = low_nibbles(both) if half + n == 0 else high_nibbles(both)
+                            else:
+                                w[n] = load_u8(weights, at + header + step * k + 64 * (half + n))
+                        for m in range(rows):
+                            a = repeat4(load_word(x.q, q + m * x.stride + 4 * k))
+                            for n in range(width):
+                                sums[m, n] = dot(sums[m, n], w[n], a)
+                    for m in range(rows):
+                        for n in range(width):
+                            dots[m, n] = end_short(dots[m, n], sums[m, n]) if nibbles else sums[m, n]
+                for n in range(width):
+                    scale[n, 0] = load_f16(weights, at + 32 * (half + n))
+                    if minimum:
+                        scale[n, 1] = load_f16(weights, at + 64 + 32 * (half + n))
+                for m in range(rows):
+                    row_scale = splat_f32(load_scalar_f32(x.scales, s + m * groups_stride))
+                    for n in range(width):
+                        acc[m, n] = fma(to_f32(dots[m, n]), scale[n, 0] * row_scale, acc[m, n])
+                    if minimum:
+                        row_offset = splat_f32(load_scalar_f32(x.offsets, s + m * groups_stride))
+                        for n in range(width):
+                            acc[m, n] = fma(scale[n, 1], row_offset, acc[m, n])
+                at += header + step * (group // 4)
+                q += group
+                s += 1
             for m in range(rows):
-                row_scale = splat_f32(load_scalar_f32(x.scales, s + m * groups_stride))
-                for n in range(2):
-                    acc[m, n] = fma(to_f32(dots[m, n]), scale[n, 0] * row_scale, acc[m, n])
-                if minimum:
-                    row_offset = splat_f32(load_scalar_f32(x.offsets, s + m * groups_stride))
-                    for n in range(2):
-                        acc[m, n] = fma(scale[n, 1], row_offset, acc[m, n])
-            at += header + step * (group // 4)
-            q += group
-            s += 1
-        for m in range(rows):
-            for n in range(2):
-                to = out_at + m * out_stride + 16 * n
-                store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
+                for n in range(width):
+                    to = out_at + m * out_stride + 16 * (half + n)
+                    store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
 
     return multiply
 
 
-def _float_tile(rows: int, fmt: int):
-    """rows x 1 block of a floating-point format."""
+def _float_tile(rows: int, width: int, fmt: int):
+    """rows x 1 block of a floating-point format, 16 * width weight rows at a time."""
     load, size = {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2), BFLOAT16: (load_bf16, 2)}[fmt]
-    ask, new_acc = _asker(rows), tile(f32x16, rows, 2)
+    ask, new_acc, new_weights = _asker(rows), tile(f32x16, rows, width), tile(f32x16, width)
 
     @kernel
-    def multiply(weights, at, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
-        acc = new_acc()
-        for m in range(rows):
-            for n in range(2):
-                acc[m, n] = splat_f32(ZERO)
-        for k in range(columns):
-            if ahead > 0:
-                for i in range(0, BLOCK * size, 64):
-                    ask(weights, at + ahead + i)
-            low, high = load(weights, at), load(weights, at + 16 * size)
+    def multiply(weights, block_at, block_ahead, columns, group, x, x_row, out, out_at, out_stride, add):
+        acc, w = new_acc(), new_weights()
+        for half in range(0, 2, width):
+            at, ahead = block_at, block_ahead if half == 0 else 0
             for m in range(rows):
-                a = splat_f32(load_scalar_f32(x.values, (x_row + m) * x.stride + k))
-                acc[m, 0] = fma(low, a, acc[m, 0])
-                acc[m, 1] = fma(high, a, acc[m, 1])
-            at += BLOCK * size
-        for m in range(rows):
-            for n in range(2):
-                to = out_at + m * out_stride + 16 * n
-                store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
+                for n in range(width):
+                    acc[m, n] = splat_f32(ZERO)
+            for k in range(columns):
+                if ahead > 0:
+                    for i in range(0, BLOCK * size, 64):
+                        ask(weights, at + ahead + i)
+                for n in range(width):
+                    w[n] = load(weights, at + 16 * size * (half + n))
+                for m in range(rows):
+                    a = splat_f32(load_scalar_f32(x.values, (x_row + m) * x.stride + k))
+                    for n in range(width):
+                        acc[m, n] = fma(w[n], a, acc[m, n])
+                at += BLOCK * size
+            for m in range(rows):
+                for n in range(width):
+                    to = out_at + m * out_stride + 16 * (half + n)
+                    store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
 
     return multiply
 
 
-def _block(fmt: int, heights: tuple):
-    """All rows of a step x 1 block: tiles of the first height while they fit, the rest in lower ones."""
-    height = heights[0]
-    mine = (_float_tile if is_float(fmt) else _quantized_tile)(height, fmt)
-    others = _block(fmt, heights[1:]) if len(heights) > 1 else None
+def _block(fmt: int, shapes: tuple):
+    """All rows of a step x 1 block: tiles of the first shape while they fit, the rest in lower ones."""
+    height, width = shapes[0]
+    mine = (_float_tile if is_float(fmt) else _quantized_tile)(height, width, fmt)
+    others = _block(fmt, shapes[1:]) if len(shapes) > 1 else None
 
     @kernel
     def multiply(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
@@ -200,7 +215,7 @@ def _block(fmt: int, heights: tuple):
 
 def _first_of(formats: tuple):
     """A kernel that calls the block kernel of its argument fmt, one of `formats`."""
-    first = _block(formats[0], _heights())
+    first = _block(formats[0], _shapes())
     if len(formats) == 1:
 
         @kernel
@@ -223,7 +238,7 @@ def _first_of(formats: tuple):
 @cache
 def make_linear(formats: tuple[int, ...]):
     """linear for matrices of these formats; no others may come."""
-    multiply, highest = _first_of(formats), _heights()[0]
+    multiply, highest = _first_of(formats), _shapes()[0][0]
 
     @kernel
     def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add):

@@ -5,6 +5,7 @@ How A and B lie in memory: see `lora_pack`. Sums run in a fixed order: see the t
 
 from functools import cache
 
+from . import cpu
 from .jit import kernel
 from .lora_expand import expand_tile
 from .lora_pack import head_bytes, number_bytes
@@ -15,10 +16,17 @@ from .pack import INT8, PANEL
 PANELS_AHEAD = 8
 
 
+def _largest_tiles(fmt: int) -> tuple[int, int]:
+    """Rows of one panel, and panels of one row, that expand takes at once. Integers want two sums for each number."""
+    if fmt == INT8:
+        return (4, 4) if cpu.vectors() >= 32 else (2, 2)
+    return 4, 2
+
+
 @cache
 def make_lora(fmt: int):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
-    wide = 4 if fmt == INT8 else 2
+    tall, wide = _largest_tiles(fmt)
     shrink_some, expand_some = shrink_tile(fmt), expand_tile(fmt)
     gather_one, size, head = gather_panel(fmt), number_bytes(fmt), head_bytes(fmt)
 
@@ -76,10 +84,12 @@ def make_lora(fmt: int):
                 p += wide
                 continue
             m = 0
-            while rows - m >= 4:
+            while rows - m >= tall:
                 s_m, to_m = s_at + m * s_stride, to + m * out_stride
-                expand_some(4, 1, arena, here, ahead, rank, s, s_m, column, s_stride, out, to_m, out_stride, panel_step)
-                m += 4
+                expand_some(
+                    tall, 1, arena, here, ahead, rank, s, s_m, column, s_stride, out, to_m, out_stride, panel_step
+                )
+                m += tall
             while m < rows:
                 s_m, to_m = s_at + m * s_stride, to + m * out_stride
                 expand_some(1, 1, arena, here, ahead, rank, s, s_m, column, s_stride, out, to_m, out_stride, panel_step)

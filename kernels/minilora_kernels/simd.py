@@ -1,6 +1,6 @@
 """SIMD values and register tiles as Numba types: kernels stay ordinary Python and compile to vector code.
 
-A *vector* (`f32x16`, `i32x16`, `u8x64`) is one LLVM vector value. It is 512 bits wide on every CPU: LLVM
+A *vector* (`f32x16`, `i32x16`, `i16x32`, `u8x64`) is one LLVM vector value. It is 512 bits wide on every CPU: LLVM
 splits it where registers are narrower. A *tile* is a small array of vectors on the stack. Where the loops
 around it have constant bounds LLVM unrolls them, and every element of the tile becomes a register.
 
@@ -58,10 +58,9 @@ class _TileModel(models.PrimitiveModel):
         super().__init__(manager, tile_type, tile_type.llvm.as_pointer())
 
 
-f32x16, i32x16, u8x64 = Vector("f32", 16), Vector("i32", 16), Vector("u8", 64)
+f32x16, i32x16, i16x32, u8x64 = Vector("f32", 16), Vector("i32", 16), Vector("i16", 32), Vector("u8", 64)
 
-_F32, _I32, _U8 = f32x16.llvm, i32x16.llvm, u8x64.llvm
-_I16 = ir.VectorType(ir.IntType(16), 32)
+_F32, _I32, _I16, _U8 = f32x16.llvm, i32x16.llvm, i16x32.llvm, u8x64.llvm
 _HALF = ir.VectorType(ir.HalfType(), 16)
 _SHORT = ir.VectorType(ir.IntType(16), 16)
 _BYTE = ir.VectorType(ir.IntType(8), 16)
