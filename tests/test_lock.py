@@ -322,3 +322,19 @@ def test_a_hub_out_of_reach(hub):
         run = pull("org/model", hub, **more)
         assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("Check the network"), run.stderr
         assert "Traceback" not in run.stderr
+
+
+def test_progress_counts_a_file_that_is_being_copied_once(tmp_path):
+    said, seen = [], threading.Event()
+
+    def report(line):
+        said.append(line)
+        if "MB" in line:
+            seen.set()
+
+    for name in ("fetched/part", "copied"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(2_000_000))
+    with lock._watch(tmp_path, "fetching", 2_000_000, report):
+        assert seen.wait(30)
+    assert said[:2] == ["fetching", "fetching: 2 of 2 MB"]

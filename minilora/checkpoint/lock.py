@@ -227,14 +227,24 @@ def _extract(wheel: Path, member: str, work: Path) -> Path:
     return work / "member"
 
 
+def _size_now(path: Path) -> int:
+    """A file's bytes; 0 where it has gone meanwhile."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 @contextmanager
 def _watch(work: Path, title: str, size: int, report: Report) -> Iterator[None]:
-    """Report how many bytes have arrived below a folder, once a second."""
+    """Report once a second how many bytes of one file have arrived below a folder."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(1.0):
-            arrived = sum(f.stat().st_size for f in list(work.rglob("*")) if f.is_file() and f.exists())
+            # Not the sum: pip keeps what it fetched until it has copied it.
+            files = (Path(parent, name) for parent, _, names in os.walk(work) for name in names)
+            arrived = max(map(_size_now, files), default=0)
             report(f"{title}: {arrived / 1e6:.0f}{f' of {size / 1e6:.0f}' if size else ''} MB")
 
     report(title)
