@@ -3,7 +3,7 @@
     dot4(acc, u, s)[i] = acc[i] + sum over j < 4 of u[4 i + j] * s[4 i + j]
 
 u is unsigned, s signed; sums are int32 and exact. int8 weights are kept as u = 128 + weight; `dot4_bytes` multiplies
-them as the CPU likes best.
+them as the CPU likes best, and nibbles have sums of their own.
 """
 
 from collections.abc import Callable
@@ -101,24 +101,16 @@ def _widened(builder, acc, u, s):
     return acc
 
 
-def _in_two_halves_of_range(small):
-    """dot4 for every u from one for u <= 127: the low 7 bits, and the top bit as two times 64."""
-
-    def emit(builder, acc, u, s):
-        low = builder.and_(u, constant(u.type, 127))
-        top = builder.and_(builder.lshr(u, constant(u.type, 1)), constant(u.type, 64))
-        return small(builder, small(builder, small(builder, acc, low, s), top, s), top, s)
-
-    return emit
-
-
 class _Family(NamedTuple):
-    """How a CPU family multiplies `parts` parts of a vector: any u, u <= 127, and u - 128, if it can do that at once."""
+    """How a CPU family multiplies `parts` parts of a vector: u <= 127, and any u.
+
+    signed: for any u, u - 128 is what is multiplied.
+    """
 
     parts: int
-    any: Callable
     small: Callable
-    signed: Callable | None = None
+    bytes: Callable
+    signed: bool = False
 
 
 def _family() -> _Family:
@@ -128,11 +120,11 @@ def _family() -> _Family:
     if family == cpu.AVX_VNNI:
         return _Family(2, _vpdpbusd(256), _vpdpbusd(256))
     if family == cpu.AVX2:
-        return _Family(2, _in_two_halves_of_range(_maddubs), _maddubs, _maddubs_signed)
+        return _Family(2, _maddubs, _maddubs_signed, signed=True)
     if family == cpu.NEON_DOT and cpu.has_i8mm():
-        return _Family(4, _usdot, _sdot)
+        return _Family(4, _sdot, _usdot)
     if family == cpu.NEON_DOT:
-        return _Family(4, _in_two_halves_of_range(_sdot), _sdot, _sdot_signed)
+        return _Family(4, _sdot, _sdot_signed, signed=True)
     return _Family(1, _widened, _widened)
 
 
@@ -148,13 +140,18 @@ def _start_bytes(builder, minus_sum):
     return constant(_I32, 0) if _family().signed else builder.shl(minus_sum, constant(_I32, 7))
 
 
-dot4 = _dot4(lambda family: family.any)
-"""acc[i] + sum over j < 4 of u[4i + j] * s[4i + j]: u unsigned, s signed bytes. Exact."""
+def _start_unsigned(builder, minus_sum):
+    zero = constant(_I32, 0)
+    return builder.sub(zero, builder.shl(minus_sum, constant(_I32, 7))) if _family().signed else zero
+
+
 dot4_small = _dot4(lambda family: family.small)
-"""dot4 for u <= 127 only: cheaper where the CPU has no mixed-sign dot product."""
-dot4_bytes = _dot4(lambda family: family.signed or family.any)
-"""With all of s through it: the sum of (u - 128) * s, for s >= -127 and acc from `start_bytes`. Exact."""
+"""acc[i] + sum over j < 4 of u[4i + j] * s[4i + j] for u <= 127: u unsigned, s signed bytes. Exact."""
+dot4_bytes = _dot4(lambda family: family.bytes)
+"""Likewise for every u and s >= -127, with all of s through it, as acc begins: from `start_bytes` the sum of (u - 128) * s,
+from `start_unsigned` that of u * s. Exact."""
 start_bytes = primitive(i32x16, [i32x16], _start_bytes)
+start_unsigned = primitive(i32x16, [i32x16], _start_unsigned)
 """Where dot4_bytes begins, from minus the sum of all s."""
 
 

@@ -1,6 +1,6 @@
 """Matrix products: packed weights x the rows of a step, for every weight format and any number of rows.
 
-A tile is 1 to 8 rows of activations times one block of 32 weight rows. Whatever the tile, an output is
+A tile is 1 to 8 rows of activations times one block of 32 weight rows, or half of one. Whatever the tile, an output is
 summed in the same order: int32 inside a group of columns (exact), then group by group in float32; for
 floating-point weights column by column. So a row's bits never depend on the rows beside it.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import cpu
-from .dot import SHORT_COLUMNS, begin_short, dot4, dot4_bytes, dot4_short, end_short, short_sums, start_bytes
+from .dot import SHORT_COLUMNS, begin_short, dot4_bytes, dot4_short, end_short, short_sums, start_bytes, start_unsigned
 from .jit import kernel
 from .pack import (
     BFLOAT16,
@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 
 
 def _shapes() -> tuple[tuple[int, int], ...]:
-    """Tiles whose sums the registers hold, highest first: rows, and how many 16 weight rows of the block at once."""
+    """Tiles whose sums the registers hold, highest first: rows, and 1 for half of a block at a time or 2 for all of it."""
     return ((8, 2), (4, 2), (2, 2), (1, 2)) if cpu.vectors() >= 32 else ((4, 1), (2, 2), (1, 2))
 
 
@@ -86,110 +86,108 @@ def _asker(rows: int):
 
 
 def _quantized_tile(rows: int, width: int, fmt: int):
-    """rows x 1 block of an integer format, 16 * width weight rows at a time."""
+    """rows x 1 block of an integer format; with width 1 the first or second half of its weight rows."""
     nibbles, minimum = fmt in (INT4, INT4_MIN), fmt in (INT4_MIN, INT8_MIN)
     header, step = (128 if minimum else 64), (64 if nibbles else 128)
-    dot, start_at = (dot4_short, times8) if nibbles else (dot4 if minimum else dot4_bytes, start_bytes)
+    dot, start_at = (dot4_short, times8) if nibbles else (dot4_bytes, start_unsigned if minimum else start_bytes)
     at_once = SHORT_COLUMNS if nibbles else 0
     ask, new_acc, new_scale, new_weights = _asker(rows), tile(f32x16, rows, width), tile(f32x16, 2, 2), tile(u8x64, 2)
     new_dots, new_sums = tile(i32x16, rows, width), tile(short_sums if nibbles else i32x16, rows, width)
 
     @kernel
-    def multiply(weights, block_at, block_ahead, columns, group, x, x_row, out, out_at, out_stride, add):
+    def multiply(weights, at, half, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
         acc, dots, sums, scale, w = new_acc(), new_dots(), new_sums(), new_scale(), new_weights()
+        first = half if width == 1 else 0
         for m in range(rows):
-            for n in range(2):
-                prefetch(out, out_at + m * out_stride + 16 * n)
-        for half in range(0, 2, width):
-            at, ahead = block_at, block_ahead if half == 0 else 0
+            for n in range(width):
+                acc[m, n] = splat_f32(ZERO)
+        q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
+        for m in range(rows):
+            for n in range(width):
+                prefetch(out, out_at + m * out_stride + 16 * (first + n))
+        for _ in range(columns // group):
+            if ahead > 0:
+                for i in range(0, header, 64):
+                    ask(weights, at + ahead + i)
             for m in range(rows):
+                if nibbles and minimum:
+                    start = splat_i32(np.int32(0))
+                else:
+                    start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
                 for n in range(width):
-                    acc[m, n] = splat_f32(ZERO)
-            q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
-            for _ in range(columns // group):
-                if ahead > 0:
-                    for i in range(0, header, 64):
-                        ask(weights, at + ahead + i)
+                    dots[m, n] = start
+            # With steps that LLVM knew, it would unroll the loop, order its sums anew and run out of registers.
+            parts, steps = (group // at_once, min(group, at_once) // 4) if at_once else (1, group // 4)
+            for part in range(parts):
                 for m in range(rows):
-                    if minimum:
-                        start = splat_i32(np.int32(0))
-                    else:
-                        start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
                     for n in range(width):
-                        dots[m, n] = start
-                parts, steps = (group // at_once, min(group, at_once) // 4) if at_once else (1, group // 4)
-                for part in range(parts):
+                        sums[m, n] = begin_short(dots[m, n]) if nibbles else dots[m, n]
+                for k in range(part * steps, (part + 1) * steps):
+                    if ahead > 0:
+                        for i in range(0, step, 64):
+                            ask(weights, at + ahead + header + step * k + i)
+                    for n in range(width):
+                        if nibbles:
+                            both = load_u8(weights, at + header + step * k)
+                            w[n] = low_nibbles(both) if first + n == 0 else high_nibbles(both)
+                        else:
+                            w[n] = load_u8(weights, at + header + step * k + 64 * (first + n))
                     for m in range(rows):
+                        a = repeat4(load_word(x.q, q + m * x.stride + 4 * k))
                         for n in range(width):
-                            sums[m, n] = begin_short(dots[m, n]) if nibbles else dots[m, n]
-                    for k in range(part * steps, (part + 1) * steps):
-                        if ahead > 0:
-                            for i in range(0, step, 64):
-                                ask(weights, at + ahead + header + step * k + i)
-                        for n in range(width):
-                            if nibbles:
-                                both = load_u8(weights, at + header + step * k)
-                                w[n] = low_nibbles(both) if half + n == 0 else high_nibbles(both)
-                            else:
-                                w[n] = load_u8(weights, at + header + step * k + 64 * (half + n))
-                        for m in range(rows):
-                            a = repeat4(load_word(x.q, q + m * x.stride + 4 * k))
-                            for n in range(width):
-                                sums[m, n] = dot(sums[m, n], w[n], a)
-                    for m in range(rows):
-                        for n in range(width):
-                            dots[m, n] = end_short(dots[m, n], sums[m, n]) if nibbles else sums[m, n]
-                for n in range(width):
-                    scale[n, 0] = load_f16(weights, at + 32 * (half + n))
-                    if minimum:
-                        scale[n, 1] = load_f16(weights, at + 64 + 32 * (half + n))
+                            sums[m, n] = dot(sums[m, n], w[n], a)
                 for m in range(rows):
-                    row_scale = splat_f32(load_scalar_f32(x.scales, s + m * groups_stride))
                     for n in range(width):
-                        acc[m, n] = fma(to_f32(dots[m, n]), scale[n, 0] * row_scale, acc[m, n])
-                    if minimum:
-                        row_offset = splat_f32(load_scalar_f32(x.offsets, s + m * groups_stride))
-                        for n in range(width):
-                            acc[m, n] = fma(scale[n, 1], row_offset, acc[m, n])
-                at += header + step * (group // 4)
-                q += group
-                s += 1
+                        dots[m, n] = end_short(dots[m, n], sums[m, n]) if nibbles else sums[m, n]
+            for n in range(width):
+                scale[n, 0] = load_f16(weights, at + 32 * (first + n))
+                if minimum:
+                    scale[n, 1] = load_f16(weights, at + 64 + 32 * (first + n))
             for m in range(rows):
+                row_scale = splat_f32(load_scalar_f32(x.scales, s + m * groups_stride))
                 for n in range(width):
-                    to = out_at + m * out_stride + 16 * (half + n)
-                    store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
+                    acc[m, n] = fma(to_f32(dots[m, n]), scale[n, 0] * row_scale, acc[m, n])
+                if minimum:
+                    row_offset = splat_f32(load_scalar_f32(x.offsets, s + m * groups_stride))
+                    for n in range(width):
+                        acc[m, n] = fma(scale[n, 1], row_offset, acc[m, n])
+            at += header + step * (group // 4)
+            q += group
+            s += 1
+        for m in range(rows):
+            for n in range(width):
+                to = out_at + m * out_stride + 16 * (first + n)
+                store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
 
     return multiply
 
 
 def _float_tile(rows: int, width: int, fmt: int):
-    """rows x 1 block of a floating-point format, 16 * width weight rows at a time."""
+    """rows x 1 block of a floating-point format; with width 1 the first or second half of its weight rows."""
     load, size = {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2), BFLOAT16: (load_bf16, 2)}[fmt]
     ask, new_acc, new_weights = _asker(rows), tile(f32x16, rows, width), tile(f32x16, width)
 
     @kernel
-    def multiply(weights, block_at, block_ahead, columns, group, x, x_row, out, out_at, out_stride, add):
-        acc, w = new_acc(), new_weights()
-        for half in range(0, 2, width):
-            at, ahead = block_at, block_ahead if half == 0 else 0
+    def multiply(weights, at, half, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
+        acc, w, first = new_acc(), new_weights(), half if width == 1 else 0
+        for m in range(rows):
+            for n in range(width):
+                acc[m, n] = splat_f32(ZERO)
+        for k in range(columns):
+            if ahead > 0:
+                for i in range(0, BLOCK * size, 64):
+                    ask(weights, at + ahead + i)
+            for n in range(width):
+                w[n] = load(weights, at + 16 * size * (first + n))
             for m in range(rows):
+                a = splat_f32(load_scalar_f32(x.values, (x_row + m) * x.stride + k))
                 for n in range(width):
-                    acc[m, n] = splat_f32(ZERO)
-            for k in range(columns):
-                if ahead > 0:
-                    for i in range(0, BLOCK * size, 64):
-                        ask(weights, at + ahead + i)
-                for n in range(width):
-                    w[n] = load(weights, at + 16 * size * (half + n))
-                for m in range(rows):
-                    a = splat_f32(load_scalar_f32(x.values, (x_row + m) * x.stride + k))
-                    for n in range(width):
-                        acc[m, n] = fma(w[n], a, acc[m, n])
-                at += BLOCK * size
-            for m in range(rows):
-                for n in range(width):
-                    to = out_at + m * out_stride + 16 * (half + n)
-                    store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
+                    acc[m, n] = fma(w[n], a, acc[m, n])
+            at += BLOCK * size
+        for m in range(rows):
+            for n in range(width):
+                to = out_at + m * out_stride + 16 * (first + n)
+                store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
 
     return multiply
 
@@ -204,8 +202,10 @@ def _block(fmt: int, shapes: tuple):
     def multiply(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         m, soon, to = 0, ahead, out_at
         while rows - m >= height:
-            mine(weights, at, soon, columns, group, x, x_row + m, out, to, out_stride, add)
+            mine(weights, at, 0, soon, columns, group, x, x_row + m, out, to, out_stride, add)
             # Only the first tile asks for memory: the others find it there.
+            if width == 1:
+                mine(weights, at, 1, 0, columns, group, x, x_row + m, out, to, out_stride, add)
             m, soon, to = m + height, 0, to + height * out_stride
         if others is not None and m < rows:
             others(weights, at, soon, columns, group, x, x_row + m, rows - m, out, to, out_stride, add)
