@@ -1,6 +1,7 @@
 """Fixtures: tiny random models, and the default model for tests marked `real`."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -11,6 +12,11 @@ from minilora.packed import load_model
 from minilora_kernels.jit import cache_root
 
 from .support import ARCHITECTURES, make_checkpoint
+
+
+def pytest_sessionstart():
+    """In the background a shell has its programs ignore interrupts, and they their children: not those that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

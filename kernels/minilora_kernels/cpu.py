@@ -1,7 +1,7 @@
 """Which vector instructions the compiler may use on this machine.
 
 Numba compiles for one CPU: the host, or what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say. The family
-decides one thing only: how simd.dot4 is lowered. Everything else is LLVM's business.
+decides how `dot` multiplies bytes, the registers how large tiles are. Everything else is LLVM's business.
 """
 
 from functools import cache
@@ -44,7 +44,7 @@ def family() -> str:
 
 @cache
 def vectors() -> int:
-    """How many vectors of 512 bits the registers hold: 32 such ones, or 16 or 32 narrower ones."""
+    """How many vectors of 512 bits the registers hold: 32 with AVX-512; 8 in 16 of 256 bits, or in 32 of 128."""
     return 32 if "avx512f" in target()[2] else 8
 
 
