@@ -26,8 +26,8 @@ import ceilings
 from engine import Bench
 
 from minilora.checkpoint.lock import resolve_model
-from minilora.runner import usable_cores
 from minilora_kernels import cpu
+from minilora_kernels.cores import usable_cores
 from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
 
 ROOT = Path(__file__).resolve().parent.parent

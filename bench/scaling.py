@@ -19,8 +19,8 @@ from engine import numbers
 
 from minilora.checkpoint.lock import resolve_model
 from minilora.packed import load_model
-from minilora.runner import usable_cores
 from minilora.weights import Weights
+from minilora_kernels.cores import usable_cores
 from minilora_kernels.jit import kernel
 from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
 from minilora_kernels.sync import barrier

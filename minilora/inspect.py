@@ -8,7 +8,8 @@ from typing import Any
 import psutil
 
 from minilora_kernels import cpu
-from minilora_kernels.jit import cache_root, code_folder
+from minilora_kernels.code_files import cache_root, code_folder
+from minilora_kernels.cores import usable_cores
 from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
 
 from . import __version__
@@ -16,7 +17,6 @@ from .adapters import CONFIG
 from .adapters import describe as describe_adapter
 from .checkpoint.lock import entries, resolve_adapter, resolve_model
 from .packed import Report, load_model
-from .runner import usable_cores
 from .weights import Target
 
 

@@ -19,20 +19,19 @@ import numpy as np
 from minilora_kernels.attention import make_attention, merge_parts
 from minilora_kernels.batch import (
     CHOICE_ROW,
-    CUT_TEMPERATURE,
     LONG_PAGES,
     LONG_PARTS,
     LONG_POSITION,
     LONG_ROW,
+    SAMPLING,
     TILE_PAGES,
     TILE_POSITION,
     TILE_ROW,
     TILE_TOKENS,
     StepInput,
     all_ended,
-    checked,
+    choose,
     rounds_of,
-    sample_choice,
     token_at,
     unpack,
 )
@@ -42,7 +41,7 @@ from minilora_kernels.linear import Rows, make_linear
 from minilora_kernels.lora import make_lora
 from minilora_kernels.lora_pack import head_bytes, number_bytes
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL, ROWS
-from minilora_kernels.pages import KV, NOBODY, SPLIT, Query
+from minilora_kernels.pages import KV, NOBODY, SPLIT, Query, make_write
 from minilora_kernels.pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
 from minilora_kernels.sample import argmax
 from minilora_kernels.sync import barrier, claim, share
@@ -226,8 +225,7 @@ class Place(NamedTuple):
     step: int
 
 
-def _make_adapters(lora_format):
-    shrink, gather, expand = make_lora(lora_format)
+def _make_adapters(lora_format, shrink, gather, expand):
     head, size = head_bytes(lora_format), PANEL * number_bytes(lora_format)
 
     @kernel
@@ -609,15 +607,11 @@ def _make_head(linear, shrink_all, expand_all):
 @kernel
 def _choose(c):
     """The tokens of batch.choices, as threads come free. Ends with a barrier."""
-    batch, b, padded, count = c.batch, c.buffers, c.w.matrices[c.w.head, ROWS], len(c.batch.choices)
+    batch, b, padded = c.batch, c.buffers, c.w.matrices[c.w.head, ROWS]
     i = claim(c.sync)
-    while i < count:
-        row = batch.choices[i, CHOICE_ROW]
-        if batch.cuts[i, CUT_TEMPERATURE] > 0:
-            token = sample_choice(batch, i, c.turn, b.logits, padded, b.chances, b.ids, c.rank * padded)
-        else:
-            token = _best(c, row, padded)
-        batch.chosen[c.turn * count + i] = checked(token, b.logits, row * padded)
+    while i < len(batch.choices):
+        best = _best(c, batch.choices[i, CHOICE_ROW], padded)
+        choose(batch, i, c.turn, best, b.logits, padded, b.chances, b.ids, c.rank * padded)
         i = claim(c.sync)
     barrier(c.sync, c.size)
 
@@ -644,9 +638,11 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
     head_unit: what the heads' size is a multiple of, 16 or 64. Everything else is a runtime value, so models that share
     all these share the machine code.
     """
-    linear = make_linear(formats)
-    write_key, write_value, attend, attend_part = make_attention(kv_format, head_unit)
-    shrink_all, expand_all, embed_rows = _make_adapters(lora_format)
+    products, attention = make_linear.unit(formats), make_attention.unit(kv_format, head_unit)
+    lora = make_lora.unit(lora_format)
+    [linear], [attend, attend_part] = products.kernels, attention.kernels
+    write_key, write_value = make_write(kv_format)
+    shrink_all, expand_all, embed_rows = _make_adapters(lora_format, *lora.kernels)
     project_heads = _make_projection(linear, expand_all, write_key, write_value)
     attend_all = _make_attention(attend, attend_part)
     add_product = _make_output(linear, shrink_all, expand_all)
@@ -690,4 +686,4 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
             turn += 1
             going = turn < rounds_of(batch) and not all_ended(batch, turn - 1)
 
-    return team_program(step, (formats, kv_format, lora_format, head_unit))
+    return team_program(step, (formats, kv_format, lora_format, head_unit), (products, attention, lora, SAMPLING))

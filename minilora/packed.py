@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora_kernels.jit import cache_root
+from minilora_kernels.code_files import cache_root
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.folder import read_json

@@ -1,14 +1,13 @@
 """The arrays of an engine, and the compiled step over them: pages, adapters, buffers, threads."""
 
-import os
 import time
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 import psutil
 
 from minilora_kernels.attention import scratch_size
+from minilora_kernels.cores import group_limits, usable_cores
 from minilora_kernels.linear import Rows
 from minilora_kernels.memory import aligned_zeros
 from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
@@ -31,29 +30,13 @@ MOST_USES = 8
 PROMPT_LOGITS = 64
 AUTOMATIC_SLOTS = 256
 LORA_FORMATS = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def usable_cores() -> int:
-    """Cores that this process may really use: its affinity, and its control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _limits("cpu.max")
-    return min(cores, max(1, quota[0] // quota[1])) if quota else cores
 
 
 def free_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its control group."""
     free = psutil.virtual_memory().available
-    limit, used = _limits("memory.max"), _limits("memory.current")
+    limit, used = group_limits("memory.max"), group_limits("memory.current")
     return min(free, max(0, limit[0] - used[0])) if limit and used else free
-
-
-def _limits(name: str) -> list[int]:
-    """The numbers in a file of the control group; empty where there is no limit."""
-    try:
-        return [int(word) for word in (CGROUP / name).read_text().split()]
-    except (OSError, ValueError):
-        return []
 
 
 class Runner:

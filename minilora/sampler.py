@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora_kernels.batch import CHOICE_ROW, CUT_TEMPERATURE, NOT_CHOSEN, checked, sample_choice, unpack
+from minilora_kernels.batch import CHOICE_ROW, NOT_CHOSEN, SAMPLING, choose, unpack
 from minilora_kernels.jit import kernel
 from minilora_kernels.sample import argmax, log_sum_exp, top
 from minilora_kernels.sample import rank as rank_of
@@ -42,13 +42,9 @@ def _choose(rank, size, sync, job, room):
     (logits, packed), (width, chances, ids) = job, room
     batch = unpack(packed)
     i = claim(sync)
-    while i < len(batch.chosen):
-        at = batch.choices[i, CHOICE_ROW] * width
-        if batch.cuts[i, CUT_TEMPERATURE] > 0:
-            token = sample_choice(batch, i, 0, logits, width, chances, ids, rank * width)
-        else:
-            token = argmax(logits, at, width)
-        batch.chosen[i] = checked(token, logits, at)
+    while i < len(batch.choices):
+        best = argmax(logits, batch.choices[i, CHOICE_ROW] * width, width)
+        choose(batch, i, 0, best, logits, width, chances, ids, rank * width)
         i = claim(sync)
 
 
@@ -71,7 +67,7 @@ def _look_up(rank, size, sync, questions, rows):
 
 @cache
 def _programs():
-    return team_program(_choose), team_program(_look_up)
+    return team_program(_choose, units=[SAMPLING]), team_program(_look_up)
 
 
 class Sampler:

@@ -9,7 +9,7 @@ import pytest
 
 from minilora.checkpoint.lock import resolve_model
 from minilora.packed import load_model
-from minilora_kernels.jit import cache_root
+from minilora_kernels.code_files import cache_root
 
 from .support import ARCHITECTURES, make_checkpoint
 

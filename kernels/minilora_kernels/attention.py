@@ -9,15 +9,16 @@ Memory is asked for evenly: the values of a split beside its scores, and beside 
 needs next, of the same text or of the one that follows.
 """
 
-from functools import cache
-
 import numpy as np
+from numba.core.typing import signature
 
 from . import attention_float, attention_int8, cpu
 from .attention_float import AT_ONCE, MOST_ROWS
 from .jit import kernel
-from .pages import KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, make_write, token_at, values_behind
+from .kinds import FLOATS, INTEGERS, NUMBER, array, named
+from .pages import KV, KV_DTYPES, KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, Query, token_at, values_behind
 from .simd import exp, fma, hmax, hsum, keep_lanes, load_f32, splat_f32, store_f32, vmax
+from .unit import unit
 
 # From how many rows on it pays to widen float16 keys for all of them.
 MANY = 12 if cpu.vectors() >= 32 else 5
@@ -233,13 +234,23 @@ def _make_split(kv_format, unit):
     return attend_split
 
 
-@cache
-def make_attention(kv_format: int, unit: int = 16):
-    """(write_key, write_value, attend, attend_part) for a pool of this format; merge_parts serves all.
+def _signatures(kv_format: int, head_unit: int = 16):
+    """Those of attend and attend_part."""
+    kv, query, place = named(KV, array(KV_DTYPES[kv_format]), FLOATS), named(Query), (FLOATS, NUMBER)
+    start, scratch = (kv, query, INTEGERS), place
+    return (
+        signature(NUMBER, *start, NUMBER, query, *place, NUMBER, *place, NUMBER, *scratch),
+        signature(NUMBER, *start, NUMBER, NUMBER, query, NUMBER, *place, NUMBER, *place, *scratch),
+    )
 
-    unit: what the heads' size is a multiple of, 16 or 64; with 64 there is less to compile.
+
+@unit(_signatures)
+def make_attention(kv_format: int, head_unit: int = 16):
+    """(attend, attend_part) for a pool of this format; merge_parts serves all.
+
+    head_unit: what the heads' size is a multiple of, 16 or 64; with 64 there is less to compile.
     """
-    attend_split, quantized = _make_split(kv_format, unit), kv_format == KV_INT8
+    attend_split, quantized = _make_split(kv_format, head_unit), kv_format == KV_INT8
 
     @kernel
     def load_queries(kv, query, q, q_at, q_stride, scratch, to):
@@ -318,7 +329,7 @@ def make_attention(kv_format: int, unit: int = 16):
             to += kv.size + 2
         return asked
 
-    return *make_write(kv_format), attend, attend_part
+    return attend, attend_part
 
 
 @kernel

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
 from .jit import kernel
-from .sample import sample, uniform
+from .sample import make_sample, uniform
 
 # Columns of tiles: a tile is a few consecutive tokens of one sequence.
 TILE_ROW, TILE_TOKENS, TILE_POSITION, TILE_PAGES = range(4)
@@ -25,6 +25,9 @@ LONG_ROW, LONG_POSITION, LONG_PAGES, LONG_PARTS = range(4)
 CHOICE_ROW, CHOICE_TOP_K, CHOICE_SEED, CHOICE_POSITION = range(4)
 # Columns of cuts.
 CUT_TEMPERATURE, CUT_TOP_P, CUT_MIN_P = range(3)
+# The unit that programs with `choose` need.
+SAMPLING = make_sample.unit()
+[_sample] = SAMPLING.kernels
 # Instead of a token: where no logit was a finite number, and where none was chosen yet.
 NO_NUMBER, NOT_CHOSEN = -1, -2
 
@@ -175,18 +178,15 @@ def all_ended(batch, turn):
 
 
 @kernel
-def sample_choice(batch, i, turn, x, width, chances, ids, to):
-    """The token of choice i, whose temperature is above 0, in round `turn`, from rows of `width` logits in x.
+def choose(batch, i, turn, best, x, width, chances, ids, to):
+    """batch.chosen of choice i in round `turn`, from rows of `width` logits in x, of which `best` is the best token.
 
-    The rest is `sample`'s.
+    NO_NUMBER where the token's logit is no finite number. chances, ids, to: scratch, see `sample`.
     """
-    draw = uniform(np.uint64(batch.choices[i, CHOICE_SEED]), batch.choices[i, CHOICE_POSITION] + turn)
-    at, top_k = batch.choices[i, CHOICE_ROW] * width, batch.choices[i, CHOICE_TOP_K]
-    temperature, top_p, min_p = batch.cuts[i, CUT_TEMPERATURE], batch.cuts[i, CUT_TOP_P], batch.cuts[i, CUT_MIN_P]
-    return sample(x, at, width, temperature, top_k, top_p, min_p, draw, chances, ids, to)
-
-
-@kernel
-def checked(token, x, at):
-    """The token, or NO_NUMBER where its logit, in a row of x from `at` on, is no finite number."""
-    return token if np.isfinite(x[at + token]) else NO_NUMBER
+    at, token = batch.choices[i, CHOICE_ROW] * width, best
+    if batch.cuts[i, CUT_TEMPERATURE] > 0:
+        draw = uniform(np.uint64(batch.choices[i, CHOICE_SEED]), batch.choices[i, CHOICE_POSITION] + turn)
+        temperature, top_p, min_p = batch.cuts[i, CUT_TEMPERATURE], batch.cuts[i, CUT_TOP_P], batch.cuts[i, CUT_MIN_P]
+        top_k = batch.choices[i, CHOICE_TOP_K]
+        token = _sample(x, at, width, temperature, top_k, top_p, min_p, draw, chances, ids, to)
+    batch.chosen[turn * len(batch.choices) + i] = token if np.isfinite(x[at + token]) else NO_NUMBER

@@ -34,7 +34,19 @@ from .pack import (
     padded_rows,
     table_row,
 )
-from .pages import KV, KV_FLOAT16, KV_FLOAT32, KV_INT8, KV_NAMES, NOBODY, RUN, Query, empty_pool, token_bytes
+from .pages import (
+    KV,
+    KV_FLOAT16,
+    KV_FLOAT32,
+    KV_INT8,
+    KV_NAMES,
+    NOBODY,
+    RUN,
+    Query,
+    empty_pool,
+    make_write,
+    token_bytes,
+)
 from .quantize import fit_ranges
 
 Arguments = tuple[Any, ...]
@@ -315,8 +327,9 @@ def _make_attend_part(kv_format: int) -> Make:
 
 
 def _attention_cases(kv_format: int) -> list[Case]:
-    write_key, write_value, attend, attend_part = make_attention(kv_format)
-    _, _, attend_64, attend_part_64 = make_attention(kv_format, 64)
+    write_key, write_value = make_write(kv_format)
+    attend, attend_part = make_attention(kv_format)
+    attend_64, attend_part_64 = make_attention(kv_format, 64)
     # With int8 pages queries and weights are rounded to 14 bits, which the twin does not do.
     name, close = KV_NAMES[kv_format], 5e-4 if kv_format == KV_INT8 else 2e-5
     small = (
@@ -331,7 +344,7 @@ def _attention_cases(kv_format: int) -> list[Case]:
     part_64 = tuple(s for s in part if s["size"] % 64 == 0)
     write = tuple({"size": d, "slot": i, "page": 64} for d, i in ((16, 0), (80, 37)))
 
-    def make_write(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
+    def make_written(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         kv, _ = make_pool(rng, kv_format, 64, 2, s["size"], s["page"])
         return kv, 1, 1, s["slot"], 1, _normal(rng, s["size"] + 4), 4
 
@@ -365,7 +378,7 @@ def _attention_cases(kv_format: int) -> list[Case]:
             f"write_key {name}",
             write_key,
             reference.write_key,
-            make_write,
+            make_written,
             1e-6,
             write,
             ({"size": 64, "slot": 3, "page": 32},),
@@ -375,7 +388,7 @@ def _attention_cases(kv_format: int) -> list[Case]:
             f"write_value {name}",
             write_value,
             reference.write_value,
-            make_write,
+            make_written,
             1e-6,
             write,
             ({"size": 64, "slot": 3, "page": 32},),

@@ -1,30 +1,19 @@
-"""How kernels are compiled, and where their machine code is kept.
+"""How kernels are compiled.
 
 `kernel` marks a function that other kernels call, `inlined` one that becomes part of them. `program` marks one that
 Python calls: its machine code is kept on disk. Numba's own cache looks at one source file only and can mix up
 processes that write at once, so the key here covers every kernel source, the versions of Numba and LLVM and the CPU,
-and each key has its file.
-
-The files hold pickled data (Numba's own form), so they are read only from a folder that nobody else may write.
+and each key has its file. What is large is compiled by itself, see `unit`.
 """
 
 import hashlib
-import inspect
-import os
 import pickle
-import stat
-import sys
-import tempfile
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from numbers import Number
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import llvmlite
-import numba
 from numba.core import types
 from numba.core.caching import CompileResultCacheImpl, _Cache
 from numba.core.codegen import JITCodeLibrary
@@ -32,7 +21,8 @@ from numba.core.compiler import Compiler
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
-from . import cpu
+from .code_files import code_folder, code_path, read_code, source_key, write_code
+from .compiling import compile_beside
 
 # No reference counts: a kernel can't allocate, and arrays cost nothing to pass. No fastmath: the order of
 # floating-point operations is a promise. No exceptions: division by zero gives infinity, as in NumPy.
@@ -62,12 +52,34 @@ class _Part(JITCodeLibrary):
         raise TypeError("a kernel runs inside a program only: wrap it with jit.program to call it from Python")
 
 
-class _Whole(JITCodeLibrary):
-    """A program's code: its own and that of every kernel below it, optimised and compiled once."""
+class Elsewhere:
+    """What callers of a `unit.Unit` link with: nothing, but their program must have the unit loaded."""
+
+    def __init__(self, unit: Any):
+        self.unit = unit
+
+    def _ensure_finalized(self) -> None:
+        """As Numba's libraries have it: it always is."""
+
+
+class Whole(JITCodeLibrary):
+    """The code of a program or a unit: its own and that of every kernel below it, optimised and compiled once."""
+
+    def __init__(self, codegen, name):
+        super().__init__(codegen, name)
+        self.enable_object_caching()
+
+    def export(self, result, symbol: str) -> None:
+        """Make a compiled kernel part of this code, under a symbol by which other code finds it."""
+        self._final_module.link_in(result.library._final_module, preserve=True)
+        self._final_module.get_function(result.fndesc.mangled_name).name = symbol
+        self._linking_libraries.extend(result.library._linking_libraries)
 
     def finalize(self):
         self._own = {function.name for function in self.get_defined_functions()}
-        self._linking_libraries = list(_closure(self._linking_libraries))
+        below = _closure(self._linking_libraries)
+        self._linking_libraries = [library for library in below if not isinstance(library, Elsewhere)]
+        self.units = {library.unit for library in below if isinstance(library, Elsewhere)}
         super().finalize()
 
     def _optimize_final_module(self):
@@ -77,6 +89,13 @@ class _Whole(JITCodeLibrary):
             if function.name not in self._own:
                 function.linkage = "internal"
         super()._optimize_final_module()
+        for unit in self.units:
+            unit.load()
+
+    @property
+    def object_code(self) -> bytes:
+        """The machine code, as a file that a linker reads."""
+        return self._get_compiled_object()
 
 
 @cache
@@ -105,8 +124,7 @@ class _PartCompiler(Compiler):
 
 class _WholeCompiler(Compiler):
     def __init__(self, typingctx, targetctx, library, args, return_type, flags, locals):
-        library = _Whole(targetctx.codegen(), "program")
-        library.enable_object_caching()
+        library = Whole(targetctx.codegen(), "program")
         super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
 
 
@@ -140,16 +158,18 @@ def inlined(function: Callable) -> Kernel:
     return Kernel(function, {}, {**_KERNEL, "forceinline": True}, _PartCompiler)
 
 
-def program(function: Callable, constants: tuple = (), inner: Callable | None = None) -> Callable:
+def program(
+    function: Callable, constants: tuple = (), inner: Callable | None = None, units: Iterable[Any] = ()
+) -> Callable:
     """Compile a function, or a kernel, for calls from Python, keeping the machine code on disk.
 
     constants: what the function's closure depends on, as plain values; inner: a function in its closure that it serves,
-    where that is another one each time. Both are parts of the cache's key.
+    where that is another one each time. Both are parts of the cache's key. units: the `unit.Unit`s whose kernels it calls.
     """
     function, inner = _plain(function), _plain(inner or function)
     function = _renamed(function, inner, constants)
     dispatcher = CPUDispatcher(function, {}, {"nopython": True, "no_cfunc_wrapper": True, **FLAGS}, _WholeCompiler)
-    dispatcher._cache = _DiskCache(function, inner, constants)
+    dispatcher._cache = _DiskCache(function, inner, constants, units)
     return dispatcher
 
 
@@ -173,48 +193,29 @@ def on_compile(listener: Callable[[str], None]) -> None:
     _listeners.append(listener)
 
 
-def cache_root() -> Path:
-    """The folder for everything that can be made again: $MINILORA_CACHE or the platform's cache folder."""
-    if given := os.environ.get("MINILORA_CACHE"):
-        return Path(given)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "minilora"
+def _tell(name: str) -> None:
+    for listener in _listeners:
+        listener(name)
 
 
-def code_folder() -> Path:
-    """Where machine code for this CPU, these sources and these versions is kept."""
-    return cache_root() / "kernels" / _environment_key()
-
-
-@cache
-def _environment_key() -> str:
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    triple, name, features = cpu.target()
-    versions = (numba.__version__, llvmlite.__version__, sys.version_info[:2], FLAGS)
-    digest.update(repr((triple, name, sorted(features), versions, _compiler_switches())).encode())
-    return digest.hexdigest()[:24]
-
-
-def _compiler_switches() -> tuple:
-    return numba.config.BOUNDSCHECK, str(numba.config.OPT)
+def _start(units) -> None:
+    """Begin to compile the units that are not on disk, in other processes if there are cores for it."""
+    missing = [unit for unit in units if not unit.find()]
+    for unit in missing:
+        _tell(unit.name)
+    for unit, compiling in zip(missing, compile_beside([unit.request for unit in missing]), strict=False):
+        unit.compiling = compiling
 
 
 class _DiskCache(_Cache):
     """Numba's interface to a cache of one function: a file for each signature."""
 
-    def __init__(self, function, inner, constants):
-        self._function = function
-        source = hashlib.sha256(Path(inspect.getfile(inner)).read_bytes()).hexdigest()
+    def __init__(self, function, inner, constants, units):
+        self._function, self._units = function, tuple(units)
         # Compiled in, and perhaps imported from another file.
         numbers = sorted((name, repr(x)) for name, x in inner.__globals__.items() if isinstance(x, Number))
-        self._key = repr((function.__module__, function.__qualname__, constants, source, numbers))
+        names = [unit.key for unit in self._units]
+        self._key = repr((function.__module__, function.__qualname__, constants, source_key(inner), numbers, names))
         self._form = CompileResultCacheImpl(function)
         self._enabled = True
 
@@ -232,58 +233,23 @@ class _DiskCache(_Cache):
         for path in code_folder().glob(f"{self._function.__name__}-*.code"):
             path.unlink(missing_ok=True)
 
-    def _path(self, signature) -> Path:
-        digest = hashlib.sha256(f"{self._key}{signature}".encode()).hexdigest()[:24]
-        return code_folder() / f"{self._function.__name__}-{digest}.code"
+    def _path(self, signature):
+        return code_path(self._function.__name__, f"{self._key}{signature}")
 
     def load_overload(self, sig, target_context) -> Any:
-        data = _read(self._path(sig)) if self._enabled else None
+        _start(self._units)
+        data = read_code(self._path(sig)) if self._enabled else None
         if data is None:
-            for listener in _listeners:
-                listener(self._function.__name__)
+            _tell(self._function.__name__)
             return None
+        for unit in self._units:
+            unit.load()
         target_context.refresh()
         return self._form.rebuild(target_context, pickle.loads(data))
 
     def save_overload(self, sig, data) -> None:
+        if not data.library.units <= set(self._units):
+            # From the disk it would be run without them.
+            raise TypeError(f"{self._function.__qualname__} calls kernels of units that it was not given")
         if self._enabled:
-            _write(self._path(sig), dumps(self._form.reduce(data)))
-
-
-def _read(path: Path) -> bytes | None:
-    """The file's content, or None where it is missing, damaged or not safe to trust."""
-    try:
-        if not _is_private(path.parent):
-            warnings.warn(f"{path.parent} can be written by others: its machine code is not used", stacklevel=2)
-            return None
-        digest, data = (content := path.read_bytes())[:32], content[32:]
-    except OSError:
-        return None
-    return data if hashlib.sha256(data).digest() == digest else None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, whoever writes at the same time."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(hashlib.sha256(data).digest() + data)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        warnings.warn(
-            f"cannot keep machine code in {path.parent} ({error.strerror}): every start compiles again. "
-            "Set MINILORA_CACHE to a folder that can be written.",
-            stacklevel=2,
-        )
-
-
-def _is_private(folder: Path) -> bool:
-    if sys.platform == "win32":
-        return True
-    status = folder.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            write_code(self._path(sig), dumps(self._form.reduce(data)))

@@ -5,14 +5,16 @@ summed in the same order: int32 inside a group of columns (exact), then group by
 floating-point weights column by column. So a row's bits never depend on the rows beside it.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from numba import types
+from numba.core.typing import signature
 
 from . import cpu
 from .dot import SHORT_COLUMNS, begin_short, dot4_bytes, dot4_short, end_short, short_sums, start_bytes, start_unsigned
 from .jit import kernel
+from .kinds import BYTES, FLOATS, NUMBER, array, named
 from .pack import (
     BFLOAT16,
     BLOCK,
@@ -52,6 +54,7 @@ from .simd import (
     to_f32,
     u8x64,
 )
+from .unit import unit
 
 ZERO = np.float32(0)
 GROUP_MIN = 32
@@ -235,7 +238,12 @@ def _first_of(formats: tuple):
     return choose
 
 
-@cache
+_INPUTS = named(Rows, FLOATS, array(np.int8), FLOATS, array(np.int32), FLOATS)
+_WEIGHTS, _OUT = (BYTES, array(np.int64, 2), NUMBER), (FLOATS, NUMBER, NUMBER, NUMBER)
+_LINEAR = signature(types.none, *_WEIGHTS, _INPUTS, NUMBER, NUMBER, NUMBER, NUMBER, *_OUT)
+
+
+@unit(lambda formats: (_LINEAR,))
 def make_linear(formats: tuple[int, ...]):
     """linear for matrices of these formats; no others may come."""
     multiply, highest = _first_of(formats), _shapes()[0][0]

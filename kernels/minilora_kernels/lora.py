@@ -3,14 +3,17 @@
 How A and B lie in memory: see `lora_pack`. Sums run in a fixed order: see the tiles in `lora_shrink` and `lora_expand`.
 """
 
-from functools import cache
+from numba import types
+from numba.core.typing import signature
 
 from . import cpu
 from .jit import kernel
+from .kinds import BYTES, FLOATS, NUMBER
 from .lora_expand import expand_tile
 from .lora_pack import head_bytes, number_bytes
 from .lora_shrink import gather_panel, shrink_tile
 from .pack import INT8, PANEL
+from .unit import unit
 
 # How many panels of B ahead of their use memory is asked for.
 PANELS_AHEAD = 8
@@ -23,7 +26,13 @@ def _largest_tiles(fmt: int) -> tuple[int, int]:
     return 4, 2
 
 
-@cache
+_PLACE, _ROWS, _SCALE = (FLOATS, NUMBER), (FLOATS, NUMBER, NUMBER), types.float32
+_SHRINK = signature(types.none, BYTES, *[NUMBER] * 4, *_ROWS, NUMBER, _SCALE, *_ROWS)
+_GATHER = signature(types.none, BYTES, *[NUMBER] * 4, _SCALE, *_PLACE)
+_EXPAND = signature(types.none, BYTES, *[NUMBER] * 5, *_PLACE, *[NUMBER] * 3, *_ROWS, NUMBER)
+
+
+@unit(lambda fmt: (_SHRINK, _GATHER, _EXPAND))
 def make_lora(fmt: int):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
     tall, wide = _largest_tiles(fmt)

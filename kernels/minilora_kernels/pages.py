@@ -35,7 +35,7 @@ RUN = 4
 # Attention works through a text in splits of so many positions.
 SPLIT = 256
 
-_DTYPES = {KV_FLOAT32: np.float32, KV_FLOAT16: np.uint16, KV_INT8: np.uint8}
+KV_DTYPES = {KV_FLOAT32: np.float32, KV_FLOAT16: np.uint16, KV_INT8: np.uint8}
 
 LARGEST_INT8 = np.float32(127)
 
@@ -78,12 +78,12 @@ def empty_pool(kv_format: int, pages: int, layers: int, heads: int, size: int, p
     """At least so many pages of `page` tokens; memory that is never written is never taken from the system."""
     tokens = -(-pages // RUN) * layers * heads * 2 * RUN * page
     scales = aligned_zeros(tokens if kv_format == KV_INT8 else 1, np.float32)
-    return KV(aligned_zeros(tokens * size, _DTYPES[kv_format]), scales, layers, heads, size, page)
+    return KV(aligned_zeros(tokens * size, KV_DTYPES[kv_format]), scales, layers, heads, size, page)
 
 
 def token_bytes(kv_format: int, size: int) -> int:
     """What the key or the value of a token takes in one kv head, its scale included."""
-    return size * np.dtype(_DTYPES[kv_format]).itemsize + (4 if kv_format == KV_INT8 else 0)
+    return size * np.dtype(KV_DTYPES[kv_format]).itemsize + (4 if kv_format == KV_INT8 else 0)
 
 
 @kernel

@@ -5,9 +5,13 @@ choice depends on its own logits, parameters and random number only.
 """
 
 import numpy as np
+from numba import types
+from numba.core.typing import signature
 
 from .jit import kernel
+from .kinds import FLOATS, INTEGERS, NUMBER
 from .simd import count_above, exp, hmax, hsum, load_f32, number_of, only_above, splat_f32, store_f32, vmax
+from .unit import unit
 
 CHUNK = 1024
 # Weights are in [0, 1], and such numbers are in the order of their bits.
@@ -253,6 +257,14 @@ def _first_that_is_no_number(x, at, n):
     return 0
 
 
+_SAMPLE = signature(
+    NUMBER,
+    *(FLOATS, NUMBER, NUMBER),
+    *(types.float32, NUMBER, types.float32, types.float32, types.float64),
+    *(FLOATS, INTEGERS, NUMBER),
+)
+
+
 @kernel
 def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to):
     """A token drawn from softmax(x / temperature) after three cuts, each on what the one before left.
@@ -276,3 +288,9 @@ def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to):
     if top_p < ONE:
         threshold, ties, mass = _cut(weights, to, size, limit, mass * top_p)
     return _choose_above(weights, to, ids, size, threshold, ties, draw * mass)
+
+
+@unit(lambda: (_SAMPLE,))
+def make_sample():
+    """`sample`, for its unit."""
+    return sample

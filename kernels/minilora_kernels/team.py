@@ -6,7 +6,7 @@ The caller is thread 0; the others are Python threads. Inside a run none holds t
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,8 +20,8 @@ from .sync import ABORT, KIND, LAST, LINE, LINGERS, LOST, RUN, THREADS, begin, e
 _POLL = 0.0002
 
 
-def team_program(body: Callable, constants: tuple = ()) -> Callable:
-    """A kernel body(rank, size, sync, job, fixed) as a program for Team.run. constants: see jit.program."""
+def team_program(body: Callable, constants: tuple = (), units: Iterable[Any] = ()) -> Callable:
+    """A kernel body(rank, size, sync, job, fixed) as a program for Team.run. constants, units: see jit.program."""
 
     def part(rank, size, sync, job, fixed):
         going = True
@@ -32,7 +32,7 @@ def team_program(body: Callable, constants: tuple = ()) -> Callable:
             if going:
                 job = take_job(sync, job)
 
-    return program(part, constants, body)
+    return program(part, constants, body, units)
 
 
 class Each(list):

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from minilora_kernels.jit import cache_root
+from minilora_kernels.code_files import cache_root
 
 from ..errors import DownloadError, NotFoundError, did_you_mean
 

@@ -1,0 +1,86 @@
+"""Processes that compile units (see `unit`) while this one compiles the program that calls them."""
+
+import ast
+import atexit
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+from .code_files import environment_key, sealed, unsealed
+from .cores import usable_cores
+
+# A unit's maker, by module and name, and its constants.
+Request = tuple[str, str, tuple]
+
+
+class Compiling:
+    """A process that compiles some units, one after the other."""
+
+    def __init__(self, process: subprocess.Popen, requests: Sequence[Request]):
+        self._process, self._requests = process, list(requests)
+        self._codes: list[bytes | None] | None = None
+
+    def result(self, request: Request) -> bytes | None:
+        """The object file of one of them; None, with a warning, if the process failed. Waits for its end."""
+        if self._codes is None:
+            self._codes = self._read()
+        return self._codes[self._requests.index(request)]
+
+    def end(self) -> None:
+        """Stop it."""
+        self._process.kill()
+
+    def _read(self) -> list[bytes | None]:
+        output, errors = self._process.communicate()
+        _running.remove(self)
+        lines = output.split()
+        if self._process.returncode == 0 and len(lines) == len(self._requests):
+            return [unsealed(bytes.fromhex(line.decode())) for line in lines]
+        reason = (errors.decode(errors="replace").split("\n\n")[-1].strip().splitlines() or ["no output"])[-1]
+        warnings.warn(f"a process that compiles failed ({reason}): compiling in this one instead", stacklevel=2)
+        return [None] * len(self._requests)
+
+
+_running: list[Compiling] = []
+
+
+@atexit.register
+def _end_all() -> None:
+    for process in _running:
+        process.end()
+
+
+def compile_beside(requests: Sequence[Request]) -> list[Compiling]:
+    """For each request the process that compiles it, of as many as there are cores. Empty where there is one core only, or no
+    process can be started."""
+    count = min(len(requests), usable_cores())
+    if usable_cores() == 1 or getattr(sys, "frozen", False) or not sys.executable:
+        return []
+    try:
+        processes = [_start(requests[i::count]) for i in range(count)]
+    except OSError:
+        return []
+    return [processes[i % count] for i in range(len(requests))]
+
+
+def _start(requests: Sequence[Request]) -> Compiling:
+    words = [word for module, name, constants in requests for word in (module, name, repr(constants))]
+    command = [sys.executable, "-c", f"from {__name__} import main; main()", environment_key(), *words]
+    # It finds what this process finds, and in the same order.
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    _running.append(Compiling(process, requests))
+    return _running[-1]
+
+
+def main() -> None:
+    """Compile the units that the arguments name, one object file in each line of output."""
+    key, *words = sys.argv[1:]
+    if key != environment_key():
+        sys.exit("it would compile for another environment")
+    for module, name, constants in zip(words[::3], words[1::3], words[2::3], strict=True):
+        print(sealed(getattr(import_module(module), name).unit(*ast.literal_eval(constants)).compile()).hex())
