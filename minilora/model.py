@@ -618,12 +618,13 @@ def _choose(c):
 
 @kernel
 def _best(c, row, padded):
-    """The best of all threads' best columns of a row; the first of equals, as threads have them in order."""
+    """The best of all threads' best columns of a row, as argmax has it: threads have them in order."""
     b = c.buffers
     best = b.bests[row * c.size]
     for thread in range(1, c.size):
         other = b.bests[row * c.size + thread]
-        if b.logits[row * padded + other] > b.logits[row * padded + best]:
+        so_far = b.logits[row * padded + best]
+        if not (np.isnan(so_far) or b.logits[row * padded + other] <= so_far):
             best = other
     return best
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minilora_kernels import pointwise, reference
+from minilora_kernels import pointwise, reference, sample
 from minilora_kernels.cases import CASES, empty_rows
 from minilora_kernels.jit import program
 from minilora_kernels.pack import Quantized, pack_quantized
@@ -43,3 +43,13 @@ def test_a_group_with_a_number_that_is_not_finite_is_marked(bad):
     x[70] = bad
     program(pointwise.quantize_row)(x, 0, 128, 32, rows, 0, 0)
     assert np.isnan(rows.scales).tolist() == np.isnan(rows.offsets).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("places", [[0], [1023], [1024, 2000], [2047]])
+def test_a_number_that_is_none_is_the_best(places):
+    """As NumPy has it, so that it is seen: by comparing alone it would be passed over."""
+    x = np.random.default_rng(3).standard_normal(2048, dtype=np.float32)
+    x[places] = np.nan
+    assert program(sample.argmax)(x, 0, 2048) == np.argmax(x) == places[0]
+    x[:] = -np.inf
+    assert program(sample.argmax)(x, 0, 2048) == 0

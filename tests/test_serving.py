@@ -20,7 +20,16 @@ from minilora.errors import AdapterError, MiniloraError, NotFoundError, RequestE
 from minilora.params import SamplingParams
 from minilora.sequence import AdapterUse, State
 
-from .support import LINEAR, load_weights, make_adapter, make_engine, peft_tensors, random_tokens, save_adapter
+from .support import (
+    LINEAR,
+    VOCABULARY,
+    load_weights,
+    make_adapter,
+    make_engine,
+    peft_tensors,
+    random_tokens,
+    save_adapter,
+)
 
 RNG = np.random.default_rng(5)
 PROMPT = random_tokens(RNG, 150)
@@ -442,6 +451,21 @@ def test_logits_that_are_no_numbers_are_an_error(weights, choice):
     assert bad.finish_reason == "error" and "finite" in str(bad.error)
     assert driver.trace(good) == alone(weights)
     driver.idle()
+
+
+@pytest.mark.parametrize("token", [0, 7, VOCABULARY - 1])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_logit_that_is_no_number_is_an_error(weights, token, threads):
+    """Beside good ones, which a search for the largest would find: an adapter with infinity minus infinity for one token."""
+    bad = make_adapter(weights.config, rank=2, modules=("lm_head",))
+    [(a, b)] = bad.pairs.values()
+    a[:], b[:] = 1e30 * a[0], 0
+    b[token] = 1e30, -1e30
+    driver = Driver(weights, lora_dtype="float32", threads=threads)
+    driver.engine.add_adapter(bad, "bad")
+    requests = [driver.submit("bad", params=replace(SHORT, temperature=t)) for t in (0.0, 0.8)]
+    driver.run()
+    assert all(one.finish_reason == "error" and "finite" in str(one.error) for one in requests)
 
 
 # ---------------------------------------------------------------- counters

@@ -150,9 +150,13 @@ def test_a_process_that_fails_is_said_and_replaced(start):
     assert "a process that compiles failed (ModuleNotFoundError" in warnings and "Traceback" not in warnings
 
 
-def test_what_a_process_writes_must_be_whole(start):
-    noise = "from minilora_kernels import compiling; compiling.unsealed = lambda content: None"
-    assert start(noise)[0] == f"{ANSWER} times times both"
+@pytest.mark.parametrize(
+    "line", ["lambda content: None", "lambda content: bytes.fromhex('no')"], ids=["damaged", "noise"]
+)
+def test_what_a_process_writes_must_be_whole(start, line):
+    """Machine code that is not what the other process made would be run."""
+    output, warnings = start(f"from minilora_kernels import compiling; compiling.unsealed = {line}")
+    assert output == f"{ANSWER} times times both" and "its output is damaged" in warnings
 
 
 def test_a_unit_that_the_program_does_not_name_is_refused(start):

@@ -36,12 +36,21 @@ class Compiling:
     def _read(self) -> list[bytes | None]:
         output, errors = self._process.communicate()
         _running.remove(self)
-        lines = output.split()
-        if self._process.returncode == 0 and len(lines) == len(self._requests):
-            return [unsealed(bytes.fromhex(line.decode())) for line in lines]
-        reason = (errors.decode(errors="replace").split("\n\n")[-1].strip().splitlines() or ["no output"])[-1]
+        codes = _codes_in(output)
+        if self._process.returncode == 0 and len(codes) == len(self._requests) and all(codes):
+            return codes
+        reason = f"exit code {self._process.returncode}" if self._process.returncode else "its output is damaged"
+        reason = (errors.decode(errors="replace").strip().splitlines() or [reason])[-1]
         warnings.warn(f"a process that compiles failed ({reason}): compiling in this one instead", stacklevel=2)
         return [None] * len(self._requests)
+
+
+def _codes_in(output: bytes) -> list[bytes | None]:
+    """One for each line, None where it is damaged; empty where it is something else."""
+    try:
+        return [unsealed(bytes.fromhex(line)) for line in output.decode().splitlines()]
+    except ValueError:
+        return []
 
 
 _running: list[Compiling] = []
@@ -56,9 +65,11 @@ def _end_all() -> None:
 def compile_beside(requests: Sequence[Request]) -> list[Compiling]:
     """For each request the process that compiles it, of as many as there are cores. Empty where there is one core only, or no
     process can be started."""
-    count = min(len(requests), usable_cores())
-    if usable_cores() == 1 or getattr(sys, "frozen", False) or not sys.executable:
+    cores = usable_cores()
+    # A frozen program's executable is no Python.
+    if cores == 1 or getattr(sys, "frozen", False) or not sys.executable:
         return []
+    count = min(len(requests), cores)
     try:
         processes = [_start(requests[i::count]) for i in range(count)]
     except OSError:

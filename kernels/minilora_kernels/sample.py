@@ -10,7 +10,22 @@ from numba.core.typing import signature
 
 from .jit import kernel
 from .kinds import FLOATS, INTEGERS, NUMBER
-from .simd import count_above, exp, hmax, hsum, load_f32, number_of, only_above, splat_f32, store_f32, vmax
+from .simd import (
+    count_above,
+    exp,
+    hmax,
+    hmax_i32,
+    hsum,
+    load_f32,
+    magnitude,
+    number_of,
+    only_above,
+    splat_f32,
+    splat_i32,
+    store_f32,
+    vmax,
+    vmax_i32,
+)
 from .unit import unit
 
 CHUNK = 1024
@@ -25,22 +40,34 @@ LOWEST = np.float32(-np.inf)
 
 @kernel
 def _largest(x, at, n):
-    found = splat_f32(LOWEST)
+    """The largest of n numbers, NaN if one is."""
+    found, sizes = splat_f32(LOWEST), splat_i32(np.int32(0))
     for i in range(0, n, 16):
-        found = vmax(load_f32(x, at + i), found)
-    return hmax(found)
+        v = load_f32(x, at + i)
+        found, sizes = vmax(v, found), vmax_i32(magnitude(v), sizes)
+    size = number_of(hmax_i32(sizes))
+    return size if np.isnan(size) else hmax(found)
+
+
+@kernel
+def _before(x, y):
+    """Whether x comes before y in a choice of the best: if it is larger, or the first NaN."""
+    return not np.isnan(y) and not x <= y
 
 
 @kernel
 def argmax(x, at, n):
-    """The index i < n of the largest x[i], the first of equals. x: float32, n a multiple of 16."""
+    """The index i < n of the largest x[i], the first of equals; of the first NaN if there is one, as NumPy has it.
+
+    x: float32, n a multiple of 16.
+    """
     best, chunk = LOWEST, 0
     for first in range(0, n, CHUNK):
         here = _largest(x, at + first, min(CHUNK, n - first))
-        if here > best:
+        if _before(here, best):
             best, chunk = here, first
     for i in range(chunk, min(chunk + CHUNK, n)):
-        if x[at + i] == best:
+        if not _before(best, x[at + i]):
             return i
     return 0
 
