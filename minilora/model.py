@@ -9,6 +9,8 @@ For up to FEW rows every thread normalises and quantises all of them itself, whi
 With adapters, `shrink` and a barrier come before each product. A step may go on in further rounds, each with the
 tokens that the one before chose. Whatever the batch and the team, each number is computed by the same operations in
 the same order.
+
+Products, attention, adapters' tiles and sampling are units of their own, see minilora_kernels.unit: compiled beside the rest.
 """
 
 from functools import cache

@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 
 from minilora_kernels.attention import scratch_size
-from minilora_kernels.cores import group_limits, usable_cores
+from minilora_kernels.cores import memory_left, usable_cores
 from minilora_kernels.linear import Rows
 from minilora_kernels.memory import aligned_zeros
 from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
@@ -34,9 +34,8 @@ LORA_FORMATS = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
 
 def free_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its control group."""
-    free = psutil.virtual_memory().available
-    limit, used = group_limits("memory.max"), group_limits("memory.current")
-    return min(free, max(0, limit[0] - used[0])) if limit and used else free
+    free, left = psutil.virtual_memory().available, memory_left()
+    return free if left is None else min(free, left)
 
 
 class Runner:

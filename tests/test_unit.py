@@ -99,6 +99,7 @@ def codes(tmp_path):
 
 ONE_CORE = "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])"
 NO_PROCESSES = "sys.executable = ''"
+LITTLE_MEMORY = "from minilora_kernels import compiling; compiling.memory_left = lambda: 450 << 20"
 COUNT = "import subprocess; started = []; real = subprocess.Popen\n"
 COUNT += "subprocess.Popen = lambda *args, **more: (started.append(1), real(*args, **more))[1]"
 
@@ -115,8 +116,8 @@ def test_compiled_once_and_found_again(start, tmp_path, before):
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_other_processes_compile_where_there_are_cores(start):
     count = "import atexit; atexit.register(lambda: print(len(started)))"
-    for cores, expected in (("", 2), (ONE_CORE, 0)):
-        assert start(COUNT + "\n" + cores, count, more=expected)[0].split()[-1] == str(expected)
+    for room, expected in (("", 2), (ONE_CORE, 0), (LITTLE_MEMORY, 1)):
+        assert start(COUNT + "\n" + room, count, more=expected)[0].split()[-1] == str(expected)
         assert start(COUNT, count, more=expected)[0].split()[-1] == "0", "all is on disk"
 
 

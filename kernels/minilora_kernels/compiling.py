@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .code_files import environment_key, sealed, unsealed
-from .cores import usable_cores
+from .cores import memory_left, usable_cores
 
+# What a process that compiles takes, with some to spare.
+PROCESS_BYTES = 200 << 20
 # A unit's maker, by module and name, and its constants.
 Request = tuple[str, str, tuple]
 
@@ -63,18 +65,23 @@ def _end_all() -> None:
 
 
 def compile_beside(requests: Sequence[Request]) -> list[Compiling]:
-    """For each request the process that compiles it, of as many as there are cores. Empty where there is one core only, or no
-    process can be started."""
-    cores = usable_cores()
-    # A frozen program's executable is no Python.
-    if cores == 1 or getattr(sys, "frozen", False) or not sys.executable:
-        return []
-    count = min(len(requests), cores)
+    """For each request the process that compiles it; none where no process can be started, or there is no room for one."""
+    count = min(len(requests), _room())
     try:
         processes = [_start(requests[i::count]) for i in range(count)]
     except OSError:
         return []
-    return [processes[i % count] for i in range(len(requests))]
+    return [processes[i % count] for i in range(len(requests))] if processes else []
+
+
+def _room() -> int:
+    """How many processes may compile beside this one: as many as there are cores, if memory lasts."""
+    cores, memory = usable_cores(), memory_left()
+    # A frozen program's executable is no Python.
+    if cores == 1 or getattr(sys, "frozen", False) or not sys.executable:
+        return 0
+    # One part is for what this process takes meanwhile.
+    return cores if memory is None else min(cores, max(0, memory // PROCESS_BYTES - 1))
 
 
 def _start(requests: Sequence[Request]) -> Compiling:

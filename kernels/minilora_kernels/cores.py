@@ -9,11 +9,17 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 def usable_cores() -> int:
     """Cores that this process may really use: its affinity, and its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = group_limits("cpu.max")
+    quota = _limits("cpu.max")
     return min(cores, max(1, quota[0] // quota[1])) if quota else cores
 
 
-def group_limits(name: str) -> list[int]:
+def memory_left() -> int | None:
+    """Bytes that its control group still lets this process take; None where that sets no limit."""
+    limit, used = _limits("memory.max"), _limits("memory.current")
+    return max(0, limit[0] - used[0]) if limit and used else None
+
+
+def _limits(name: str) -> list[int]:
     """The numbers in a file of the control group; empty where there is no limit."""
     try:
         return [int(word) for word in (CONTROL_GROUP / name).read_text().split()]
