@@ -27,7 +27,7 @@ from engine import Bench
 
 from minilora.checkpoint.lock import resolve_model
 from minilora_kernels import cpu
-from minilora_kernels.cores import usable_cores
+from minilora_kernels.limits import usable_cores
 from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,8 +20,8 @@ from engine import numbers
 from minilora.checkpoint.lock import resolve_model
 from minilora.packed import load_model
 from minilora.weights import Weights
-from minilora_kernels.cores import usable_cores
 from minilora_kernels.jit import kernel
+from minilora_kernels.limits import usable_cores
 from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
 from minilora_kernels.sync import barrier
 from minilora_kernels.team import Team, team_program

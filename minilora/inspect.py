@@ -9,7 +9,7 @@ import psutil
 
 from minilora_kernels import cpu
 from minilora_kernels.code_files import cache_root, code_folder
-from minilora_kernels.cores import usable_cores
+from minilora_kernels.limits import usable_cores
 from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
 
 from . import __version__

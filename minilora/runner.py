@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 
 from minilora_kernels.attention import scratch_size
-from minilora_kernels.cores import memory_left, usable_cores
+from minilora_kernels.limits import memory_left, usable_cores
 from minilora_kernels.linear import Rows
 from minilora_kernels.memory import aligned_zeros
 from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows

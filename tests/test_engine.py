@@ -10,7 +10,7 @@ from minilora import runner
 from minilora.errors import UsageError
 from minilora.params import EngineConfig, SamplingParams
 from minilora.sequence import AdapterUse
-from minilora_kernels import cores
+from minilora_kernels import limits
 
 from .support import GREEDY, VOCABULARY, load_weights, make_adapter, make_engine, random_tokens, run
 
@@ -354,11 +354,11 @@ def test_high_ranks_are_refused_by_name(weights):
 
 
 def test_limits_of_a_control_group_are_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(cores, "CONTROL_GROUP", tmp_path)
-    count, memory = cores.usable_cores(), runner.free_memory()
+    monkeypatch.setattr(limits, "CONTROL_GROUP", tmp_path)
+    count, memory = limits.usable_cores(), runner.free_memory()
     for name, text in (("cpu.max", "max 100000\n"), ("memory.max", "max\n"), ("memory.current", "5\n")):
         (tmp_path / name).write_text(text)
-    assert cores.usable_cores() == count and runner.free_memory() > memory // 2
+    assert limits.usable_cores() == count and runner.free_memory() > memory // 2
     for name, text in (("cpu.max", "150000 100000\n"), ("memory.max", "1000000\n"), ("memory.current", "400000\n")):
         (tmp_path / name).write_text(text)
-    assert cores.usable_cores() == 1 and runner.free_memory() == 600000
+    assert limits.usable_cores() == 1 and runner.free_memory() == 600000

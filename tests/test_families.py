@@ -11,7 +11,7 @@ import pytest
 from llvmlite import binding
 
 from minilora_kernels import cpu
-from minilora_kernels.cores import usable_cores
+from minilora_kernels.limits import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 AVX2 = "+avx2,+avx,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt,+sse4.2,+sse4.1,+ssse3,+sse3,+movbe,+cx16"

@@ -70,15 +70,15 @@ exec(after)
 print(*[jit.program(function, units=units)(eval(argument)) for function, units in eval(programs)], *names)
 """
 BOTH = "[(both, [three, five])]"
-# 3 * (2 + 1) + 5 * (2 - 3 + 1)
-ANSWER = "9.0"
+# 3 * (4 + 1) + 5 * (4 - 3 + 1)
+ANSWER = "25.0"
 
 
 @pytest.fixture
 def start(tmp_path):
     """A function: what a fresh process prints, results and then what it had to compile, and its warnings."""
 
-    def run(before="", after="", programs=BOTH, argument="2.0", more=1, returns="FLOAT", fails=False):
+    def run(before="", after="", programs=BOTH, argument="4.0", more=1, returns="FLOAT", fails=False):
         (tmp_path / "parts.py").write_text(UNITS.format(more=more, returns=returns))
         main = tmp_path / "main.py"
         main.write_text(MAIN)
@@ -122,13 +122,13 @@ def test_other_processes_compile_where_there_are_cores(start):
 
 
 def test_programs_share_a_unit(start):
-    assert start(programs="[(only, [three])]") == ("9.0 times only", "")
+    assert start(programs="[(only, [three])]") == ("15.0 times only", "")
     assert start() == (f"{ANSWER} times both", ""), "only the other unit is new"
 
 
 def test_an_edited_maker_is_compiled_anew(start):
     assert start()[0] == f"{ANSWER} times times both"
-    assert start(more=2)[0].startswith("17.0 times times")
+    assert start(more=2)[0].startswith("33.0 times times")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
@@ -139,15 +139,15 @@ def test_a_damaged_file_is_compiled_anew(start, tmp_path, damage):
     path.unlink()
     if damage != "gone":
         path.write_bytes(content[:-9] if damage == "cut" else b"")
-    assert start(programs="[(only, [three])]") == ("9.0 times", "")
-    assert start(programs="[(only, [three])]") == ("9.0", "")
+    assert start(programs="[(only, [three])]") == ("15.0 times", "")
+    assert start(programs="[(only, [three])]") == ("15.0", "")
 
 
 def test_a_process_that_fails_is_said_and_replaced(start):
     """Here it can't find the maker, which is in the program itself."""
     here = "make_times.__module__ = 'missing'; three, five = make_times.unit(4.0), five; times, less = three.kernels"
     output, warnings = start(after=here, programs="[(only, [three])]")
-    assert output == "12.0 times only"
+    assert output == "20.0 times only"
     assert "a process that compiles failed (ModuleNotFoundError" in warnings and "Traceback" not in warnings
 
 

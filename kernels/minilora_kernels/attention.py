@@ -94,7 +94,7 @@ def _make_scores(kv_format):
     return scores
 
 
-def _make_values(kv_format, unit):
+def _make_values(kv_format, head_unit):
     quantized = kv_format == KV_INT8
     # Integers want two sums for each number.
     width = AT_ONCE if quantized else 2 * AT_ONCE
@@ -105,7 +105,7 @@ def _make_values(kv_format, unit):
         return _in_tiles(attention_float.value_tile(width, kv_format))
 
     wide, columns = for_width(width), 16 * width
-    narrow = for_width(1) if unit % columns else None
+    narrow = for_width(1) if head_unit % columns else None
 
     @kernel
     def values(kv, token, count, keys, rows, scratch, weights, position, sums):
@@ -194,8 +194,8 @@ def _next_keys(query, split, splits, following):
     return following, _first_seen(following, 0)
 
 
-def _make_split(kv_format, unit):
-    scores, values, quantized = _make_scores(kv_format), _make_values(kv_format, unit), kv_format == KV_INT8
+def _make_split(kv_format, head_unit):
+    scores, values, quantized = _make_scores(kv_format), _make_values(kv_format, head_unit), kv_format == KV_INT8
 
     @kernel
     def attend_split(kv, query, pages, split, asked, following, ahead, scratch, q_at, weights, sums, state):

@@ -344,7 +344,7 @@ def _attention_cases(kv_format: int) -> list[Case]:
     part_64 = tuple(s for s in part if s["size"] % 64 == 0)
     write = tuple({"size": d, "slot": i, "page": 64} for d, i in ((16, 0), (80, 37)))
 
-    def make_written(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
+    def make_token(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         kv, _ = make_pool(rng, kv_format, 64, 2, s["size"], s["page"])
         return kv, 1, 1, s["slot"], 1, _normal(rng, s["size"] + 4), 4
 
@@ -378,7 +378,7 @@ def _attention_cases(kv_format: int) -> list[Case]:
             f"write_key {name}",
             write_key,
             reference.write_key,
-            make_written,
+            make_token,
             1e-6,
             write,
             ({"size": 64, "slot": 3, "page": 32},),
@@ -388,7 +388,7 @@ def _attention_cases(kv_format: int) -> list[Case]:
             f"write_value {name}",
             write_value,
             reference.write_value,
-            make_written,
+            make_token,
             1e-6,
             write,
             ({"size": 64, "slot": 3, "page": 32},),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .code_files import environment_key, sealed, unsealed
-from .cores import memory_left, usable_cores
+from .limits import memory_left, usable_cores
 
 # What a process that compiles takes, with some to spare.
 PROCESS_BYTES = 200 << 20
@@ -33,7 +33,9 @@ class Compiling:
 
     def end(self) -> None:
         """Stop it."""
+        _running.remove(self)
         self._process.kill()
+        self._process.wait()
 
     def _read(self) -> list[bytes | None]:
         output, errors = self._process.communicate()
@@ -60,16 +62,20 @@ _running: list[Compiling] = []
 
 @atexit.register
 def _end_all() -> None:
-    for process in _running:
+    for process in list(_running):
         process.end()
 
 
 def compile_beside(requests: Sequence[Request]) -> list[Compiling]:
     """For each request the process that compiles it; none where no process can be started, or there is no room for one."""
-    count = min(len(requests), _room())
+    count, processes = min(len(requests), _room()), []
     try:
-        processes = [_start(requests[i::count]) for i in range(count)]
-    except OSError:
+        for i in range(count):
+            processes.append(_start(requests[i::count]))
+    except OSError as error:
+        warnings.warn(f"no process to compile in ({error.strerror}): compiling in this one only", stacklevel=2)
+        for process in processes:
+            process.end()
         return []
     return [processes[i % count] for i in range(len(requests))] if processes else []
 
