@@ -151,6 +151,23 @@ def test_a_process_that_fails_is_said_and_replaced(start):
     assert "a process that compiles failed (ModuleNotFoundError" in warnings and "Traceback" not in warnings
 
 
+def test_where_only_some_processes_can_be_started_none_is(start):
+    later = "import subprocess, itertools; real, calls = subprocess.Popen, itertools.count()\n"
+    later += (
+        "def popen(*args, **more):\n    if next(calls): raise OSError(11, 'no more')\n    return real(*args, **more)\n"
+    )
+    output, warnings = start(later + "subprocess.Popen = popen")
+    assert output == f"{ANSWER} times times both" and "no process to compile in (no more)" in warnings
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_no_process_goes_on_without_its_caller(start):
+    """An error, or Ctrl-C, while another process compiles."""
+    leave = "jit._start([three]); print(three.compiling._process.pid); sys.exit(3)"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(start(after=leave, fails=True)[0]), 0)
+
+
 @pytest.mark.parametrize(
     "line", ["lambda content: None", "lambda content: bytes.fromhex('no')"], ids=["damaged", "noise"]
 )
