@@ -17,12 +17,12 @@ from typing import Any
 from numba.core import types
 from numba.core.caching import CompileResultCacheImpl, _Cache
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
 from .code_files import code_folder, code_path, read_code, source_key, write_code
 from .compiling import compile_beside
+from .passes import KernelCompiler
 
 # No reference counts: a kernel can't allocate, and arrays cost nothing to pass. No fastmath: the order of
 # floating-point operations is a promise. No exceptions: division by zero gives infinity, as in NumPy.
@@ -116,13 +116,13 @@ def _closure(libraries):
     return seen.values()
 
 
-class _PartCompiler(Compiler):
+class _PartCompiler(KernelCompiler):
     def __init__(self, typingctx, targetctx, library, args, return_type, flags, locals):
         flags.no_compile = True
         super().__init__(typingctx, targetctx, _Part(targetctx.codegen(), "kernel"), args, return_type, flags, locals)
 
 
-class _WholeCompiler(Compiler):
+class _WholeCompiler(KernelCompiler):
     def __init__(self, typingctx, targetctx, library, args, return_type, flags, locals):
         library = Whole(targetctx.codegen(), "program")
         super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
@@ -244,7 +244,7 @@ class _DiskCache(_Cache):
             return None
         for unit in self._units:
             unit.load()
-        target_context.refresh()
+        # Numba would first look for all that it could compile with, which takes a third of a second.
         return self._form.rebuild(target_context, pickle.loads(data))
 
     def save_overload(self, sig, data) -> None:
