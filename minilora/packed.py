@@ -24,8 +24,8 @@ import numpy as np
 
 from minilora_kernels.code_files import cache_root
 
-from .checkpoint import Checkpoint, open_checkpoint
-from .checkpoint.folder import read_json
+from .checkpoint import open_checkpoint
+from .checkpoint.folder import INDEX, read_json
 from .config import ModelConfig, token_ids
 from .errors import FormatError
 from .memory import HUGE_PAGE, huge_pages
@@ -83,14 +83,14 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
     target = target or Target()
     if (path / MANIFEST).exists():
         return read_packed(path, name)
-    checkpoint = open_checkpoint(path)
-    folder = cache_root() / "packed" / f"{path.name}-{_key(checkpoint, path, target)}"
+    folder = cache_root() / "packed" / f"{path.name}-{_key(path, target)}"
     try:
         return read_packed(folder, name)
     except (FormatError, OSError):
         pass
     except LookupError:
         pass
+    checkpoint = open_checkpoint(path)
     report(f"packing {name} ({target.dtype})")
     plan = Plan(checkpoint, target)
     tokenizer = checkpoint.tokenizer()
@@ -105,27 +105,25 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
     return Model(name, pack_in_memory(plan), tokenizer, checkpoint.generation, None)
 
 
-def _key(checkpoint: Checkpoint, path: Path, target: Target) -> str:
-    """A digest of what the packed bytes depend on: which files, their sizes and times, the target, our version."""
+def _key(path: Path, target: Target) -> str:
+    """A digest of what the packed bytes depend on: which files, their sizes and times, the target, our version.
+
+    It is known without reading a checkpoint, which a start from the cache can do without.
+    """
     digest = hashlib.sha256(repr((VERSION, target.dtype, target.group)).encode())
-    extra = (
-        [
-            path / n
-            for n in (
-                "config.json",
-                "generation_config.json",
-                "tokenizer.json",
-                "tokenizer_config.json",
-                "chat_template.jinja",
-            )
-        ]
-        if path.is_dir()
-        else []
-    )
-    for file in (*checkpoint.files, *(f for f in extra if f.exists())):
+    for file in _sources(path):
         status = file.stat()
         digest.update(repr((str(file.resolve()), status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()[:16]
+
+
+def _sources(path: Path) -> list[Path]:
+    """The files that a checkpoint may be read from."""
+    if path.is_file():
+        return [path]
+    names = (INDEX, "config.json", "generation_config.json", DEFINITION, SETTINGS, TEMPLATE)
+    files = [*sorted(path.glob("*.safetensors")), *(path / name for name in names)]
+    return [file for file in files if file.exists()]
 
 
 # ---------------------------------------------------------------- writing

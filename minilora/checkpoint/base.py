@@ -1,7 +1,6 @@
 """What every kind of checkpoint offers, in Hugging Face's names."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,15 +12,10 @@ from ..tokenizer import TokenizerFiles
 
 
 class Checkpoint(Protocol):
-    """A model as it lies on disk.
-
-    config: its shape; generation: the content of generation_config.json; files: all files that its weights
-    depend on.
-    """
+    """A model as it lies on disk. config: its shape; generation: the content of generation_config.json."""
 
     config: ModelConfig
     generation: Mapping[str, Any]
-    files: list[Path]
 
     def names(self) -> set[str]:
         """Names of all tensors, as in a Hugging Face checkpoint."""

@@ -24,9 +24,8 @@ class FolderCheckpoint:
         self.config = ModelConfig.from_dict(read_json(path / "config.json"))
         generation = path / "generation_config.json"
         self.generation: Mapping[str, Any] = read_json(generation) if generation.exists() else {}
-        self.files = self._tensor_files()
         self._where: dict[str, TensorFile] = {}
-        for file in self.files:
+        for file in self._tensor_files():
             tensors = TensorFile(file)
             if twice := tensors.tensors.keys() & self._where.keys():
                 raise FormatError(f"tensor {min(twice)!r} is in more than one file of {path}")

@@ -78,7 +78,7 @@ class GgufCheckpoint:
     """A model in one GGUF file. Raises FormatError and UnsupportedError, naming the key or tensor."""
 
     def __init__(self, path: Path):
-        self.path, self.files = path, [path]
+        self.path = path
         self._gguf = Gguf(path)
         self._arch = self._gguf.get("general.architecture", str)
         if self._arch not in ARCHITECTURES:
