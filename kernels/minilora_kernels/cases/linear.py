@@ -1,0 +1,105 @@
+"""Cases of the products, one for each format of weights."""
+
+import numpy as np
+
+from .. import reference
+from ..linear import Rows, make_linear
+from ..pack import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FORMAT_NAMES,
+    INT4,
+    INT4_MIN,
+    INT8,
+    INT8_MIN,
+    Quantized,
+    bits,
+    has_minimum,
+    is_float,
+    pack_float,
+    pack_quantized,
+    packed_bytes,
+    padded_rows,
+    table_row,
+)
+from .case import Arguments, Case, Make, normal
+
+
+def random_matrix(rng: np.random.Generator, fmt: int, rows: int, columns: int, group: int) -> np.ndarray:
+    """The packed bytes of a random matrix of any format."""
+    if is_float(fmt):
+        return pack_float(normal(rng, rows * columns).reshape(rows, columns), fmt)
+    groups = (rows, columns // group)
+    scales = (rng.random(groups, np.float32) * 0.01).astype(np.float16)
+    minima = (normal(rng, rows * groups[1]).reshape(groups) * 0.01).astype(np.float16) if has_minimum(fmt) else None
+    values = rng.integers(0, 1 << bits(fmt), (rows, columns), np.uint8)
+    return pack_quantized(Quantized(values, scales, minima, bits(fmt)))
+
+
+def empty_rows(count: int, width: int) -> Rows:
+    """Room for the inputs of a product."""
+    groups = count * width // 32
+    return Rows(
+        np.zeros(count * width, np.float32),
+        np.zeros(count * width, np.int8),
+        np.zeros(groups, np.float32),
+        np.zeros(groups, np.int32),
+        np.zeros(groups, np.float32),
+        width,
+    )
+
+
+def _make_linear(fmt: int) -> Make:
+    def make(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
+        n, k, m, group = size["N"], size["K"], size["M"], size.get("group", 0)
+        rows = empty_rows(m, padded_rows(k) + 64)
+        for r in range(m):
+            values = normal(rng, k)
+            rows.values[r * rows.stride : r * rows.stride + k] = values
+            if group:
+                reference.quantize_row(values, 0, k, group, rows, r, 0)
+        table = np.array([table_row(fmt, n, k, group, 0)], np.int64)
+        out = normal(rng, m * padded_rows(n))
+        return (
+            random_matrix(rng, fmt, n, k, group),
+            table,
+            0,
+            rows,
+            0,
+            m,
+            0,
+            padded_rows(n) // 32,
+            out,
+            0,
+            padded_rows(n),
+            size.get("add", 0),
+        )
+
+    return make
+
+
+def _linear_case(fmt: int) -> Case:
+    group = {} if is_float(fmt) else {"group": 32}
+    tests = [{"N": 80, "K": 96, "M": m, **group, "add": m % 2} for m in (1, 3, 8, 15)]
+    if group:
+        tests += [{"N": 64, "K": 256, "M": 5, "group": g} for g in (64, 128)]
+    shapes = [{"N": 2048, "K": 2048, "M": m, **group} for m in (1, 8, 512)]
+    if group:
+        shapes += [{"N": 2048, "K": 2048, "M": m, "group": g} for m in (1, 512) for g in (64, 128)]
+    return Case(
+        f"linear {FORMAT_NAMES[fmt]}",
+        make_linear((fmt,)),
+        reference.linear,
+        _make_linear(fmt),
+        3e-6,
+        tuple(tests),
+        tuple(shapes),
+        bytes=lambda s: packed_bytes(fmt, s["N"], s["K"], s.get("group", 0)),
+        operations=lambda s: s["M"] * s["N"] * s["K"],
+    )
+
+
+FORMATS = (FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN)
+
+CASES = [_linear_case(fmt) for fmt in FORMATS]

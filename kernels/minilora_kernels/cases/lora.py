@@ -1,0 +1,92 @@
+"""Cases of adapters' kernels."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .. import lora, lora_pack, reference
+from ..pack import FLOAT16, FLOAT32, FORMAT_NAMES, INT8
+from .case import Arguments, Case, normal
+
+
+def _lora_cases(fmt: int) -> list[Case]:
+    shrink, gather, expand = lora.make_lora(fmt)
+    twin_shrink, twin_gather, twin_expand = reference.make_lora(fmt)
+    quantized = fmt == INT8
+
+    def make_shrink(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
+        ranks, columns, count, padded = s["R"], s["K"], s["M"], -(-s["R"] // 16) * 16
+        a = lora_pack.pack_shrink([normal(rng, ranks * columns).reshape(ranks, columns)], fmt)
+        x, shrunk, scale = normal(rng, count * columns), np.zeros(count * padded, np.float32), np.float32(0.5)
+        return a, 0, 0, columns, padded // 16 - 1, x, 0, columns, count, scale, shrunk, 0, padded
+
+    def make_expand(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
+        rank, rows, count, step, column = (
+            lora_pack.padded_rank(s["R"]),
+            s["N"],
+            s["M"],
+            s.get("step", 16),
+            s.get("column", 0),
+        )
+        b = lora_pack.pack_expand(normal(rng, rows * s["R"]).reshape(rows, s["R"]), fmt)
+        stride, out_stride = -(-(column + rank) // 16) * 16, rows // 16 * step
+        shrunk, out = normal(rng, count * stride), normal(rng, count * out_stride)
+        if quantized:
+            shrunk = reference.to_digits(shrunk)
+        return b, 0, rank, 1, rows // 16, 0, shrunk, 0, column, stride, count, out, 0, out_stride, step
+
+    def make_gather(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
+        ranks, tokens, panels = s["R"], s["V"], -(-s["R"] // 16)
+        a = lora_pack.pack_shrink([normal(rng, ranks * tokens).reshape(ranks, tokens)], fmt)
+        return a, 0, tokens, panels, tokens - 1, np.float32(2), np.zeros(16 * panels, np.float32), 0
+
+    def shrunk(at: int) -> Callable[[Arguments], list[np.ndarray]]:
+        """How to read the shrunk numbers in argument `at`: from digits, which differ by one where numbers hardly do."""
+        return lambda arguments: [reference.from_digits(arguments[at]) if quantized else arguments[at]]
+
+    name = FORMAT_NAMES[fmt]
+    shrinks = tuple({"R": r, "K": k, "M": m} for r, k, m in ((1, 64, 1), (24, 96, 5), (48, 128, 9)))
+    expands = tuple(
+        {"R": r, "N": n, "M": m, "step": step, "column": column}
+        for r, n, m, step, column in ((1, 32, 1, 16, 0), (8, 64, 5, 32, 12), (17, 48, 8, 16, 4), (16, 160, 1, 16, 16))
+    )
+    return [
+        Case(
+            f"shrink {name}",
+            shrink,
+            twin_shrink,
+            make_shrink,
+            1e-4 if quantized else 3e-6,
+            shrinks,
+            ({"R": 16, "K": 2048, "M": 1}, {"R": 16, "K": 2048, "M": 256}),
+            lambda s: lora_pack.panel_bytes(s["K"], fmt),
+            lambda s: s["M"] * 16 * s["K"],
+            read=shrunk(10),
+        ),
+        Case(
+            f"expand {name}",
+            expand,
+            twin_expand,
+            make_expand,
+            3e-6,
+            expands,
+            ({"R": 16, "N": 2048, "M": 1}, {"R": 16, "N": 2048, "M": 256}),
+            lambda s: s["N"] // 16 * lora_pack.panel_bytes(s["R"], fmt),
+            lambda s: s["M"] * s["R"] * s["N"],
+            read=lambda arguments: [arguments[11]],
+        ),
+        Case(
+            f"gather {name}",
+            gather,
+            twin_gather,
+            make_gather,
+            1e-4 if quantized else 1e-6,
+            ({"R": 5, "V": 40}, {"R": 16, "V": 3}, {"R": 40, "V": 7}),
+            ({"R": 16, "V": 4096},),
+            lambda s: s["R"] * 4,
+            read=shrunk(6),
+        ),
+    ]
+
+
+CASES = [case for fmt in (FLOAT32, FLOAT16, INT8) for case in _lora_cases(fmt)]

@@ -1,0 +1,122 @@
+"""Cases of what works on a row of activations, and of the embedding."""
+
+import numpy as np
+
+from .. import pointwise, reference
+from ..pack import FORMAT_NAMES, bits, is_float, table_row
+from .case import Arguments, Case, Make, normal
+from .linear import FORMATS, empty_rows, random_matrix
+
+
+def _weight_bytes(rng: np.random.Generator, n: int) -> np.ndarray:
+    return normal(rng, n).view(np.uint8)
+
+
+def _make_norm(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
+    n = size["n"]
+    return normal(rng, n), 0, n, _weight_bytes(rng, n), 0, np.float32(1e-5), np.zeros(n, np.float32), 0
+
+
+def _make_quantize(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
+    n, group = size["n"], size["group"]
+    x = normal(rng, n)
+    x[:group] = 0
+    return x, 0, n, group, empty_rows(2, 2 * n), 1, n
+
+
+def _make_silu(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
+    return 6 * normal(rng, 32 * size["panels"]), 0, size["panels"], np.zeros(16 * size["panels"], np.float32), 0
+
+
+def _make_add(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
+    return normal(rng, size["n"]), 0, _weight_bytes(rng, size["n"]), 0, size["n"]
+
+
+def _make_rope(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
+    half = size["half"]
+    angles = rng.random(3 * half, np.float32) * 6
+    return normal(rng, 2 * half + 16), 8, half, np.cos(angles), np.sin(angles), half
+
+
+def _make_embed(fmt: int) -> Make:
+    def make(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
+        group = 0 if is_float(fmt) else 32
+        table = np.array([table_row(fmt, size["V"], size["E"], group, 0)], np.int64)
+        return (
+            random_matrix(rng, fmt, size["V"], size["E"], group),
+            table,
+            0,
+            size["token"],
+            np.zeros(size["E"], np.float32),
+            0,
+        )
+
+    return make
+
+
+def _embed_case(fmt: int) -> Case:
+    return Case(
+        f"embed {FORMAT_NAMES[fmt]}",
+        pointwise.embed,
+        reference.embed,
+        _make_embed(fmt),
+        1e-6,
+        tuple({"V": 96, "E": 64, "token": t} for t in (0, 17, 95)),
+        ({"V": 4096, "E": 2048, "token": 777},),
+        bytes=lambda s: s["E"] * bits(fmt) // 8,
+    )
+
+
+CASES = [
+    Case(
+        "rms_norm",
+        pointwise.rms_norm,
+        reference.rms_norm,
+        _make_norm,
+        1e-6,
+        ({"n": 16}, {"n": 144}, {"n": 576}),
+        ({"n": 2048},),
+        lambda s: 8 * s["n"],
+    ),
+    Case(
+        "quantize_row",
+        pointwise.quantize_row,
+        reference.quantize_row,
+        _make_quantize,
+        1e-6,
+        tuple({"n": 256, "group": g} for g in (32, 64, 128)),
+        ({"n": 2048, "group": 32},),
+        lambda s: 4 * s["n"],
+    ),
+    Case(
+        "silu_mul",
+        pointwise.silu_mul,
+        reference.silu_mul,
+        _make_silu,
+        1e-6,
+        ({"panels": 1}, {"panels": 6}),
+        ({"panels": 128},),
+        lambda s: 128 * s["panels"],
+    ),
+    Case(
+        "add_row",
+        pointwise.add_row,
+        reference.add_row,
+        _make_add,
+        0,
+        ({"n": 16}, {"n": 96}),
+        ({"n": 2048},),
+        lambda s: 8 * s["n"],
+    ),
+    Case(
+        "rope",
+        pointwise.rope,
+        reference.rope,
+        _make_rope,
+        1e-6,
+        tuple({"half": h} for h in (8, 16, 40, 64)),
+        ({"half": 64},),
+        lambda s: 8 * s["half"],
+    ),
+    *(_embed_case(fmt) for fmt in FORMATS),
+]
