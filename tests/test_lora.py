@@ -75,7 +75,7 @@ def test_a_number_that_is_not_finite_is_not_hidden(bad):
     x, s, stride = arguments[5], arguments[10], arguments[12]
     x[2 * 64 + 7] = bad
     SHRINK.compiled(*arguments)
-    numbers = np.isfinite(reference.from_digits(s.reshape(5, 16)))
+    numbers = np.isfinite(reference.from_wide(s.reshape(5, 16)))
     assert not numbers[2].any() and numbers[[0, 1, 3, 4]].all()
     arguments = list(EXPAND.make(rng, {"R": 16, "N": 64, "M": 5}))
     arguments[6], arguments[9], arguments[3] = s, stride, 0
@@ -88,10 +88,10 @@ def test_small_numbers_keep_their_share():
     """Shrunk numbers have 14 bits: beside one of 100 times their size they are right to 0.3%."""
     s = np.full(16, 0.01, np.float32)
     s[3] = 1
-    assert np.abs(reference.from_digits(reference.to_digits(s)) - s).max() < 0.5 / (127 * 128) * 1.01
+    assert np.abs(reference.from_wide(reference.to_wide(s)) - s).max() < 0.5 / (127 * 128) * 1.01
     arguments = SHRINK.make(np.random.default_rng(1), {"R": 16, "K": 64, "M": 1})
     a, x = np.zeros((16, 64), np.float32), arguments[5]
     a[:, 0], x[:] = s, 0
     x[0] = 2
     SHRINK.compiled(pack_shrink([a], INT8), *arguments[1:])
-    assert np.abs(reference.from_digits(arguments[10]) - s).max() < 1e-4
+    assert np.abs(reference.from_wide(arguments[10]) - s).max() < 1e-4

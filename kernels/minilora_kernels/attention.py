@@ -220,7 +220,7 @@ def _make_split(kv_format, head_unit):
         for i in range(0, rows * kv.size, 16):
             store_f32(scratch, sums + i, splat_f32(ZERO))
         if quantized and first < end:
-            attention_int8.weights_to_digits(kv, query, pages, first, end, rows, scratch, weights)
+            attention_int8.widen_weights(kv, query, pages, first, end, rows, scratch, weights)
         beyond = following.position + following.tokens
         for p in range(first, end, SUBPAGE):
             keys = token_at(kv, following, pages, ahead) if ahead < beyond else -1
@@ -260,7 +260,7 @@ def make_attention(kv_format: int, head_unit: int = 16):
             for d in range(0, kv.size, 16):
                 store_f32(scratch, to + r * kv.size + d, load_f32(q, at + d) * factor)
         if quantized:
-            attention_int8.queries_to_digits(kv, query.tokens * query.group, scratch, to)
+            attention_int8.widen_queries(kv, query.tokens * query.group, scratch, to)
 
     @kernel
     def attend(kv, query, pages, asked, following, q, q_at, q_stride, out, out_at, out_stride, scratch, scratch_at):

@@ -1,19 +1,16 @@
-"""Attention's tiles for int8 pages: scores and sums through the byte dot product.
+"""Attention's tiles for int8 pages: scores and sums as products of bytes with wide integers.
 
-Queries, and the weights of values, are integers of two digits, see `digits`; those of queries have minus the sums of
-both digits behind their scale.
+These are queries and the weights of values, see `wide`; those of queries have minus their sum behind their scale.
 """
 
 import numpy as np
 
 from .attention_float import AT_ONCE, MOST_ROWS
-from .digits import make_digits
-from .dot import dot4_bytes, dot4_small, start_bytes
+from .dot import start_wide, wide_first_signed, wide_first_unsigned, wide_second_signed, wide_second_unsigned
 from .jit import inlined, kernel
 from .pages import SPLIT, SUBPAGE, token_at, values_behind
 from .simd import (
     i32x16,
-    join_digits,
     keep_lanes,
     load_f32,
     load_i32,
@@ -30,23 +27,24 @@ from .simd import (
     to_f32,
     u8x64,
 )
+from .wide import SECOND, SECOND_SUM, join_sums, make_to_wide
 
 ZERO, NOTHING = np.float32(0), np.int32(0)
 
 _score_sums, _score_keys = tile(i32x16, 2 * MOST_ROWS, AT_ONCE), tile(u8x64, AT_ONCE)
 
-_query_digits, _weight_digits = make_digits(sums=True), make_digits(sums=False)
+_widen_query, _widen_weights = make_to_wide(minus=True), make_to_wide(minus=False)
 
 
 @kernel
-def queries_to_digits(kv, rows, scratch, at):
+def widen_queries(kv, rows, scratch, at):
     """Rows of queries as score tiles read them."""
     for r in range(rows):
-        _query_digits(scratch, at + r * kv.size, 0, kv.size, kv.size // 2)
+        _widen_query(scratch, at + r * kv.size, 0, kv.size, kv.size // 2)
 
 
 @kernel
-def weights_to_digits(kv, query, pages, first, end, rows, scratch, at):
+def widen_weights(kv, query, pages, first, end, rows, scratch, at):
     """The weights of positions first .. end of a split, times the values' scales, as value tiles read them."""
     start = first // SPLIT * SPLIT
     stop = start + (end - start + 15) // 16 * 16
@@ -59,7 +57,7 @@ def weights_to_digits(kv, query, pages, first, end, rows, scratch, at):
                 to = at + r * SPLIT + p - start
                 store_f32(scratch, to, load_f32(scratch, to) * scales)
     for r in range(rows):
-        _weight_digits(scratch, at + r * SPLIT, first - start, stop - start, SPLIT // 2)
+        _widen_weights(scratch, at + r * SPLIT, first - start, stop - start, SPLIT // 2)
 
 
 @kernel
@@ -88,11 +86,9 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
             prefetch_beside(kv.scales, values + n)
         if keys >= 0:
             prefetch_beside(kv.scales, keys + n)
-    for r in range(rows):
-        for digit in range(2):
-            start = start_bytes(splat_i32(load_word(scratch, behind + r * kv.size + 1 + digit)))
-            for n in range(AT_ONCE):
-                acc[2 * r + digit, n] = start
+    for r in range(2 * rows):
+        for n in range(AT_ONCE):
+            acc[r, n] = splat_i32(NOTHING)
     at = token * kv.size + 4 * first
     for d in range(0, kv.size, 16):
         for i in range(4):
@@ -105,14 +101,16 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
             for n in range(AT_ONCE):
                 key[n] = load_u8(kv.numbers, at + row + 64 * n)
             for r in range(rows):
-                for digit in range(2):
-                    q = repeat4(load_word(scratch, q_at + r * kv.size + d // 2 + 4 * digit + i))
-                    for n in range(AT_ONCE):
-                        acc[2 * r + digit, n] = dot4_bytes(acc[2 * r + digit, n], key[n], q)
+                word, s = q_at + r * kv.size + d // 2 + i, 2 * r + SECOND_SUM
+                first_q, second_q = repeat4(load_word(scratch, word)), repeat4(load_word(scratch, word + SECOND))
+                for n in range(AT_ONCE):
+                    acc[2 * r, n] = wide_first_unsigned(acc[2 * r, n], key[n], first_q)
+                    acc[s, n] = wide_second_unsigned(acc[s, n], key[n], second_q)
     for r in range(rows):
         scale = splat_f32(load_scalar_f32(scratch, behind + r * kv.size))
+        start = start_wide(splat_i32(load_word(scratch, behind + r * kv.size + 1)))
         for n in range(AT_ONCE):
-            total, to = to_f32(join_digits(acc[2 * r, n], acc[2 * r + 1, n])), first + 16 * n
+            total, to = to_f32(join_sums(acc[2 * r, n], acc[2 * r + SECOND_SUM, n]) + start), first + 16 * n
             store_f32(scratch, scores_at + r * SPLIT + to, total * (load_f32(kv.scales, token + to) * scale))
 
 
@@ -139,13 +137,14 @@ def value_tile(width: int):
                         prefetch_beside(kv.numbers, keys * kv.size + asked)
                     value[j] = load_u8(kv.numbers, token * kv.size + row + 64 * j)
                 for r in range(rows):
-                    for digit in range(2):
-                        weight = repeat4(load_word(scratch, weights_at + r * SPLIT + t // 2 + 4 * digit + i))
-                        for j in range(width):
-                            acc[2 * r + digit, j] = dot4_small(acc[2 * r + digit, j], weight, value[j])
+                    word, s = weights_at + r * SPLIT + t // 2 + i, 2 * r + SECOND_SUM
+                    first_w, second_w = repeat4(load_word(scratch, word)), repeat4(load_word(scratch, word + SECOND))
+                    for j in range(width):
+                        acc[2 * r, j] = wide_first_signed(acc[2 * r, j], value[j], first_w)
+                        acc[s, j] = wide_second_signed(acc[s, j], value[j], second_w)
         for r in range(rows):
             for j in range(width):
                 to = sums_at + r * kv.size + d + 16 * j
-                store_i32(scratch, to, load_i32(scratch, to) + join_digits(acc[2 * r, j], acc[2 * r + 1, j]))
+                store_i32(scratch, to, load_i32(scratch, to) + join_sums(acc[2 * r, j], acc[2 * r + SECOND_SUM, j]))
 
     return accumulate

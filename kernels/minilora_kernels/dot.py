@@ -155,6 +155,56 @@ start_unsigned = primitive(i32x16, [i32x16], _start_unsigned)
 """Where dot4_bytes begins, from minus the sum of all s."""
 
 
+# ---------------------------------------------------------------- bytes with wide integers
+
+# AVX2 takes five instructions for 32 products of bytes, two for 16 of 16 bits.
+PAIRS = cpu.family() == cpu.AVX2
+"""Whether wide integers are pairs of 16 bits, with one sum for all products, instead of digits: see `wide`."""
+
+_PAIR = ir.VectorType(ir.IntType(16), 16)
+
+
+def _wide(half, digits):
+    """acc + the products of bytes with one part of wide integers; half: for pairs, a byte's half of each 16 bits, widened."""
+
+    def pairs(builder, acc, both, part):
+        both, part = (builder.bitcast(v, _PAIR) for v in (both, part))
+        return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, half(builder, both), part))
+
+    def emit(builder, acc, both, part):
+        if PAIRS:
+            return _by_parts(builder, 2, pairs, acc, both, part)
+        return digits(builder, _family(), acc, both, part)
+
+    return primitive(i32x16, [i32x16, u8x64, u8x64], emit)
+
+
+def _digits_unsigned(builder, family, acc, u, part):
+    return _by_parts(builder, family.parts, family.bytes, acc, u, part)
+
+
+def _digits_signed(builder, family, acc, s, part):
+    return _by_parts(builder, family.parts, family.small, acc, part, s)
+
+
+def _start_wide(builder, minus_sum):
+    return builder.shl(minus_sum, constant(_I32, 7)) if PAIRS else _start_bytes(builder, minus_sum)
+
+
+def _even_signed(builder, v):
+    return builder.ashr(builder.shl(v, constant(v.type, 8)), constant(v.type, 8))
+
+
+wide_first_unsigned = _wide(lambda b, v: b.and_(v, constant(v.type, 255)), _digits_unsigned)
+wide_second_unsigned = _wide(lambda b, v: b.lshr(v, constant(v.type, 8)), _digits_unsigned)
+"""acc[i] + sum over j < 4 of (u[4i + j] - 128) * v[4i + j] for the first and the second part of v, the 16 times repeated word
+of wide integers, after minus the sum of all v through `start_wide`. Exact."""
+start_wide = primitive(i32x16, [i32x16], _start_wide)
+wide_first_signed = _wide(_even_signed, _digits_signed)
+wide_second_signed = _wide(lambda b, v: b.ashr(v, constant(v.type, 8)), _digits_signed)
+"""Likewise for signed bytes and v >= 0, with nothing to start from."""
+
+
 # ---------------------------------------------------------------- sums of nibbles
 
 # AVX2's dot product of bytes ends in 16 bits. Nibbles may add up there: 16 products are at most 16 * 15 * 128 < 2^15.

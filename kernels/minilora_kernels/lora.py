@@ -44,7 +44,7 @@ def make_lora(fmt: int):
         """s[m, 16 * panel + i] = scale * sum over k of x[m, k] * A[16 * panel + i, k], m < rows, i < 16.
 
         arena: uint8, A's panels from byte `at`; columns: K, a multiple of 4; x, s: float32, row m at m * stride; int8
-        adapters leave digits in s, 16 numbers in 16 places, see digits.store_sixteen. following: the byte that is
+        adapters leave wide integers in s, 16 numbers in 16 places, see wide.store_sixteen. following: the byte that is
         likely to be read after this panel, for prefetching.
         """
         at += panel * (head + columns * PANEL * size)

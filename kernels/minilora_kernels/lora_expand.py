@@ -1,12 +1,11 @@
-"""LoRA's second half, tiles of s B: for float32 and float16 adapters in float32, for int8 ones through the byte dot product.
+"""LoRA's second half, tiles of s B: for float32 and float16 adapters in float32, for int8 ones as bytes with wide integers.
 
 Sums run over the rank one by one; those of bytes are exact for 16 ranks, which share a scale.
 """
 
 import numpy as np
 
-from .digits import LOW, MINUS, SCALE
-from .dot import dot4_bytes, start_bytes
+from .dot import start_wide, wide_first_unsigned, wide_second_unsigned
 from .jit import inlined
 from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
@@ -14,7 +13,6 @@ from .simd import (
     f32x16,
     fma,
     i32x16,
-    join_digits,
     load_f16,
     load_f32,
     load_scalar_f32,
@@ -29,6 +27,7 @@ from .simd import (
     to_f32,
     u8x64,
 )
+from .wide import MINUS, SCALE, SECOND, SECOND_SUM, join_sums
 
 # Rows, and panels, of a tile.
 MOST = 4
@@ -102,16 +101,16 @@ def _int8_tile():
                 for p in range(panels):
                     b[p] = load_u8(arena, at + HEAD + p * panel + (w - first) * STEP)
                 for m in range(rows):
-                    v = here + m * s_stride + w % 4
-                    high, low = repeat4(load_word(s, v)), repeat4(load_word(s, v + LOW))
+                    v, n = here + m * s_stride + w % 4, 2 * m + SECOND_SUM
+                    first_s, second_s = repeat4(load_word(s, v)), repeat4(load_word(s, v + SECOND))
                     minus[m] = minus[m] + splat_i32(load_word(s, v + MINUS))
                     for p in range(panels):
-                        dots[2 * m, p] = dot4_bytes(dots[2 * m, p], b[p], high)
-                        dots[2 * m + 1, p] = dot4_bytes(dots[2 * m + 1, p], b[p], low)
+                        dots[2 * m, p] = wide_first_unsigned(dots[2 * m, p], b[p], first_s)
+                        dots[n, p] = wide_second_unsigned(dots[n, p], b[p], second_s)
             for m in range(rows):
                 scale = splat_f32(load_scalar_f32(s, here + m * s_stride + SCALE))
                 for p in range(panels):
-                    total = join_digits(dots[2 * m, p], dots[2 * m + 1, p]) + start_bytes(minus[m])
+                    total = join_sums(dots[2 * m, p], dots[2 * m + SECOND_SUM, p]) + start_wide(minus[m])
                     acc[m, p] = fma(to_f32(total), scale, acc[m, p])
             word = stop
         for p in range(panels):

@@ -1,16 +1,16 @@
 """LoRA's first half, tiles of x A: numbers of every format, widened to float32.
 
-Sums run over k in four interleaved chains. What comes out are float32 numbers, or for int8 adapters digits, as
+Sums run over k in four interleaved chains. What comes out are float32 numbers, or for int8 adapters wide integers, as
 `lora_expand` reads them.
 """
 
 import numpy as np
 
-from .digits import store_sixteen
 from .jit import inlined, kernel
 from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import f32x16, fma, load_f16, load_f32, load_i8, load_scalar_f32, prefetch_beside, splat_f32, store_f32, tile
+from .wide import store_sixteen
 
 MOST_ROWS, CHAINS = 4, 4
 # How far ahead of its use memory is asked for, in bytes.

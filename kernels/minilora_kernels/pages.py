@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .digits import inverse_of, largest
 from .jit import kernel
 from .memory import aligned_zeros
 from .simd import (
@@ -27,6 +26,7 @@ from .simd import (
     store_f16,
     store_f32,
 )
+from .wide import inverse_of, largest
 
 KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)
 KV_NAMES = ("float32", "float16", "int8")

@@ -268,6 +268,10 @@ def _narrow_i8(builder, v):
     return builder.trunc(v, _BYTE)
 
 
+def _narrow_i16(builder, v, first):
+    return builder.trunc(pick_lanes(builder, v, range(first, 16, 2)), ir.VectorType(ir.IntType(16), 8))
+
+
 def _sums_of_four(builder, v):
     """Lanes 0 to 3 together, then 4 to 7, ..."""
     parts = [pick_lanes(builder, v, range(i, 16, 4)) for i in range(4)]
@@ -316,6 +320,12 @@ store_f16 = _storer(f32x16, _narrow_f16)
 store_u8 = _storer(u8x64)
 store_i8 = _storer(i32x16, _narrow_i8)
 """16 int32 in -128..127 as 16 bytes."""
+store_high_digits = _storer(i32x16, lambda b, v: _narrow_i8(b, b.ashr(v, constant(_I32, 7))))
+store_low_digits = _storer(i32x16, lambda b, v: _narrow_i8(b, b.and_(v, constant(_I32, 127))))
+"""v = 128 * high + low, low in 0..127: 16 of one as bytes."""
+store_even_i16 = _storer(i32x16, lambda b, v: _narrow_i16(b, v, 0))
+store_odd_i16 = _storer(i32x16, lambda b, v: _narrow_i16(b, v, 1))
+"""Every other one of 16 int32, as 8 int16."""
 store_i32 = _storer(i32x16)
 store_sums = _storer(i32x16, _sums_of_four)
 """Each sum of four neighbouring int32, as 4 int32."""
@@ -518,8 +528,6 @@ low_nibbles = primitive(u8x64, [u8x64], _low_nibbles)
 high_nibbles = primitive(u8x64, [u8x64], _high_nibbles)
 
 
-high_digit = primitive(i32x16, [i32x16], lambda b, v: b.ashr(v, constant(_I32, 7)))
-low_digit = primitive(i32x16, [i32x16], lambda b, v: b.and_(v, constant(_I32, 127)))
 join_digits = primitive(i32x16, [i32x16] * 2, lambda b, high, low: b.add(b.shl(high, constant(_I32, 7)), low))
-"""v = 128 * high + low, low in 0..127."""
+"""128 * high + low."""
 times8 = primitive(i32x16, [i32x16], lambda b, v: b.shl(v, constant(_I32, 3)))

@@ -1,0 +1,104 @@
+"""Wide integers: numbers as 14 bits and a sign, v = round(x / scale), to be multiplied with bytes.
+
+Sums of products are exact, and what rounding adds is small beside what int8 keys, values or weights cost. Four numbers
+become two words, and each word is multiplied with the same four bytes:
+
+    digits    v = 128 * high + low: four high digits, then four low ones; each word's products have a sum of their own
+    pairs     numbers 0 and 2 as 16 bits each, then numbers 1 and 3; one sum for all. Where dot.PAIRS is true
+
+Of sixteen numbers the four first words lie before the four second ones. Behind all numbers that share it lies the scale.
+"""
+
+import numpy as np
+
+from .dot import PAIRS
+from .jit import kernel
+from .simd import (
+    hmax_i32,
+    hsum_i32,
+    i32x16,
+    join_digits,
+    load_f32,
+    magnitude,
+    number_of,
+    primitive,
+    round_i32,
+    splat_f32,
+    splat_i32,
+    store_even_i16,
+    store_high_digits,
+    store_low_digits,
+    store_odd_i16,
+    store_sums,
+    vmax_i32,
+)
+
+# The largest integer whose high digit is 127.
+LARGEST = np.float32(127 * 128)
+ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.int32(0)
+INFINITY, TINY = np.float32(np.inf), np.finfo(np.float32).tiny
+# Where the second words of 16 numbers lie, and what store_sixteen puts behind them.
+SECOND, SCALE, MINUS = 4, 8, 9
+# Of the sums of first and second words' products, which one the second ones' is.
+SECOND_SUM = 0 if PAIRS else 1
+
+_store_first, _store_second = (store_even_i16, store_odd_i16) if PAIRS else (store_high_digits, store_low_digits)
+
+join_sums = primitive(i32x16, [i32x16] * 2, lambda b, first, second: first) if PAIRS else join_digits
+"""The sum of all products, from those of the first and of the second words."""
+
+
+@kernel
+def largest(x, at, n):
+    """max |x[i]|, i < n, a multiple of 16; NaN where one of them is NaN."""
+    bits = splat_i32(np.int32(0))
+    for i in range(0, n, 16):
+        bits = vmax_i32(magnitude(load_f32(x, at + i)), bits)
+    return number_of(hmax_i32(bits))
+
+
+@kernel
+def inverse_of(scale):
+    """1 / scale; 0 where that is not finite, and for a scale that is not, which says enough by itself."""
+    return ONE / scale if TINY <= scale < INFINITY else ZERO
+
+
+@kernel
+def _store_words(x, at, v):
+    _store_first(x, at, v)
+    _store_second(x, at + SECOND, v)
+
+
+def make_to_wide(minus: bool):
+    """A kernel that turns numbers into wide integers, with minus their sum behind them or not."""
+
+    @kernel
+    def to_wide(scratch, at, first, end, behind):
+        """Numbers first .. end (multiples of 16) of the row at `at` as words, in place; scale and sum from `behind` on.
+
+        Where one of them is not finite the scale is not either: integers would hide it.
+        """
+        scale = largest(scratch, at + first, end - first) / LARGEST
+        inverse, total = splat_f32(inverse_of(scale)), splat_i32(NOTHING)
+        for i in range(first, end, 16):
+            v = round_i32(load_f32(scratch, at + i) * inverse)
+            _store_words(scratch, at + i // 2, v)
+            if minus:
+                total = total - v
+        scratch[at + behind] = scale
+        if minus:
+            scratch[at + behind + 1] = number_of(hsum_i32(total))
+
+    return to_wide
+
+
+@kernel
+def store_sixteen(x, at, numbers):
+    """16 numbers as words at x[at]: 4 first ones, 4 second ones, the scale, and for each four numbers minus the sum of their
+    integers. Where one of them is not finite the scale is not either.
+    """
+    scale = number_of(hmax_i32(magnitude(numbers))) / LARGEST
+    v = round_i32(numbers * splat_f32(inverse_of(scale)))
+    _store_words(x, at, v)
+    x[at + SCALE] = scale
+    store_sums(x, at + MINUS, splat_i32(NOTHING) - v)
