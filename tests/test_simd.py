@@ -3,7 +3,20 @@
 import numpy as np
 
 from minilora_kernels import reference
-from minilora_kernels.dot import begin_short, dot4_bytes, dot4_short, dot4_small, end_short, start_bytes, start_unsigned
+from minilora_kernels.dot import (
+    begin_short,
+    dot4_bytes,
+    dot4_short,
+    dot4_small,
+    end_short,
+    start_bytes,
+    start_unsigned,
+    start_wide,
+    wide_first_signed,
+    wide_first_unsigned,
+    wide_second_signed,
+    wide_second_unsigned,
+)
 from minilora_kernels.jit import inlined, kernel, program
 from minilora_kernels.simd import (
     count_above,
@@ -13,6 +26,7 @@ from minilora_kernels.simd import (
     hmax,
     hmax_i32,
     hsum,
+    i32x16,
     keep_lanes,
     load_bf16,
     load_f16,
@@ -20,11 +34,15 @@ from minilora_kernels.simd import (
     load_i32,
     load_scalar_f16,
     load_u8,
+    load_word,
     magnitude,
+    repeat4,
     round_i32,
+    splat_i32,
     store_f16,
     store_f32,
     store_i8,
+    store_i32,
     tile,
     times8,
     to_f32,
@@ -32,6 +50,7 @@ from minilora_kernels.simd import (
     vmax_i32,
     vmin,
 )
+from minilora_kernels.wide import LARGEST, SECOND, SECOND_SUM, join_sums
 
 ALL_HALVES = np.arange(1 << 16, dtype=np.uint16)
 
@@ -90,6 +109,28 @@ def _nibble_dots(acc, u, s, out):
             at = 4 * (8 * i + 16 * k)
             short = dot4_short(short, load_u8(u, at), load_u8(s, at))
         store_f32(out, i, to_f32(end_short(start, short)))
+
+
+_two_sums = tile(i32x16, 2)
+
+
+@kernel
+def _wide_dots(words, minus, others, unsigned, signed):
+    """16 lanes, each of 16 bytes times the same 16 wide integers."""
+    u, s = _two_sums(), _two_sums()
+    for i in range(2):
+        u[i], s[i] = splat_i32(np.int32(0)), splat_i32(np.int32(0))
+    for w in range(4):
+        both, first, second = (
+            load_u8(others, 64 * w),
+            repeat4(load_word(words, w)),
+            repeat4(load_word(words, w + SECOND)),
+        )
+        u[0], s[0] = wide_first_unsigned(u[0], both, first), wide_first_signed(s[0], both, first)
+        u[SECOND_SUM] = wide_second_unsigned(u[SECOND_SUM], both, second)
+        s[SECOND_SUM] = wide_second_signed(s[SECOND_SUM], both, second)
+    store_i32(unsigned, 0, join_sums(u[0], u[SECOND_SUM]) + start_wide(splat_i32(minus)))
+    store_i32(signed, 0, join_sums(s[0], s[SECOND_SUM]))
 
 
 @kernel
@@ -229,6 +270,22 @@ def test_dot4_bytes_is_exact():
     program(_byte_dots)(-sums, u, s.view(np.uint8), signed, unsigned)
     assert np.array_equal(signed, dots - 128 * sums)
     assert np.array_equal(unsigned, dots)
+
+
+def test_products_of_bytes_with_wide_integers_are_exact():
+    rng, largest = np.random.default_rng(4), int(LARGEST)
+    for v in (*rng.integers(-largest, largest + 1, (20, 16)), np.full(16, largest), np.full(16, -largest)):
+        others = rng.integers(0, 256, (4, 16, 4), np.uint8)
+        others[:, :2], others[:, 2:4] = 0, 255
+        for wide in (v, abs(v)):
+            unsigned, signed = np.zeros(16, np.int32), np.zeros(16, np.int32)
+            words = reference.wide_words(wide[None].astype(np.int32))[0]
+            assert np.array_equal(reference.wide_integers(words[None])[0], wide)
+            program(_wide_dots)(words, np.int32(-wide.sum()), others.reshape(-1), unsigned, signed)
+            fours = wide.reshape(4, 1, 4)
+            assert np.array_equal(unsigned, ((others.astype(np.int64) - 128) * fours).sum(axis=(0, 2)))
+        # Weights are never negative.
+        assert np.array_equal(signed, (others.view(np.int8).astype(np.int64) * fours).sum(axis=(0, 2)))
 
 
 def test_odds_and_ends():
