@@ -197,12 +197,12 @@ def _even_signed(builder, v):
 
 wide_first_unsigned = _wide(lambda b, v: b.and_(v, constant(v.type, 255)), _digits_unsigned)
 wide_second_unsigned = _wide(lambda b, v: b.lshr(v, constant(v.type, 8)), _digits_unsigned)
-"""acc[i] + sum over j < 4 of (u[4i + j] - 128) * v[4i + j] for the first and the second part of v, the 16 times repeated word
-of wide integers, after minus the sum of all v through `start_wide`. Exact."""
 start_wide = primitive(i32x16, [i32x16], _start_wide)
+"""acc[i] + sum over j < 4 of (u[4i + j] - 128) * v[j] for four wide integers v: one product with their first word, 16 times,
+one with their second; and `start_wide` of minus the sum of all v, once. Exact."""
 wide_first_signed = _wide(_even_signed, _digits_signed)
 wide_second_signed = _wide(lambda b, v: b.ashr(v, constant(v.type, 8)), _digits_signed)
-"""Likewise for signed bytes and v >= 0, with nothing to start from."""
+"""Likewise for signed bytes and v >= 0, without a start."""
 
 
 # ---------------------------------------------------------------- sums of nibbles
