@@ -86,9 +86,7 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
     folder = cache_root() / "packed" / f"{path.name}-{_key(path, target)}"
     try:
         return read_packed(folder, name)
-    except (FormatError, OSError):
-        pass
-    except LookupError:
+    except (FormatError, LookupError, OSError):
         pass
     checkpoint = open_checkpoint(path)
     report(f"packing {name} ({target.dtype})")

@@ -96,7 +96,7 @@ def _make_scores(kv_format):
 
 def _make_values(kv_format, head_unit):
     quantized = kv_format == KV_INT8
-    # Integers want two sums for each number.
+    # Integers want two sums for each number, or both halves of each 16 bits.
     width = AT_ONCE if quantized else 2 * AT_ONCE
 
     def for_width(width):

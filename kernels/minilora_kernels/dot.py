@@ -3,7 +3,8 @@
     dot4(acc, u, s)[i] = acc[i] + sum over j < 4 of u[4 i + j] * s[4 i + j]
 
 u is unsigned, s signed; sums are int32 and exact. int8 weights are kept as u = 128 + weight; `dot4_bytes` multiplies
-them as the CPU likes best, and nibbles have sums of their own.
+them as the CPU likes best, and nibbles have sums of their own. What multiplies bytes with wide integers, see `wide`, is
+here too.
 """
 
 from collections.abc import Callable

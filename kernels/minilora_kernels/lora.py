@@ -20,7 +20,9 @@ PANELS_AHEAD = 8
 
 
 def _largest_tiles(fmt: int) -> tuple[int, int]:
-    """Rows of one panel, and panels of one row, that expand takes at once. Integers want two sums for each number."""
+    """Rows of one panel, and panels of one row, that expand takes at once. Integers want two sums for each
+    number, or both halves of each 16 bits.
+    """
     if fmt == INT8:
         return (4, 4) if cpu.vectors() >= 32 else (2, 2)
     return 4, 2

@@ -1,7 +1,7 @@
 """The passes of Numba's compiler that kernels need.
 
 Kernels are plain loops over numbers, tuples and arrays. What Numba does for closures, `with`, list comprehensions, whole-array
-expressions and inlined overloads would find nothing in them; looking for it takes a tenth of the time to compile.
+expressions and inlined overloads would find nothing in them; looking for it takes nearly a tenth of the time to compile.
 """
 
 from numba.core.compiler import CompilerBase

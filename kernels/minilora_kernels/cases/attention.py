@@ -126,25 +126,18 @@ def _attention_cases(kv_format: int) -> list[Case]:
             )
             for label, kernel, sizes in ((name, attend_part, part), (name_64, attend_part_64, part_64))
         ),
-        Case(
-            f"write_key {name}",
-            write_key,
-            reference.write_key,
-            make_token,
-            1e-6,
-            write,
-            ({"size": 64, "slot": 3, "page": 32},),
-            lambda s: token_bytes(kv_format, s["size"]),
-        ),
-        Case(
-            f"write_value {name}",
-            write_value,
-            reference.write_value,
-            make_token,
-            1e-6,
-            write,
-            ({"size": 64, "slot": 3, "page": 32},),
-            lambda s: token_bytes(kv_format, s["size"]),
+        *(
+            Case(
+                f"{twin.__name__} {name}",
+                kernel,
+                twin,
+                make_token,
+                1e-6,
+                write,
+                ({"size": 64, "slot": 3, "page": 32},),
+                lambda s: token_bytes(kv_format, s["size"]),
+            )
+            for kernel, twin in ((write_key, reference.write_key), (write_value, reference.write_value))
         ),
     ]
 
