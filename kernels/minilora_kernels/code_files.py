@@ -4,13 +4,11 @@ The files hold code and pickled data (Numba's own form), so they are read only f
 """
 
 import hashlib
-import inspect
 import os
 import stat
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -49,11 +47,6 @@ def environment_key() -> str:
     switches = (numba.config.BOUNDSCHECK, str(numba.config.OPT))
     digest.update(repr((triple, name, sorted(features), versions, switches)).encode())
     return digest.hexdigest()[:24]
-
-
-def source_key(function: Callable) -> str:
-    """A name for the state of a function's file, which need not be one of the kernel sources."""
-    return hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
 
 
 def code_path(name: str, key: str) -> Path:

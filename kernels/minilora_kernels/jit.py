@@ -10,7 +10,6 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterable
 from functools import cache
-from numbers import Number
 from types import FunctionType
 from typing import Any
 
@@ -20,9 +19,10 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
-from .code_files import code_folder, code_path, read_code, source_key, write_code
+from .code_files import code_folder, code_path, read_code, write_code
 from .compiling import compile_beside
 from .passes import KernelCompiler
+from .sources import source_key, spelled
 
 # No reference counts: a kernel can't allocate, and arrays cost nothing to pass. No fastmath: the order of
 # floating-point operations is a promise. No exceptions: division by zero gives infinity, as in NumPy.
@@ -212,10 +212,8 @@ class _DiskCache(_Cache):
 
     def __init__(self, function, inner, constants, units):
         self._function, self._units = function, tuple(units)
-        # Compiled in, and perhaps imported from another file.
-        numbers = sorted((name, repr(x)) for name, x in inner.__globals__.items() if isinstance(x, Number))
         names = [unit.key for unit in self._units]
-        self._key = repr((function.__module__, function.__qualname__, constants, source_key(inner), numbers, names))
+        self._key = repr((function.__module__, function.__qualname__, constants, source_key(inner), names))
         self._form = CompileResultCacheImpl(function)
         self._enabled = True
 
@@ -234,7 +232,7 @@ class _DiskCache(_Cache):
             path.unlink(missing_ok=True)
 
     def _path(self, signature):
-        return code_path(self._function.__name__, f"{self._key}{signature}")
+        return code_path(self._function.__name__, f"{self._key}{[spelled(kind) for kind in signature]}")
 
     def load_overload(self, sig, target_context) -> Any:
         _start(self._units)

@@ -25,9 +25,10 @@ from numba.core.funcdesc import ExternalFunctionDescriptor
 from numba.core.registry import cpu_target
 from numba.core.typing import Signature
 
-from .code_files import code_path, read_code, source_key, write_code
+from .code_files import code_path, read_code, write_code
 from .compiling import Compiling, Request
 from .jit import Elsewhere, Kernel, Whole, kernel
+from .sources import source_key
 
 
 class Maker:

@@ -1,0 +1,77 @@
+"""Keys of machine code: the same in every process, another one whenever the code might be."""
+
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from numba import types
+
+from minilora_kernels.sources import spelled
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+MAIN = """
+from minilora_kernels.jit import kernel
+from minilora_kernels.sources import source_key
+from apart import helper
+
+@kernel
+def whole(x):
+    return helper(x)
+
+print(source_key(whole.py_func))
+"""
+APART = """
+from collections import namedtuple
+from minilora_kernels.jit import kernel
+from constants import FACTOR, PAIR, UNUSED
+Place = namedtuple("Place", "{fields}")
+
+def make(power):
+    @kernel
+    def inner(x):
+        return x ** power * FACTOR + PAIR[1]
+    return inner
+
+inner = make({power})
+
+@kernel
+def helper(x):
+    return Place(inner(x), x).{word}
+"""
+CONSTANTS = "FACTOR, PAIR, UNUSED = {factor}, (1, {last}), {unused}"
+
+
+@pytest.fixture
+def key(tmp_path):
+    """A function: the key of a kernel whose helper lies in another file and its constants in a third, in a new process."""
+
+    def find(fields="at step", word="at", power=2, factor=3, last=4, unused=5):
+        (tmp_path / "main.py").write_text(MAIN)
+        (tmp_path / "apart.py").write_text(APART.format(fields=fields, word=word, power=power))
+        (tmp_path / "constants.py").write_text(CONSTANTS.format(factor=factor, last=last, unused=unused))
+        environment = {**os.environ, "PYTHONPATH": str(KERNELS), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, tmp_path / "main.py"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    return find
+
+
+def test_the_key_follows_all_that_a_kernel_is_made_of(key):
+    first = key()
+    assert key() == first
+    changed = [key(**one) for one in ({"word": "step"}, {"factor": 4}, {"last": 5}, {"power": 3})]
+    assert len({first, *changed}) == 5, "a helper's text, a constant, one in a tuple, one in a closure"
+    assert key(unused=6) == first, "what no kernel names"
+
+
+def test_fields_are_parts_of_a_types_name():
+    """Numba's name for a named tuple does not say which field is which."""
+    one, other = (types.NamedTuple([types.int64, types.float32], namedtuple("Pair", names)) for names in ("a b", "b a"))
+    assert spelled(one) != spelled(other) and str(one).split("(")[1] == str(other).split("(")[1]
+    alike = (types.NamedUniTuple(types.int64, 2, namedtuple("Pair", names)) for names in ("a b", "b a"))
+    assert len({spelled(kind) for kind in alike}) == 2
+    assert spelled(types.Tuple([one, types.int64])) != spelled(types.Tuple([other, types.int64]))
+    assert spelled(types.int64) == "int64"
