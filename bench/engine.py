@@ -18,13 +18,13 @@ import numpy as np
 import psutil
 from workload import adapter_tensors
 
-from minilora.adapters import adapter_from_arrays
 from minilora.checkpoint.lock import resolve_model
 from minilora.engine import Engine
 from minilora.packed import load_model
 from minilora.params import EngineConfig, SamplingParams
+from minilora.peft import adapter_from_arrays
+from minilora.plan import Target
 from minilora.sequence import AdapterUse
-from minilora.weights import Target
 from minilora_kernels import cpu
 
 DEPTH = 128

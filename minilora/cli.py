@@ -11,14 +11,13 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
+from .cli_models import list_, pull, quantize, show
 from .cli_options import (
-    DTYPES,
     engine_options,
     lora_options,
     model_options,
@@ -407,89 +406,7 @@ class _Conversation:
         )
 
 
-cli.add_command(serve)
-
-
-# ---------------------------------------------------------------- models on disk
-
-
-@cli.command()
-@click.argument("names", nargs=-1, required=True)
-def pull(names: Sequence[str]) -> None:
-    """Fetch models or adapters without running them."""
-    from .checkpoint.lock import entries, resolve_adapter, resolve_model
-
-    reporter = Reporter()
-    for name in names:
-        resolve = resolve_adapter if name in entries("adapters") else resolve_model
-        path = resolve(name, reporter)
-        reporter.done()
-        click.echo(path)
-
-
-@cli.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def list_(as_json: bool) -> None:
-    """List the models and adapters that have a name."""
-    from .checkpoint.lock import entries, is_present
-
-    rows = [
-        {
-            "kind": kind.removesuffix("s"),
-            "name": name,
-            "here": is_present(entry),
-            "licence": entry.licence,
-            "description": entry.description,
-        }
-        for kind in ("models", "adapters")
-        for name, entry in entries(kind).items()
-    ]
-    if as_json:
-        click.echo(json.dumps(rows))
-        return
-    for row in rows:
-        click.echo(
-            f"{row['kind']:8} {row['name']:26} {'here' if row['here'] else 'to fetch':9} {row['licence']:12} {row['description']}"
-        )
-
-
-@cli.command()
-@click.argument("name")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def show(name: str, dtype: str, as_json: bool) -> None:
-    """Show a model's or adapter's shapes, formats and bytes."""
-    from .inspect import describe
-
-    facts = describe(name, dtype, Reporter())
-    if as_json:
-        click.echo(json.dumps(facts))
-        return
-    for key, value in facts.items():
-        click.echo(f"{key:22} {value}")
-
-
-@cli.command()
-@click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(DTYPES[1:]), default="int4", show_default=True)
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="32", show_default=True)
-def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
-    """Write SOURCE as a packed model into the folder TARGET."""
-    from .checkpoint import open_checkpoint
-    from .checkpoint.lock import resolve_model
-    from .packed import write_packed
-    from .weights import Plan, Target
-
-    if target.exists():
-        raise UsageError(f"{target} exists already")
-    reporter = Reporter()
-    checkpoint = open_checkpoint(resolve_model(source, reporter))
-    plan = Plan(checkpoint, Target(dtype, int(group_size)))
-    reporter(f"packing {plan.size / 1e6:.0f} MB")
-    write_packed(target, plan, checkpoint.tokenizer())
-    reporter.done()
-    click.echo(target)
+# ---------------------------------------------------------------- the machine
 
 
 @cli.command()
@@ -518,3 +435,7 @@ def env(as_json: bool) -> None:
         return
     for key, value in facts.items():
         click.echo(f"{key:12} {value}")
+
+
+for command in (serve, pull, list_, show, quantize):
+    cli.add_command(command)

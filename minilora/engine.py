@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .adapters import Adapter, load_adapter, pack_adapter
+from .adapters import Adapter, pack_adapter
 from .batch import Chunk, Draw, Use
 from .cache import PagePool
 from .errors import RequestError, UnloadedError, UsageError
 from .pace import Pace
 from .params import EngineConfig, SamplingParams
+from .peft import load_adapter
 from .registry import AdapterRegistry, AdapterVersion
 from .runner import MOST_USES, PROMPT_LOGITS, Runner
 from .scheduler import Scheduler, Work

@@ -13,11 +13,11 @@ from minilora_kernels.limits import usable_cores
 from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
 
 from . import __version__
-from .adapters import CONFIG
-from .adapters import describe as describe_adapter
 from .checkpoint.lock import entries, resolve_adapter, resolve_model
 from .packed import Report, load_model
-from .weights import Target
+from .peft import CONFIG
+from .peft import describe as describe_adapter
+from .plan import Target
 
 
 def describe(name: str, dtype: str, report: Report) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from .llm_engine import DEFAULT_MODEL, LLMEngine, Lora, Prompt, Request, Setting
 from .outputs import LoRARequest, RequestOutput
 from .packed import Report, silent
 from .params import SamplingParams
+from .plan import DEFAULT_GROUP
 from .stats import Stats
-from .weights import DEFAULT_GROUP
 
 
 class LLM:
     """A model and an engine for it.
 
     model: a name in models.lock, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
-    weights.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at once; report:
+    plan.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at once; report:
     called with a line of text when something takes long; the rest are EngineConfig's fields.
 
     generate and chat take prompts and return when all texts are done; stream yields one prompt's texts as they grow;

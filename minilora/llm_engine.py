@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from .adapters import Adapter, adapter_from_arrays
+from .adapters import Adapter
 from .checkpoint.lock import resolve_adapter, resolve_model
 from .engine import Engine, Output
 from .errors import UsageError, did_you_mean
 from .outputs import CompletionOutput, LogprobsAt, LoRARequest, RequestOutput, TextBuilder, logprobs_at
 from .packed import Report, load_model, silent
 from .params import EngineConfig, SamplingParams
+from .peft import adapter_from_arrays
+from .plan import DEFAULT_GROUP, Target
 from .registry import AdapterVersion, Loaded
 from .sequence import AdapterUse
-from .weights import DEFAULT_GROUP, Target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -68,7 +69,7 @@ class LLMEngine:
     """A model, an engine for it, and the requests under way. All calls from one thread unless they say otherwise.
 
     model: a name in models.lock, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
-    weights.DTYPES; group_size: 32, 64 or 128, for int8 and int4; report: called with a line of text when something
+    plan.DTYPES; group_size: 32, 64 or 128, for int8 and int4; report: called with a line of text when something
     takes long; the rest are EngineConfig's fields.
     """
 

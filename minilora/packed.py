@@ -29,9 +29,11 @@ from .checkpoint.folder import INDEX, read_json
 from .config import ModelConfig, token_ids
 from .errors import FormatError
 from .memory import HUGE_PAGE, huge_pages
+from .packer import Packer, pack_in_memory
 from .params import SamplingParams
+from .plan import Plan, Target
 from .tokenizer import DEFINITION, SETTINGS, TEMPLATE, Tokenizer, TokenizerFiles
-from .weights import Packer, Plan, Target, Weights, pack_in_memory
+from .weights import Weights
 
 MANIFEST, ARENA = "minilora.json", "weights.bin"
 VERSION = 2

@@ -7,17 +7,18 @@ import numpy as np
 
 from minilora_kernels import reference as kernels
 
-from .adapters import Adapter, load_adapter
+from .adapters import Adapter
 from .batch import Draw
 from .checkpoint.lock import resolve_adapter, resolve_model
 from .llm_engine import token_ids
 from .outputs import LoRARequest, RequestOutput, TextBuilder
 from .packed import Report, load_model, silent
 from .params import SamplingParams
+from .peft import load_adapter
+from .plan import DEFAULT_GROUP, Target
 from .reference import Reference
 from .sampler import alter
 from .sequence import Sequence
-from .weights import DEFAULT_GROUP, Target
 
 
 class PlainLLM:

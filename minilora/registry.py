@@ -15,8 +15,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from .adapters import Adapter, PackedAdapter, describe
+from .adapters import Adapter, PackedAdapter
 from .errors import AdapterError, MiniloraError, NotFoundError, ResourceError, UsageError, did_you_mean
+from .peft import describe
 from .pool import AdapterPool
 
 # Versions that are read ahead of the requests that may start now.

@@ -7,12 +7,14 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from minilora.adapters import adapter_from_arrays, module_shapes
+from minilora.adapters import module_shapes
 from minilora.checkpoint import open_checkpoint
 from minilora.config import ModelConfig
 from minilora.engine import Engine
+from minilora.packer import pack_in_memory
 from minilora.params import EngineConfig, SamplingParams
-from minilora.weights import Plan, Target, expected_shapes, pack_in_memory
+from minilora.peft import adapter_from_arrays
+from minilora.plan import Plan, Target, expected_shapes
 
 VOCABULARY = 263
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from safetensors.numpy import load_file
 
-from minilora.adapters import load_adapter, pack_adapter
+from minilora.adapters import pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
+from minilora.peft import load_adapter
 from minilora.pool import AdapterPool
 from minilora_kernels.pack import FLOAT16, FLOAT32
 

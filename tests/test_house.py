@@ -20,12 +20,13 @@ KERNELS = ROOT / "kernels" / "minilora_kernels"
 LAYERS = [
     {"minilora_kernels"},
     {"errors", "memory", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "sandbox", "chat", "checkpoint"},
-    {"weights", "packed", "adapters", "pool", "registry", "numa", "cache", "batch", "sequence"},
+    {"plan", "weights", "packer", "packed", "numa"},
+    {"adapters", "peft", "pool", "registry", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
     {"fairness", "scheduler", "engine"},
     {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},
     {"server"},
-    {"cli", "cli_options", "cli_report", "cli_serve", "__main__"},
+    {"cli", "cli_models", "cli_options", "cli_report", "cli_serve", "__main__"},
 ]
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from minilora.adapters import Adapter, Pair, adapter_from_arrays
+from minilora.adapters import Adapter, Pair
+from minilora.peft import adapter_from_arrays
 from minilora.sequence import AdapterUse
 from minilora_kernels import reference
 from minilora_kernels.cases import CASES

@@ -14,7 +14,7 @@ from minilora.checkpoint import open_checkpoint
 from minilora.errors import FormatError, NotFoundError, UsageError
 from minilora.memory import HUGE_PAGE
 from minilora.packed import ARENA, MANIFEST, _key, _write_arena, checksum, load_model, read_packed, write_packed
-from minilora.weights import Plan, Target
+from minilora.plan import Plan, Target
 
 from .gguf_maker import write_llama
 from .support import make_checkpoint

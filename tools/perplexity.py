@@ -3,8 +3,9 @@
     python tools/perplexity.py TEXTFILE [--model M] [--dtypes auto,int8,int4] [--context 512] [--chunks 8]
     python tools/perplexity.py TEXTFILE --adapter pirate --lora-dtypes float16,int8
 
-The text is cut into chunks of --context tokens, each read by itself. For every format: perplexity over the second
-and later tokens; and against float32 of the same file: mean KL divergence and how often the best token is the same.
+The text is cut into chunks of --context tokens, each read by itself. For every format: perplexity over all tokens
+but a chunk's first, or those after --skip; and against float32 of the same file: mean KL divergence and how often the
+best token is the same.
 With an adapter, float32 weights are also read with its numbers in each of --lora-dtypes, to see what those alone cost.
 Last line: one JSON document.
 """
@@ -20,9 +21,9 @@ from minilora.checkpoint.lock import resolve_adapter, resolve_model
 from minilora.engine import Engine
 from minilora.packed import load_model
 from minilora.params import EngineConfig, SamplingParams
+from minilora.plan import Target
 from minilora.runner import PROMPT_LOGITS
 from minilora.sequence import AdapterUse
-from minilora.weights import Target
 
 
 class Reader:
@@ -59,8 +60,8 @@ class Reader:
             yield logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
-def measure(reader: Reader, exact: Reader, chunks: list[list[int]]) -> dict[str, float]:
-    """Perplexity, and KL and agreement against the exact reader."""
+def measure(reader: Reader, exact: Reader, chunks: list[list[int]], skip: int) -> dict[str, float]:
+    """Perplexity, and KL and agreement against the exact reader, from each chunk's token `skip` on."""
     loss, divergence, same, places, following = 0.0, 0.0, 0, 0, 0
     for tokens in chunks:
         at = 0
@@ -68,11 +69,13 @@ def measure(reader: Reader, exact: Reader, chunks: list[list[int]]) -> dict[str,
         # The exact reader agrees with itself; it can't read a chunk twice at once.
         pairs = ((q, q) for q in mine) if reader is exact else zip(exact.logprobs(tokens), mine, strict=True)
         for p, q in pairs:
+            first = min(max(skip - at, 0), len(q))
+            targets = np.array(tokens[at + first + 1 : at + len(q) + 1], np.int64)
+            at, p, q = at + len(q), p[first:], q[first:]
             divergence += float((np.exp(p) * (p - q)).sum())
             same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
-            targets = np.array(tokens[at + 1 : at + 1 + len(q)])
             loss -= float(q[np.arange(len(targets)), targets].sum())
-            at, places, following = at + len(q), places + len(q), following + len(targets)
+            places, following = places + len(q), following + len(targets)
     return {"perplexity": float(np.exp(loss / following)), "kl": divergence / places, "same_best": same / places}
 
 
@@ -87,6 +90,7 @@ def main() -> None:
     parser.add_argument("--lora-dtypes", default="float16,int8")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--skip", type=int, default=0, help="tokens at each chunk's start that are read, not counted")
     options = parser.parse_args()
     exact = Reader(options, "float32", "float32")
     tokens = exact.model.tokenizer.encode(options.textfile.read_text(encoding="utf-8"))
@@ -102,10 +106,20 @@ def main() -> None:
     for dtype in options.dtypes.split(","):
         readers[dtype] = partial(Reader, options, dtype, options.kv_cache_dtype)
     for name, make in readers.items():
-        found = {"format": name, **measure(make(), exact, chunks)}
+        found = {"format": name, **measure(make(), exact, chunks, options.skip)}
         rows.append(found)
         print(f"{name:18} {found['perplexity']:11.3f} {found['kl']:10.2e} {100 * found['same_best']:9.2f}%", flush=True)
-    print(json.dumps({"model": options.model, "context": options.context, "chunks": len(chunks), "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "model": options.model,
+                "context": options.context,
+                "chunks": len(chunks),
+                "skip": options.skip,
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-from ..adapters import CONFIG, TENSORS
 from ..async_engine import AsyncEngine
 from ..checkpoint.lock import entries
 from ..errors import AdapterError, FormatError, NotFoundError, ResourceError, UnsupportedError, UsageError, did_you_mean
 from ..outputs import LoRARequest
+from ..peft import CONFIG, TENSORS
 from .settings import ServerConfig
 
 log = logging.getLogger("minilora.server")

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import uvicorn
 from fastapi import FastAPI
 
-from ..adapters import describe
 from ..async_engine import AsyncEngine
 from ..checkpoint.lock import resolve_adapter
 from ..errors import ResourceError, UsageError
 from ..memory import give_back_freed_arrays
+from ..peft import describe
 from .app import create_app
 from .drain import Ending
 from .guard import is_loopback, uvicorn_options

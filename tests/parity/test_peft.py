@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from minilora.adapters import load_adapter
 from minilora.params import SamplingParams
+from minilora.peft import load_adapter
 from minilora.sequence import AdapterUse
 
 from ..support import ARCHITECTURES, GREEDY, load_weights, make_engine, prompt_logits, random_tokens, run

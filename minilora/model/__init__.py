@@ -1,0 +1,28 @@
+"""The forward step of a Llama-family decoder: one compiled function that every thread of the team runs.
+
+A step takes T rows: any mix of prefill chunks and decodes of B sequences, with any adapters. Each phase splits
+its work over the threads; a barrier ends it:
+
+    embed | norm, q k v, rotate, write pages | attend | o | norm, gate up, silu | down | ... | norm, head
+
+    step.py         the order of the phases
+    arrays.py       what they work on, and how threads share it
+    rows.py         inputs of the products: norm, quantisation
+    projection.py   q k v, rotation, pages
+    attention.py    attention
+    products.py     o, gate up and down
+    head.py         logits and the choice of tokens
+    lora.py         the embedding, and what adapters add to each product
+
+For up to FEW rows every thread normalises and quantises all of them itself, which costs less than a barrier.
+With adapters, `shrink` and a barrier come before each product. A step may go on in further rounds, each with the
+tokens that the one before chose. Whatever the batch and the team, each number is computed by the same operations in
+the same order.
+
+Products, attention, adapters' tiles and sampling are units of their own, see minilora_kernels.unit: compiled beside the rest.
+"""
+
+from .arrays import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Fixed, Shape
+from .step import make_step
+
+__all__ = ["CHUNK_BLOCKS", "FEW", "MOST_ROWS", "Buffers", "Fixed", "Shape", "make_step"]

@@ -1,0 +1,110 @@
+"""The arrays of a step, and how its threads share them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minilora_kernels.batch import StepInput
+from minilora_kernels.jit import kernel
+from minilora_kernels.linear import Rows
+from minilora_kernels.pages import KV
+from minilora_kernels.sync import share
+
+from ..adapters import AdapterArrays
+from ..weights import Network
+
+# Up to so many rows every thread normalises and quantises all of them itself.
+FEW = 8
+# What a thread takes at once: blocks of gate up, rows, and bytes of their inputs.
+CHUNK_BLOCKS = 8
+MOST_ROWS = 256
+CACHE_BYTES = 256 * 1024
+
+
+class Shape(NamedTuple):
+    """Sizes of the model, see README's table of names; eps of the norms."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    forward: int
+    vocabulary: int
+    eps: np.float32
+
+
+class Buffers(NamedTuple):
+    """Scratch of the step, float32, allocated once.
+
+    x: [T, width], the residual stream; a: inputs of q k v, o and gate up; b: inputs of down; qkv: [T, qkv];
+    s: [T, s_stride], shrunk rows, of int8 adapters as wide integers; scratch: scratch_stride numbers for each thread;
+    parts: unmerged attention; logits: [rows, vocabulary padded to 32]; bests: [rows, threads], where the largest of each
+    thread's columns is; chances, ids: a row of logits for each thread. shared: T at most; from that row of `a` on, FEW rows
+    for each thread.
+    """
+
+    x: np.ndarray
+    a: Rows
+    b: Rows
+    qkv: np.ndarray
+    qkv_stride: int
+    s: np.ndarray
+    s_stride: int
+    scratch: np.ndarray
+    scratch_stride: int
+    parts: np.ndarray
+    logits: np.ndarray
+    bests: np.ndarray
+    chances: np.ndarray
+    ids: np.ndarray
+    shared: int
+
+
+class Fixed(NamedTuple):
+    """What all steps share."""
+
+    w: Network
+    shape: Shape
+    kv: KV
+    adapters: AdapterArrays
+    buffers: Buffers
+
+
+class Context(NamedTuple):
+    """What every phase of a step sees: the thread's number, the team's size and barrier, the round, and all arrays.
+
+    Kernels get it by address, see `hold`.
+    """
+
+    rank: int
+    size: int
+    sync: np.ndarray
+    turn: int
+    w: Network
+    shape: Shape
+    kv: KV
+    batch: StepInput
+    adapters: AdapterArrays
+    buffers: Buffers
+
+
+class Place(NamedTuple):
+    """Where a product's rows lie: row `row` at `at`, the next one `stride` on, and panels `step` apart."""
+
+    array: np.ndarray
+    at: int
+    stride: int
+    step: int
+
+
+@kernel
+def share_of(c, total):
+    """(first, end) of this thread's part of range(total)."""
+    return share(total, c.rank, c.size)
+
+
+@kernel
+def rows_at_once(columns):
+    """Rows whose int8 inputs stay in the second-level cache beside the weights of a chunk."""
+    return min(MOST_ROWS, max(8, CACHE_BYTES // columns // 8 * 8))

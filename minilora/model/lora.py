@@ -1,0 +1,101 @@
+"""The adapters' parts of a step, segment by segment; and the embedding, which has one too."""
+
+from minilora_kernels.batch import token_at
+from minilora_kernels.jit import kernel
+from minilora_kernels.lora_pack import head_bytes, number_bytes
+from minilora_kernels.pack import BLOCK, PANEL
+from minilora_kernels.pointwise import embed
+from minilora_kernels.sync import barrier
+
+from .arrays import share_of
+
+
+def make_adapters(lora_format, shrink, gather, expand):
+    """(shrink_all, expand_all, embed_rows) for adapters of this format, from the kernels of one segment."""
+    head, size = head_bytes(lora_format), PANEL * number_bytes(lora_format)
+
+    @kernel
+    def shrink_all(c, segments, scales, layer, which, columns, x, x_row):
+        """s = scale * x A of every segment, for the matrices that read input `which`. Ends with a barrier.
+
+        A unit of work is one panel and up to 32 rows; neighbouring units read neighbouring bytes.
+        """
+        inputs, b, arena, units = c.adapters.inputs, c.buffers, c.adapters.arena, 0
+        for i in range(len(segments)):
+            pieces = (segments[i, 1] - segments[i, 0] + BLOCK - 1) // BLOCK
+            units += pieces * (inputs[segments[i, 2], layer, which, 1] // PANEL)
+        low, high = share_of(c, units)
+        unit = 0
+        for i in range(len(segments)):
+            first, end, slot = segments[i, 0], segments[i, 1], segments[i, 2]
+            at, panels = inputs[slot, layer, which, 0], inputs[slot, layer, which, 1] // PANEL
+            then, scale = inputs[segments[min(i + 1, len(segments) - 1), 2], layer, which, 0], scales[i]
+            for panel in range(panels):
+                following = then if panel + 1 == panels else at + (panel + 1) * (head + columns * size)
+                for row in range(first, end, BLOCK):
+                    if low <= unit < high:
+                        x_at, to = (x_row + row) * x.stride, row * b.s_stride + segments[i, 3]
+                        # What follows this thread's last unit is another's: it asks for what it has.
+                        rows, ahead = min(BLOCK, end - row), following if unit + 1 < high else at
+                        shrink(
+                            arena, at, ahead, columns, panel, x.values, x_at, x.stride, rows, scale, b.s, to, b.s_stride
+                        )
+                    unit += 1
+        barrier(c.sync, c.size)
+
+    @kernel
+    def expand_all(c, segments, layer, which, row0, row1, low, high, to, next_which, next_low):
+        """Add s B of matrix `which` to rows row0 .. row1, panels low .. high; to: Place of row row0, panel 0.
+
+        next_which, next_low: the matrix and the panel that follow after the last segment, for prefetching.
+        """
+        outputs, b, arena, last = c.adapters.outputs, c.buffers, c.adapters.arena, len(segments) - 1
+        for i in range(len(segments) if low < high else 0):
+            first, end, slot = max(row0, segments[i, 0]), min(row1, segments[i, 1]), segments[i, 2]
+            at, ranks = outputs[slot, layer, which, 0], outputs[slot, layer, which, 1]
+            if ranks > 0 and first < end:
+                s_at, column = first * b.s_stride + segments[i, 3], outputs[slot, layer, which, 2]
+                out_at = to.at + (first - row0) * to.stride + low * to.step
+                then, matrix, panel = segments[min(i + 1, last), 2], which, low
+                if i == last:
+                    then, matrix, panel = segments[0, 2], next_which, next_low
+                following = outputs[then, layer, matrix, 0] + panel * (head + outputs[then, layer, matrix, 1] * size)
+                count = end - first
+                expand(
+                    arena,
+                    at,
+                    ranks,
+                    low,
+                    high,
+                    following,
+                    b.s,
+                    s_at,
+                    column,
+                    b.s_stride,
+                    count,
+                    to.array,
+                    out_at,
+                    to.stride,
+                    to.step,
+                )
+
+    @kernel
+    def embed_rows(c):
+        """x = the rows of the input embedding, with the adapters' parts. Ends with a barrier."""
+        batch, b, width = c.batch, c.buffers, c.shape.width
+        low, high = share_of(c, len(batch.tokens))
+        for r in range(low, high):
+            embed(c.w.arena, c.w.matrices, c.w.embed, token_at(batch, c.turn, r), b.x, r * width)
+        for i in range(len(batch.segments)):
+            slot, arena = batch.segments[i, 2], c.adapters.arena
+            a_at, b_at, ranks = c.adapters.embed[slot, 0], c.adapters.embed[slot, 1], c.adapters.embed[slot, 2]
+            panels = (ranks + PANEL - 1) // PANEL
+            first, end = max(low, batch.segments[i, 0]), min(high, batch.segments[i, 1])
+            for r in range(first, end if ranks > 0 else first):
+                s_at = r * b.s_stride + batch.segments[i, 3]
+                token = token_at(batch, c.turn, r)
+                gather(arena, a_at, c.shape.vocabulary, panels, token, batch.scales[i], b.s, s_at)
+                expand(arena, b_at, ranks, 0, width // PANEL, b_at, b.s, s_at, 0, 0, 1, b.x, r * width, 0, PANEL)
+        barrier(c.sync, c.size)
+
+    return shrink_all, expand_all, embed_rows

@@ -1,0 +1,79 @@
+"""The products of the residual stream: o and down, which add to it, and gate up between them."""
+
+from minilora_kernels.jit import kernel
+from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL
+from minilora_kernels.pointwise import add_row, quantize_row, silu_mul
+from minilora_kernels.sync import barrier
+
+from ..adapters import GATE_OUT, UP_OUT
+from ..plan import DOWN, GATE_UP, GATE_UP_BIAS
+from .arrays import CHUNK_BLOCKS, Place, rows_at_once, share_of
+from .rows import place_of_values
+
+
+def make_add_product(linear, shrink_all, expand_all):
+    """The kernel add_product, for o and down."""
+
+    @kernel
+    def add_product(c, layer, matrix, bias, which_in, which_out, x, x_row, values_row):
+        """x += this thread's columns of o or down, with bias and adapters. Ends with a barrier.
+
+        x_row: first of the quantised rows of `x`; values_row: of the float ones, which adapters read.
+        """
+        w, b, batch, width, count = c.w, c.buffers, c.batch, c.shape.width, len(c.batch.tokens)
+        columns = w.matrices[matrix, COLUMNS]
+        if len(batch.segments) > 0:
+            shrink_all(c, batch.segments, batch.scales, layer, which_in, columns, x, values_row)
+        block0, block1 = share_of(c, width // BLOCK)
+        column, step = block0 * BLOCK, rows_at_once(columns)
+        for row in range(0, count, step):
+            rows, at = min(step, count - row), row * width
+            linear(w.arena, w.matrices, matrix, x, x_row + row, rows, block0, block1, b.x, at + column, width, 1)
+            to, low, high = Place(b.x, at, width, PANEL), 2 * block0, 2 * block1
+            expand_all(c, batch.segments, layer, which_out, row, row + rows, low, high, to, which_out, low)
+            for r in range(rows if bias >= 0 else 0):
+                add_row(b.x, at + r * width + column, w.arena, bias + 4 * column, (block1 - block0) * BLOCK)
+        barrier(c.sync, c.size)
+
+    return add_product
+
+
+def make_gate_up(linear, expand_all):
+    """The kernel gate_up."""
+
+    @kernel
+    def finish(c, layer, group, row, rows, block, end):
+        """silu(gate) * up of a chunk in scratch, quantised: columns of buffers.b."""
+        b, count, stride = c.buffers, end - block, CHUNK_BLOCKS * BLOCK
+        at, bias = c.rank * b.scratch_stride, c.w.layers[layer, GATE_UP_BIAS]
+        for r in range(row, row + rows):
+            values, to = place_of_values(c, group, c.batch.segments, b.b, r * b.b.stride + block * PANEL, at)
+            if bias >= 0:
+                add_row(b.scratch, at, c.w.arena, bias + 4 * block * BLOCK, count * BLOCK)
+            silu_mul(b.scratch, at, count, values, to)
+            if group > 0:
+                quantize_row(values, to, count * PANEL, group, b.b, r, block * PANEL)
+            at += stride
+
+    @kernel
+    def gate_up(c, layer, x_row):
+        """silu(gate) * up for this thread's columns. Ends with a barrier."""
+        w, b, count = c.w, c.buffers, len(c.batch.tokens)
+        matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
+        unit = max(1, group // PANEL)
+        low, high = share_of(c, c.shape.forward // PANEL // unit)
+        step, scratch, stride = rows_at_once(c.shape.width), c.rank * b.scratch_stride, CHUNK_BLOCKS * BLOCK
+        for row in range(0, count, step):
+            rows = min(step, count - row)
+            for block in range(low * unit, high * unit, CHUNK_BLOCKS):
+                end = min(block + CHUNK_BLOCKS, high * unit)
+                linear(w.arena, w.matrices, matrix, b.a, x_row + row, rows, block, end, b.scratch, scratch, stride, 0)
+                gate = Place(b.scratch, scratch - block * BLOCK, stride, BLOCK)
+                up = Place(b.scratch, gate.at + PANEL, stride, BLOCK)
+                segments, row_end = c.batch.segments, row + rows
+                expand_all(c, segments, layer, GATE_OUT, row, row_end, block, end, gate, UP_OUT, block)
+                expand_all(c, segments, layer, UP_OUT, row, row_end, block, end, up, GATE_OUT, end)
+                finish(c, layer, group, row, rows, block, end)
+        barrier(c.sync, c.size)
+
+    return gate_up

@@ -1,0 +1,112 @@
+"""Queries, keys and values: q k v of all rows, rotated, keys and values in their pages."""
+
+from minilora_kernels.jit import kernel
+from minilora_kernels.pack import BLOCK, PANEL, ROWS
+from minilora_kernels.pointwise import add_row, rms_norm, rope
+from minilora_kernels.sync import barrier, share
+
+from ..adapters import Q_OUT
+from ..plan import K_NORM, Q_NORM, QKV, QKV_BIAS, QKV_PARTS, ROTARY
+from .arrays import FEW, Place, rows_at_once, share_of
+
+# From how many rows for each thread on q k v are shared by rows: reading the weights takes little beside them.
+ROWS_EACH = 32
+
+
+def make_projection(linear, expand_all, write_key, write_value):
+    """The kernel project_heads."""
+
+    @kernel
+    def multiply(c, layer, x_row, rows, block0, block1, at):
+        """Blocks block0 .. block1 of q k v, which are stored as one to three matrices."""
+        w, b, start = c.w, c.buffers, 0
+        for part in range(w.layers[layer, QKV_PARTS]):
+            matrix = w.layers[layer, QKV] + part
+            end = start + w.matrices[matrix, ROWS] // BLOCK
+            low, high = max(block0, start), min(block1, end)
+            if low < high:
+                to, first, last = at + (low - block0) * BLOCK, low - start, high - start
+                linear(w.arena, w.matrices, matrix, b.a, x_row, rows, first, last, b.qkv, to, b.qkv_stride, 0)
+            start = end
+
+    @kernel
+    def adapt(c, layer, row0, row1, head0, head1):
+        """Add the adapters' parts of heads head0 .. head1: queries, then keys, then values."""
+        shape, b, start = c.shape, c.buffers, 0
+        first, end = head0 * shape.head_dim // PANEL, head1 * shape.head_dim // PANEL
+        for which in range(3):
+            panels = (shape.heads if which == Q_OUT else shape.kv_heads) * shape.head_dim // PANEL
+            to = Place(b.qkv, row0 * b.qkv_stride + start * PANEL, b.qkv_stride, PANEL)
+            low, high = max(first - start, 0), min(end - start, panels)
+            expand_all(c, c.batch.segments, layer, which, row0, row1, low, high, to, min(which + 1, 2), 0)
+            start += panels
+
+    @kernel
+    def finish(c, layer, row, head):
+        """Bias, norm and rotation of one head; keys and values go to their page. Heads: q, then k, then v."""
+        w, shape, kv, x = c.w, c.shape, c.kv, c.buffers.qkv
+        key, value = head - shape.heads, head - shape.heads - shape.kv_heads
+        column, position = head * shape.head_dim, c.batch.positions[row] + c.turn
+        at = row * c.buffers.qkv_stride + column
+        page, slot = c.batch.pages[c.batch.pages_at[row] + position // kv.page], position % kv.page
+        if w.layers[layer, QKV_BIAS] >= 0:
+            add_row(x, at, w.arena, w.layers[layer, QKV_BIAS] + 4 * column, shape.head_dim)
+        if value >= 0:
+            write_value(kv, layer, page, slot, value, x, at)
+            return
+        norm = w.layers[layer, Q_NORM] if key < 0 else w.layers[layer, K_NORM]
+        if norm >= 0:
+            rms_norm(x, at, shape.head_dim, w.arena, norm, shape.eps, x, at)
+        if w.layers[layer, ROTARY] == 1:
+            rope(x, at, w.half, w.cos, w.sin, position * w.half)
+        if key >= 0:
+            write_key(kv, layer, page, slot, key, x, at)
+
+    @kernel
+    def project_some(c, layer, x_row, row, rows, head0, head1):
+        """q k v of some rows and some heads, ready for attention."""
+        size = c.shape.head_dim
+        block0, block1 = head0 * size // BLOCK, (head1 * size + BLOCK - 1) // BLOCK
+        multiply(c, layer, x_row + row, rows, block0, block1, row * c.buffers.qkv_stride + block0 * BLOCK)
+        adapt(c, layer, row, row + rows, head0, head1)
+        for r in range(row, row + rows):
+            for head in range(head0, head1):
+                finish(c, layer, r, head)
+
+    @kernel
+    def project_heads(c, layer, x_row):
+        """q k v, ready for attention. Ends with a barrier. Many rows are shared by rows, few by heads."""
+        shape, count, step = c.shape, len(c.batch.tokens), rows_at_once(c.shape.width)
+        if count >= ROWS_EACH * c.size:
+            # Whole tiles of 8 rows.
+            low, high = share_of(c, (count + FEW - 1) // FEW)
+            end = min(high * FEW, count)
+            for row in range(low * FEW, end, step):
+                project_some(c, layer, x_row, row, min(step, end - row), 0, shape.heads + 2 * shape.kv_heads)
+        else:
+            for row in range(0, count, step):
+                project_mine(c, layer, x_row, row, min(step, count - row))
+        barrier(c.sync, c.size)
+
+    @kernel
+    def project_mine(c, layer, x_row, row, rows):
+        """q k v of this thread's heads.
+
+        Each kind of head is shared by itself: keys take longest to write, and those who have more queries get fewer of them.
+        For a single row they take little, and weights are better read in one piece.
+        """
+        shape = c.shape
+        keys, values = shape.heads, shape.heads + shape.kv_heads
+        if shape.head_dim % BLOCK == 0 and len(c.batch.tokens) > 1:
+            low, high = share_of(c, shape.heads)
+            project_some(c, layer, x_row, row, rows, low, high)
+            low, high = share(shape.kv_heads, c.size - 1 - c.rank, c.size)
+            project_some(c, layer, x_row, row, rows, keys + low, keys + high)
+            low, high = share_of(c, shape.kv_heads)
+            project_some(c, layer, x_row, row, rows, values + low, values + high)
+        else:
+            # Two heads may share a block: pairs of them stay together.
+            low, high = share_of(c, (values + shape.kv_heads + 1) // 2)
+            project_some(c, layer, x_row, row, rows, 2 * low, min(2 * high, values + shape.kv_heads))
+
+    return project_heads

@@ -1,0 +1,81 @@
+"""The step, put together: one program for each set of formats."""
+
+from functools import cache
+
+from minilora_kernels.attention import make_attention
+from minilora_kernels.batch import SAMPLING, all_ended, rounds_of, unpack
+from minilora_kernels.held import hold
+from minilora_kernels.jit import kernel
+from minilora_kernels.linear import make_linear
+from minilora_kernels.lora import make_lora
+from minilora_kernels.pack import GROUP
+from minilora_kernels.pages import make_write
+from minilora_kernels.team import team_program
+
+from ..adapters import DOWN_IN, DOWN_OUT, GATE_UP_IN, O_IN, O_OUT, QKV_IN
+from ..plan import DOWN, DOWN_BIAS, GATE_UP, INPUT_NORM, O_BIAS, POST_NORM, QKV, O
+from .arrays import Context
+from .attention import make_attend_all
+from .head import choose_all, make_logits
+from .lora import make_adapters
+from .products import make_add_product, make_gate_up
+from .projection import make_projection
+from .rows import norm_rows, quantize_attended
+
+
+@cache
+def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_unit: int):
+    """The step for models whose matrices have these formats, with pages and adapters of these formats.
+
+    head_unit: what the heads' size is a multiple of, 16 or 64. Everything else is a runtime value, so models that share
+    all these share the machine code.
+    """
+    products, attention = make_linear.unit(formats), make_attention.unit(kv_format, head_unit)
+    lora = make_lora.unit(lora_format)
+    [linear], [attend, attend_part] = products.kernels, attention.kernels
+    write_key, write_value = make_write(kv_format)
+    shrink_all, expand_all, embed_rows = make_adapters(lora_format, *lora.kernels)
+    project_heads = make_projection(linear, expand_all, write_key, write_value)
+    attend_all = make_attend_all(attend, attend_part)
+    add_product = make_add_product(linear, shrink_all, expand_all)
+    gate_up = make_gate_up(linear, expand_all)
+    logits = make_logits(linear, shrink_all, expand_all)
+
+    @kernel
+    def prepare(c, layer, norm, matrix, which_in):
+        """Normalised rows for a product, and the adapters' share of them; returns as norm_rows does."""
+        x_row = norm_rows(c, c.w.layers[layer, norm], c.w.matrices[c.w.layers[layer, matrix], GROUP])
+        if len(c.batch.segments) > 0:
+            shrink_all(c, c.batch.segments, c.batch.scales, layer, which_in, c.shape.width, c.buffers.a, x_row)
+        return x_row
+
+    @kernel
+    def forward(c):
+        """All layers and the head: writes the rows' pages, buffers.logits and the chosen tokens."""
+        w = c.w
+        embed_rows(c)
+        for layer in range(c.shape.layers):
+            o, down = w.layers[layer, O], w.layers[layer, DOWN]
+            x_row = prepare(c, layer, INPUT_NORM, QKV, QKV_IN)
+            project_heads(c, layer, x_row)
+            attend_all(c, layer)
+            x_row = quantize_attended(c, w.matrices[o, GROUP])
+            add_product(c, layer, o, w.layers[layer, O_BIAS], O_IN, O_OUT, c.buffers.a, x_row, 0)
+            x_row = prepare(c, layer, POST_NORM, GATE_UP, GATE_UP_IN)
+            gate_up(c, layer, x_row)
+            add_product(c, layer, down, w.layers[layer, DOWN_BIAS], DOWN_IN, DOWN_OUT, c.buffers.b, 0, 0)
+        if len(c.batch.out_rows) > 0:
+            logits(c)
+            choose_all(c)
+
+    @kernel
+    def step(rank, size, sync, packed, fixed):
+        """A forward pass of batch's rows, and as many more, each with the tokens of the one before, as it asks for."""
+        batch, (w, shape, kv, adapters, buffers) = unpack(packed), fixed
+        turn, going = 0, True
+        while going:
+            forward(hold(Context(rank, size, sync, turn, w, shape, kv, batch, adapters, buffers)))
+            turn += 1
+            going = turn < rounds_of(batch) and not all_ended(batch, turn - 1)
+
+    return team_program(step, (formats, kv_format, lora_format, head_unit), (products, attention, lora, SAMPLING))

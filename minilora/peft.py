@@ -1,0 +1,297 @@
+"""PEFT's folders: an adapter's config and tensors become an Adapter.
+
+Whatever a folder holds is used or refused by name; nothing is skipped.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora_kernels.pack import BLOCK
+
+from .adapters import EMBED, HEAD, Adapter, Pair, module_shapes
+from .checkpoint.folder import read_json
+from .checkpoint.safetensors import TensorFile
+from .config import ModelConfig
+from .errors import AdapterError, FormatError, NotFoundError, UnsupportedError
+from .weights import Weights
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+HIGHEST_RANK = 256
+
+# ---------------------------------------------------------------- adapter_config.json
+
+# Keys that matter in training only.
+_HARMLESS = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "lora_dropout",
+        "lora_ga_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "megatron_config",
+        "megatron_core",
+        "monteclora_config",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+        "velora_config",
+        "base_model_class",
+        "parent_library",
+        "tie_lora_adapters",
+    ]
+)
+_READ = frozenset(
+    [
+        "alpha_pattern",
+        "bias",
+        "fan_in_fan_out",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_dora",
+        "use_rslora",
+    ]
+)
+# Initialisations that change the base weights, so that the saved A and B alone are not the adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PATTERN = re.compile(r"[\w.\-\\|()\[\]^$*+?]{1,200}")
+_NESTED_REPEAT = re.compile(r"[*+}][^()]*\)[*+{?]")
+
+
+class _Settings:
+    """adapter_config.json, checked."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        self.data = data
+        self._check()
+        self.rank = self._integer("r", 8, HIGHEST_RANK)
+        self.alpha = self._alpha("lora_alpha", data.get("lora_alpha", 8))
+        self.ranks = {
+            key: self._integer(f"rank_pattern[{key}]", value, HIGHEST_RANK)
+            for key, value in self._patterns("rank_pattern")
+        }
+        self.alphas = {
+            key: self._alpha(f"alpha_pattern[{key}]", value) for key, value in self._patterns("alpha_pattern")
+        }
+
+    def _check(self) -> None:
+        data = self.data
+        if data.get("peft_type", "LORA") != "LORA":
+            raise UnsupportedError(f"{CONFIG}: peft_type {data['peft_type']!r}, only LORA adapters are read")
+        for key, what in (
+            ("use_dora", "DoRA"),
+            ("fan_in_fan_out", "transposed weights"),
+            ("modules_to_save", "whole modules"),
+        ):
+            if data.get(key):
+                raise UnsupportedError(
+                    f"{CONFIG}: {key} is set: minilora does not apply {what}", "Merge it into the base model with PEFT."
+                )
+        if data.get("bias", "none") != "none":
+            raise UnsupportedError(f"{CONFIG}: bias {data['bias']!r}: minilora does not apply biases of adapters")
+        start = data.get("init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise UnsupportedError(
+                f"{CONFIG}: init_lora_weights {start!r} changes the base model's weights",
+                "Save the adapter with PEFT's path_initial_model_for_weight_conversion.",
+            )
+        unknown = sorted(k for k in data if k not in _READ | _HARMLESS and data[k] not in (None, False, [], {}))
+        if unknown:
+            raise UnsupportedError(f"{CONFIG} has {', '.join(unknown)}: minilora does not know what this changes")
+
+    def _integer(self, key: str, default: Any, most: int) -> int:
+        value = self.data.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise AdapterError(f"{CONFIG}: {key} must be an integer from 1 to {most}, not {value!r}")
+        return value
+
+    def _alpha(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterError(f"{CONFIG}: {key} must be a finite number, not {value!r}")
+        return float(value)
+
+    def _patterns(self, key: str) -> list[tuple[str, Any]]:
+        value = self.data.get(key) or {}
+        if not isinstance(value, dict):
+            raise AdapterError(f"{CONFIG}: {key} must be an object")
+        for pattern in value:
+            try:
+                if not _PATTERN.fullmatch(pattern) or _NESTED_REPEAT.search(pattern):
+                    raise ValueError
+                re.compile(pattern)
+            except (ValueError, re.error):
+                raise AdapterError(f"{CONFIG}: {key} has a pattern that is not usable: {pattern[:60]!r}") from None
+        return list(value.items())
+
+    def rank_of(self, module: str) -> int:
+        return _matching(self.ranks, module, self.rank)
+
+    def scaling(self, module: str, rank: int) -> float:
+        alpha = _matching(self.alphas, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.data.get("use_rslora") else alpha / rank
+
+
+def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends with, as PEFT finds it."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+# ---------------------------------------------------------------- reading a folder
+
+
+def load_adapter(folder: Path, config: ModelConfig, weights: Weights | None = None) -> Adapter:
+    """Read a PEFT folder for a base model of this config.
+
+    weights: the base model's. With adapters of the embedding or head PEFT saves the base's own matrices too; they
+    are compared with `weights`, and other ones are refused. Raises NotFoundError, FormatError, UnsupportedError or AdapterError, naming the tensor or key.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"{folder} is no folder", "An adapter is a folder with adapter_config.json in it.")
+    settings = _Settings(read_json(folder / CONFIG))
+    if not (folder / TENSORS).exists():
+        if pickles := [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]:
+            raise UnsupportedError(
+                f"{folder} holds {pickles[0]}, a pickle file, which can run code when it is read",
+                "Load it with PEFT and save it again: save_pretrained(folder, safe_serialization=True).",
+            )
+        raise NotFoundError(f"{folder / TENSORS} is missing")
+    tensors = _read_tensors(folder / TENSORS)
+    for name in [name for name in tensors if name.endswith(".base_layer.weight")]:
+        _check_base(name, tensors.pop(name), config, weights)
+    adapter = adapter_from_arrays(tensors, settings.data, config, source=str(folder))
+    _check_targets(settings.data, adapter, config)
+    return adapter
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    file = TensorFile(path)
+    return {name: file.read(name) for name in file.tensors}
+
+
+def _check_base(name: str, copy: np.ndarray, config: ModelConfig, weights: Weights | None) -> None:
+    """A copy of the base's embedding or head: it must be the base's, up to the rounding of its format."""
+    shape = (config.vocab_size, config.hidden_size)
+    if copy.shape != shape or not name.endswith((f"{EMBED}.base_layer.weight", f"{HEAD}.base_layer.weight")):
+        raise AdapterError(
+            f"{name!r} has shape {copy.shape}, the base model's is {shape}",
+            "The adapter was made for another base model.",
+        )
+    if weights is None:
+        return
+    matrix = weights.embed if EMBED in name else weights.head
+    for first in range(0, config.vocab_size, max(BLOCK, config.vocab_size // 8 // BLOCK * BLOCK)):
+        ours, theirs = weights.rows(matrix, first // BLOCK), copy[first : first + BLOCK]
+        ours = ours[: len(theirs)]
+        if np.linalg.norm(ours - theirs) > 0.2 * np.linalg.norm(ours):
+            raise AdapterError(
+                f"{name!r} is not the base model's own matrix", "Merge the adapter into its base with PEFT."
+            )
+
+
+def adapter_from_arrays(
+    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], config: ModelConfig, source: str = ""
+) -> Adapter:
+    """An adapter from arrays under PEFT's tensor names and the content of adapter_config.json.
+
+    Raises AdapterError or UnsupportedError, naming the tensor or key.
+    """
+    checked, shapes = _Settings(settings), module_shapes(config)
+    halves: dict[str, dict[str, np.ndarray]] = {}
+    for name in sorted(tensors):
+        module, half = _parse_name(name, shapes)
+        if half in halves.setdefault(module, {}):
+            raise AdapterError(f"{name!r}: {half} of {module} is there twice")
+        halves[module][half] = np.asarray(tensors[name], np.float32)
+    if not halves:
+        raise AdapterError("the adapter holds no tensors")
+    pairs = {module: _pair(module, found, shapes[module], checked) for module, found in halves.items()}
+    return Adapter(pairs, source, dict(settings))
+
+
+def _parse_name(name: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
+    """(module, "A" or "B") of a PEFT tensor name."""
+    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?", name)
+    if not match:
+        what = "DoRA's magnitudes" if "lora_magnitude" in name else "a tensor that is no half of a LoRA pair"
+        raise UnsupportedError(f"{name!r} is {what}, which minilora does not apply")
+    module = match[1]
+    if module not in shapes:
+        raise AdapterError(f"{name!r}: the base model has no module {module!r} that adapters can change")
+    if bool(match[2]) != (module == EMBED):
+        raise AdapterError(f"{name!r}: not the form that PEFT writes for {module!r}")
+    return module, match[3]
+
+
+def _pair(module: str, halves: Mapping[str, np.ndarray], shape: tuple[int, int], settings: _Settings) -> Pair:
+    if missing := {"A", "B"} - halves.keys():
+        raise AdapterError(f"{module}: lora_{missing.pop()} is missing")
+    a, b, (rows, columns) = halves["A"], halves["B"], shape
+    rank = settings.rank_of(module)
+    for name, half, wanted in (("A", a, (rank, columns)), ("B", b, (rows, rank))):
+        if half.shape != wanted:
+            raise AdapterError(
+                f"{module}: lora_{name} has shape {half.shape}, rank {rank} on this base model needs {wanted}",
+                "The adapter was made for another base model, or its config names another rank.",
+            )
+        if not np.isfinite(half).all():
+            raise AdapterError(f"{module}: lora_{name} holds a number that is not finite")
+    return Pair(a, b * np.float32(settings.scaling(module, rank)))
+
+
+def _check_targets(settings: Mapping[str, Any], adapter: Adapter, config: ModelConfig) -> None:
+    """Every module that the config names must have its tensors."""
+    targets = settings.get("target_modules")
+    if not isinstance(targets, list):
+        return
+    layers = _layers(settings.get("layers_to_transform"), config)
+    if not all(isinstance(target, str) for target in targets):
+        raise AdapterError(f"{CONFIG}: target_modules must hold names")
+    for name in module_shapes(config):
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer and int(layer[1]) not in layers:
+            continue
+        if any(name == target or name.endswith(f".{target}") for target in targets) and name not in adapter.pairs:
+            raise AdapterError(f"{CONFIG} names {name!r} as a target, but its tensors are missing")
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in adapter.pairs):
+            raise AdapterError(f"{CONFIG} names the target {target!r}, which the base model does not have")
+
+
+def _layers(chosen: Any, config: ModelConfig) -> set[int]:
+    """The layers that layers_to_transform means; without it, all."""
+    listed = [chosen] if isinstance(chosen, int) else list(range(config.layers)) if chosen is None else chosen
+    if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+        raise AdapterError(f"{CONFIG}: layers_to_transform must be a layer's number or a list of them, not {chosen!r}")
+    return set(listed)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says, for display. Raises NotFoundError or FormatError."""
+    data = read_json(folder / CONFIG)
+    if not isinstance(data.get("r"), int):
+        raise FormatError(f"{folder / CONFIG} names no rank r")
+    return json.loads(
+        json.dumps({k: data.get(k) for k in ("r", "lora_alpha", "target_modules", "base_model_name_or_path")})
+    )
