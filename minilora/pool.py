@@ -4,6 +4,7 @@ An adapter is one contiguous run of bytes. When free bytes are there but scatter
 happens between steps only, when nothing reads it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -40,7 +41,7 @@ class AdapterPool:
         self, config: ModelConfig, slots: int, capacity: int, fmt: int = FLOAT16, most_used: int | None = None
     ):
         self.format, self.capacity, self.slots = fmt, capacity, slots
-        self.most_used = slots if most_used is None else most_used
+        self.most_used = slots if most_used is None else min(most_used, slots)
         self.hits = self.insertions = self.evictions = 0
         layers = config.layers + 1
         try:
@@ -55,7 +56,7 @@ class AdapterPool:
         )
         self._slots: dict[str, Slot] = {}
         self._free_numbers = list(range(slots))[::-1]
-        self._clock = self._used = self._in_use = 0
+        self._clock = self._used = self._in_use = self._bytes_in_use = 0
 
     @property
     def used(self) -> int:
@@ -77,15 +78,18 @@ class AdapterPool:
         """The slot's number of a resident adapter."""
         return self._slots[digest].number
 
-    def can_use(self, digests: set[str]) -> bool:
-        """Whether so many different adapters may be in use at once, with those that are."""
-        fresh = sum(1 for digest in digests if digest not in self._slots or not self._slots[digest].references)
-        return self._in_use + fresh <= self.most_used
+    def can_use(self, sizes: Mapping[str, int]) -> bool:
+        """Whether adapters of these digests and bytes may be in use at once, together with those that are."""
+        fresh = [digest for digest in sizes if digest not in self._slots or not self._slots[digest].references]
+        room = self.capacity - self._bytes_in_use - sum(sizes[digest] for digest in fresh)
+        return room >= 0 and self._in_use + len(fresh) <= self.most_used
 
     def acquire(self, digest: str) -> None:
         """Count one more user of a resident adapter."""
         slot = self._slots[digest]
-        self._in_use += slot.references == 0
+        if slot.references == 0:
+            self._in_use += 1
+            self._bytes_in_use += slot.size
         slot.references += 1
         self.touch(digest)
 
@@ -95,7 +99,9 @@ class AdapterPool:
         if slot.references == 0:
             raise AssertionError(f"adapter {digest[:8]} is released more often than acquired")
         slot.references -= 1
-        self._in_use -= slot.references == 0
+        if slot.references == 0:
+            self._in_use -= 1
+            self._bytes_in_use -= slot.size
 
     def touch(self, digest: str) -> None:
         """Note that a resident adapter is wanted: others are evicted before it."""
@@ -118,9 +124,11 @@ class AdapterPool:
             return True
         size = len(packed.data)
         self.check_size(size)
+        # Nothing is evicted in vain.
+        if self._bytes_in_use + size > self.capacity or self._in_use == self.slots:
+            return False
         while not self._free_numbers or self._used + size > self.capacity:
-            if not self._evict():
-                return False
+            self._evict()
         start = self._gap(size)
         slot = Slot(self._free_numbers.pop(), digest, start, size)
         self._slots[digest] = slot
@@ -142,12 +150,10 @@ class AdapterPool:
         self.arrays.embed[slot.number] = 0
         return True
 
-    def _evict(self) -> bool:
+    def _evict(self) -> None:
         unused = [slot for slot in self._slots.values() if not slot.references]
-        if not unused:
-            return False
         self.evictions += 1
-        return self.remove(min(unused, key=lambda slot: slot.last_used).digest)
+        self.remove(min(unused, key=lambda slot: slot.last_used).digest)
 
     def _gap(self, size: int) -> int:
         """Where `size` bytes in a row are free, after moving adapters together if need be."""
@@ -200,6 +206,8 @@ class AdapterPool:
             raise AssertionError("a negative count of users")
         if self._in_use != sum(slot.references > 0 for slot in slots) or self._in_use > self.most_used:
             raise AssertionError("adapters in use are counted wrong")
+        if self._bytes_in_use != sum(slot.size for slot in slots if slot.references):
+            raise AssertionError("bytes in use are counted wrong")
 
     def check_references(self, held: dict[str, int]) -> None:
         """Raise AssertionError where the counts of users are not these."""

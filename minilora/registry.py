@@ -239,24 +239,21 @@ class AdapterRegistry:
         Raises ResourceError where they could never be there together.
         """
         found = list(versions)
-        digests = [version.digest or "" for version in found]
-        together = sum({version.digest: version.size for version in found}.values())
+        sizes = {version.digest or "": version.size for version in found}
+        together = sum(sizes.values())
         if together > self.pool.capacity:
             raise ResourceError(
                 f"the adapters of one request take {together} bytes, the pool has {self.pool.capacity}",
                 "Raise lora_memory.",
             )
-        if not self.pool.can_use(set(digests)):
+        if not self.pool.can_use(sizes):
             return False
         # Residents first, else room for one adapter could be made by evicting another of the same request.
         found.sort(key=lambda version: version.digest not in self.pool)
-        hits = sum(digest in self.pool for digest in digests)
-        for count, version in enumerate(found):
-            if not self._insert(version):
-                self.release(found[:count])
-                return False
+        self.pool.hits += sum(version.digest in self.pool for version in found)
+        for version in found:
+            self._insert(version)
             self.pool.acquire(version.digest or "")
-        self.pool.hits += hits
         return True
 
     def release(self, versions: Iterable[AdapterVersion]) -> None:
@@ -264,18 +261,16 @@ class AdapterRegistry:
         for version in versions:
             self.pool.release(version.digest or "")
 
-    def _insert(self, version: AdapterVersion) -> bool:
-        """Into the pool, if it is not there."""
+    def _insert(self, version: AdapterVersion) -> None:
+        """Into the pool, if it is not there and there is room."""
         if version.digest in self.pool:
-            return True
+            return
         if version.packed is None or version.digest is None:
             raise AssertionError(f"adapter {version.name!r} is not loaded")
         started = time.perf_counter()
-        if not self.pool.insert(version.digest, version.packed):
-            return False
-        self.counts.swap_seconds += time.perf_counter() - started
-        self._let_go(version)
-        return True
+        if self.pool.insert(version.digest, version.packed):
+            self.counts.swap_seconds += time.perf_counter() - started
+            self._let_go(version)
 
     # ------------------------------------------------------------ loading
 

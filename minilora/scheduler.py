@@ -1,8 +1,9 @@
 """Which sequences run in the next step, and how many tokens of each. No arrays, no clock.
 
 Running texts come first: one token for each that decodes, then pieces of prompts with what is left of the budget.
-New texts start in the waiting queue's order. One whose adapter is still being read is passed by; one that lacks
-pages or room for its adapter is waited for, so that small requests can't starve a large one.
+New texts start in the waiting queue's order. One whose adapter is still being read is passed by. One that lacks
+pages, or room for its adapters, is waited for, so that small requests can't starve a large one; while it is adapters
+that are waited for, those that use none go on.
 """
 
 from itertools import chain, islice
@@ -202,7 +203,8 @@ class Scheduler:
         places = self._places_left
         if room <= 0 or places <= 0 or not self.waiting:
             return plan
-        blocked, unread = False, 0
+        full = adapters_full = False
+        unread = 0
         first = islice(self.waiting.in_order(), LOOKED_AT * self.most_sequences)
         # Those that were preempted hold adapters that others may wait for: they are looked at wherever they stand.
         for sequence in chain(first, sorted(self._preempted, key=_rank)):
@@ -210,41 +212,44 @@ class Scheduler:
                 break
             if sequence.state is not State.WAITING or sequence in self._lost:
                 continue
-            # Behind one that waits for room only those may start that already hold some of it.
-            if blocked and not sequence.holds_adapters:
+            # Behind one that waits for room only those may start that already hold some of it, or take none of it.
+            if not sequence.holds_adapters and (full or (adapters_full and sequence.uses)):
                 continue
             try:
                 if not self.adapters.is_ready(sequence.adapters, urgent=unread < places):
                     unread += 1
-                elif not self._admit(sequence):
-                    blocked = True
-                elif count := self._grant(sequence, room):
+                elif not self._has_room(sequence):
+                    full = True
+                elif not self._hold_adapters(sequence):
+                    adapters_full = True
+                elif count := self._start(sequence, room):
                     plan.append(Work(sequence, count))
                     room -= count
             except MiniloraError as error:
                 self.fail(sequence, error)
         return plan
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _has_room(self, sequence: Sequence) -> bool:
         if 1 + len(sequence.siblings) > self._places_left:
             return False
         found = self._cached_pages(sequence)
         needed = self._pages_for(sequence) - len(found)
         idle = sum(1 for page in found if not self.pool.is_held(page))
         promised = sum(self._pages_for(other) - len(other.pages) for other in self.running)
-        if self.pool.available - idle < needed + (promised if self.running else 0):
-            return False
-        if not sequence.holds_adapters and not self.adapters.acquire(sequence.adapters):
-            return False
-        self._start(sequence, found)
-        return True
+        return self.pool.available - idle >= needed + (promised if self.running else 0)
 
-    def _start(self, sequence: Sequence, found: list[int]) -> None:
+    def _hold_adapters(self, sequence: Sequence) -> bool:
+        if not sequence.holds_adapters:
+            sequence.holds_adapters = self.adapters.acquire(sequence.adapters)
+        return sequence.holds_adapters
+
+    def _start(self, sequence: Sequence, room: int) -> int:
+        """Let it run; returns how many of its tokens the step takes, of `room` at most."""
         self.waiting.remove(sequence)
         self._preempted.discard(sequence)
+        found = self._cached_pages(sequence)
         for page in found:
             self.pool.share(page)
-        sequence.holds_adapters = True
         sequence.pages = list(found)
         sequence.computed = len(found) * self.page
         sequence.cached = max(sequence.cached, sequence.computed)
@@ -254,6 +259,7 @@ class Scheduler:
         self.waiting.charge(sequence, max(0, len(sequence.tokens) - max(sequence.charged, sequence.computed)))
         sequence.charged = len(sequence.tokens)
         self._changed = True
+        return self._grant(sequence, room)
 
     def _pages_for(self, sequence: Sequence) -> int:
         return -(-len(sequence.tokens) // self.page)

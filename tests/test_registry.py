@@ -122,6 +122,26 @@ def test_never_evicted_while_in_use(folders):
     store.registry.close()
 
 
+def test_nothing_is_evicted_in_vain(folders):
+    """A request that lacks room leaves what is resident to those who can use it."""
+    store = Store(room=3)
+    one, other, resident, *wanted = (store.registry.add(f"a{i}", folders[i]) for i in range(5))
+    store.start(resident)
+    store.end(resident)
+    store.start(one)
+    store.start(other)
+    store.registry.enter(wanted)
+    while not store.registry.is_ready(wanted):
+        store.settle()
+    for _ in range(3):
+        assert not store.registry.acquire(wanted), "there is room for one of the two"
+    assert resident.digest in store.registry.pool and store.registry.pool.evictions == 0
+    store.end(one)
+    assert store.registry.acquire(wanted) and store.registry.pool.evictions == 2
+    store.registry.check_integrity()
+    store.registry.close()
+
+
 def test_an_adapter_is_not_evicted_for_another_of_its_own_request(folders):
     """The second one is resident and unused when the first needs its room: the stranger goes."""
     store = Store(room=2)

@@ -247,6 +247,29 @@ def test_nobody_passes_one_that_waits_for_room():
     assert world.finished[0] is first and set(passing) <= set(world.finished)
 
 
+def test_who_uses_no_adapter_does_not_wait_for_adapters():
+    """Nor does the one that waits for them lose its turn, however many such come."""
+    world = World(room=1, running=3)
+    first = world.submit(adapter=0, generate=12)
+    world.step()
+    blocked, plain = world.submit(adapter=1), [world.submit(tenant=f"t{i}") for i in range(40)]
+    world.step()
+    assert plain[0] in world.scheduler.running and blocked in world.scheduler.waiting
+    world.run()
+    place = world.finished.index(blocked)
+    assert world.finished.index(first) < place < len(world.finished) - 20
+
+
+def test_who_lacks_pages_is_passed_by_nobody():
+    world = World(pages=8, running=4, caching=False)
+    world.submit(prompt=16, generate=8)
+    world.step()
+    blocked, small = world.submit(prompt=20), world.submit(prompt=4)
+    world.step()
+    assert blocked in world.scheduler.waiting and small in world.scheduler.waiting
+    world.run()
+
+
 # ---------------------------------------------------------------- pages
 
 
