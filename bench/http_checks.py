@@ -93,6 +93,18 @@ def read(answer: Answer) -> Reply:
     return reply
 
 
+def times_of(answer: Answer) -> list[float]:
+    """When each piece of an answer's text came: signs of life are none, and a document is one piece."""
+    if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+        return [answer.pieces[-1][0]]
+    return [when for when, event in answer.events() if event.get("choices")]
+
+
+def waited_too_long(reply: Reply) -> bool:
+    """Whether the server said that the request's turn did not come in time, before anything of its text."""
+    return reply.error == "queue_timeout" and not reply.tokens
+
+
 def fault(body: dict, reply: Reply) -> str:
     """What is wrong with the reply to a request that was let in; "" for nothing."""
     count, asked = len(reply.tokens), len(body["prompt"])

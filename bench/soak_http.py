@@ -23,7 +23,18 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
-from http_checks import adapters_of, draw_request, fault, held, is_clean_refusal, read, repetition, slope
+from http_checks import (
+    adapters_of,
+    draw_request,
+    fault,
+    held,
+    is_clean_refusal,
+    read,
+    repetition,
+    slope,
+    times_of,
+    waited_too_long,
+)
 from http_client import Answer, Client
 from http_report import Outcome, spread, values_of
 from http_servers import OwnServer
@@ -50,7 +61,8 @@ class Soak:
         self.meaning = {version: version for version in versions}
         self.changes: Counter[str] = Counter()
         self.repeats: list[tuple[dict, list[str], list[int]]] = []
-        self.counts = dict.fromkeys(("finished", "refused", "left", "unloaded", "changes", "tokens", "wrong"), 0)
+        counted = ("finished", "refused", "expired", "left", "unloaded", "changes", "tokens", "wrong")
+        self.counts = dict.fromkeys(counted, 0)
         self.faults: list[str] = []
         self.outcomes: list[Outcome] = []
         self.memory: list[tuple[float, float]] = []
@@ -82,6 +94,8 @@ class Soak:
         settled = all(n % 2 == 0 for n in changes) and changes == [self.changes[name] for name in names]
         if reply.error in UNLOADED and not settled:
             self.counts["unloaded"] += 1
+        elif waited_too_long(reply):
+            self.counts["expired"] += 1
         elif crowd and is_clean_refusal(answer):
             self.counts["refused"] += 1
         elif answer.status != 200:
@@ -94,7 +108,7 @@ class Soak:
             self.finish(answer, outcome, len(reply.tokens), (body, versions, reply.tokens) if settled else None)
 
     def finish(self, answer: Answer, outcome: Outcome, tokens: int, repeat: tuple | None) -> None:
-        outcome.output_tokens, outcome.times = tokens, [when for when, _ in answer.pieces]
+        outcome.output_tokens, outcome.times = tokens, times_of(answer)
         self.outcomes.append(outcome)
         self.counts["finished"] += 1
         self.counts["tokens"] += tokens
@@ -145,9 +159,9 @@ class Soak:
         self.outcomes = []
         room = min(self.options.overload, self.options.max_num_seqs + self.options.queue)
         for _ in range(self.options.bursts):
-            before = self.counts["finished"]
+            before = self._admitted
             await asyncio.gather(*(self.ask(crowd=True) for _ in range(self.options.overload)))
-            admitted = self.counts["finished"] - before
+            admitted = self._admitted - before
             if admitted < room:
                 self.faults.append(f"{admitted} were let in, where there is room for {room}")
             await self.settle()
@@ -171,6 +185,10 @@ class Soak:
             "rss_mb_per_minute": growth and round(growth, 3),
             "most_files": max(self.files),
         }
+
+    @property
+    def _admitted(self) -> int:
+        return self.counts["finished"] + self.counts["expired"]
 
     def latencies(self) -> dict:
         streamed = [outcome for outcome in self.outcomes if len(outcome.times) > 1]

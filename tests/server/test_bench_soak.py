@@ -12,7 +12,19 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from http_checks import IDLE, adapters_of, draw_request, fault, held, is_clean_refusal, read, repetition, slope  # noqa: E402
+from http_checks import (  # noqa: E402
+    IDLE,
+    adapters_of,
+    draw_request,
+    fault,
+    held,
+    is_clean_refusal,
+    read,
+    repetition,
+    slope,
+    times_of,
+    waited_too_long,
+)
 from http_client import Answer, Client  # noqa: E402
 
 from .conftest import MODEL, assert_idle  # noqa: E402
@@ -89,6 +101,23 @@ def test_a_stream_without_its_end():
     whole = Answer(200, [(0.0, data + b"data: [DONE]\n\n")], headers)
     assert read(whole).tokens == [1, 2, 3, 4] and fault(BODY, read(whole)) == ""
     assert "end is missing" in fault(BODY, read(Answer(200, [(0.0, data)], headers)))
+
+
+def test_times_are_those_of_text():
+    event = b"data: " + json.dumps({**completion((1,), None), "usage": None}).encode() + b"\n\n"
+    usage = b"data: " + json.dumps({**completion(), "choices": []}).encode() + b"\n\ndata: [DONE]\n\n"
+    headers = {"content-type": "text/event-stream; charset=utf-8"}
+    pieces = [(15.0, b": still working\n\n"), (16.0, event[:9]), (17.0, event[9:]), (18.0, event), (19.0, usage)]
+    assert times_of(Answer(200, pieces, headers)) == [17.0, 18.0]
+    assert times_of(Answer(200, [(1.0, b"{"), (2.0, b"}")], {"content-type": "application/json"})) == [2.0]
+
+
+def test_a_turn_that_did_not_come():
+    expired = {"error": {"code": "queue_timeout"}}
+    assert waited_too_long(read(answer(503, expired))) and not waited_too_long(read(answer(200, completion())))
+    late = [{**completion((1,), None), "usage": None}, expired]
+    data = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in late) + b"data: [DONE]\n\n"
+    assert not waited_too_long(read(Answer(200, [(0.0, data)], {"content-type": "text/event-stream"})))
 
 
 def test_refusals():
