@@ -1,4 +1,4 @@
-"""The passes of Numba's compiler that kernels need.
+"""The passes of Numba's compiler that kernels need, and a memory for the one that takes longest.
 
 Kernels are plain loops over numbers, tuples and arrays. What Numba does for closures, `with`, list comprehensions, whole-array
 expressions and inlined overloads would find nothing in them; looking for it takes nearly a tenth of the time to compile.
@@ -45,7 +45,7 @@ class _Remembering:
 
     def resolve_function_type(self, function: Any, args: tuple, kws: dict) -> Signature | None:
         """The signature of a call, None where there is none. Raises Numba's TypingError."""
-        # Of all that has a type of its own, kernels say, another call may be another function.
+        # Others, kernels above all, are compiled by being looked up: Numba remembers these itself.
         if isinstance(function, types.Type) and not isinstance(function, types.Function):
             return self._context.resolve_function_type(function, args, kws)
         call = function, args, *sorted(kws.items())
