@@ -218,36 +218,37 @@ class Scheduler:
             try:
                 if not self.adapters.is_ready(sequence.adapters, urgent=unread < places):
                     unread += 1
-                elif not self._has_room(sequence):
+                elif (found := self._room_for(sequence)) is None:
                     full = True
                 elif not self._hold_adapters(sequence):
                     adapters_full = True
-                elif count := self._start(sequence, room):
+                elif count := self._start(sequence, found, room):
                     plan.append(Work(sequence, count))
                     room -= count
             except MiniloraError as error:
                 self.fail(sequence, error)
         return plan
 
-    def _has_room(self, sequence: Sequence) -> bool:
+    def _room_for(self, sequence: Sequence) -> list[int] | None:
+        """The pages that already hold its beginning; None where places, or pages for the rest, are lacking."""
         if 1 + len(sequence.siblings) > self._places_left:
-            return False
+            return None
         found = self._cached_pages(sequence)
         needed = self._pages_for(sequence) - len(found)
         idle = sum(1 for page in found if not self.pool.is_held(page))
         promised = sum(self._pages_for(other) - len(other.pages) for other in self.running)
-        return self.pool.available - idle >= needed + (promised if self.running else 0)
+        enough = self.pool.available - idle >= needed + (promised if self.running else 0)
+        return found if enough else None
 
     def _hold_adapters(self, sequence: Sequence) -> bool:
         if not sequence.holds_adapters:
             sequence.holds_adapters = self.adapters.acquire(sequence.adapters)
         return sequence.holds_adapters
 
-    def _start(self, sequence: Sequence, room: int) -> int:
+    def _start(self, sequence: Sequence, found: list[int], room: int) -> int:
         """Let it run; returns how many of its tokens the step takes, of `room` at most."""
         self.waiting.remove(sequence)
         self._preempted.discard(sequence)
-        found = self._cached_pages(sequence)
         for page in found:
             self.pool.share(page)
         sequence.pages = list(found)

@@ -2,8 +2,8 @@
 
 `kernel` marks a function that other kernels call, `inlined` one that becomes part of them. `program` marks one that
 Python calls: its machine code is kept on disk. Numba's own cache looks at one source file only and can mix up
-processes that write at once, so the key here covers every kernel source, the versions of Numba and LLVM and the CPU,
-and each key has its file. What is large is compiled by itself, see `unit`.
+processes that write at once, so the key here covers every kernel source, what else a program is made from (`sources`),
+the versions of Numba and LLVM and the CPU, and each key has its file. What is large is compiled by itself, see `unit`.
 """
 
 import hashlib

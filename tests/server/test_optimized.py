@@ -10,7 +10,10 @@ TESTS = Path(__file__).resolve().parents[1]
 # Known failures have their tests under their names, S1 to S28 and L1 to L11.
 KNOWN = re.compile(r"^def test_[sl]\d+_", re.MULTILINE)
 FILES = [path for path in sorted(TESTS.rglob("test_*.py")) if KNOWN.search(path.read_text())]
-MORE = [TESTS / "server" / f"test_{name}.py" for name in ("streams", "admission")]
+MORE = [
+    TESTS / f"{name}.py"
+    for name in ("server/test_streams", "server/test_admission", "crowd/test_faults", "crowd/test_counters")
+]
 
 
 def test_security_without_asserts():
