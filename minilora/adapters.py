@@ -193,8 +193,9 @@ def _most_bytes(adapter: Adapter, fmt: int) -> int:
 def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapter:
     """An adapter in the form that the step reads, its numbers as FLOAT32, FLOAT16 or INT8.
 
-    Raises AdapterError where a number is too large for float16.
+    Raises AdapterError where it does not fit the base model, or a number is too large for float16.
     """
+    _check_shapes(adapter, config)
     arena = _Arena(fmt, _most_bytes(adapter, fmt))
     inputs = np.zeros((config.layers + 1, 4, 2), np.int64)
     outputs = np.zeros((config.layers + 1, 7, 3), np.int64)
@@ -211,6 +212,19 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapt
     for table in (inputs, outputs, embed):
         digest.update(table.data)
     return PackedAdapter(data, inputs, outputs, embed, digest.hexdigest())
+
+
+def _check_shapes(adapter: Adapter, config: ModelConfig) -> None:
+    shapes = module_shapes(config)
+    for name, (a, b) in adapter.pairs.items():
+        if name not in shapes:
+            raise AdapterError(f"the base model has no module {name!r} that adapters can change")
+        (rows, columns), rank = shapes[name], len(a)
+        if a.shape != (rank, columns) or b.shape != (rows, rank):
+            raise AdapterError(
+                f"{name}: A {a.shape} and B {b.shape} do not fit the base model's {rows} x {columns}",
+                "The adapter was made for another base model.",
+            )
 
 
 def _pack_ends(

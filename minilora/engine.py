@@ -94,8 +94,8 @@ class Engine:
         )
         self._recorder = Recorder(self.adapters.names.__contains__)
         self._sequences = 0
-        # Whether the last step found nothing that could run.
-        self.stalled = False
+        # Whether a step computes right now, and whether the last one found nothing that could run.
+        self._computing = self.stalled = False
         self._stuck = 0
 
     # ------------------------------------------------------------ adapters
@@ -113,8 +113,9 @@ class Engine:
     def remove_adapter(self, name: str, force: bool = False) -> None:
         """Forget an adapter's name: its requests finish first, or with force end at once with an AdapterError.
 
-        Raises NotFoundError.
+        Raises NotFoundError, or UsageError from within a step.
         """
+        self._refuse_within_step()
         version = self.adapters.remove(name)
         self._recorder.forget(name)
         if force:
@@ -173,7 +174,8 @@ class Engine:
             )
         if params.n > self.config.max_num_seqs:
             raise UsageError(f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}", param="n")
-        if len({use.adapter for use in uses}) > (most := min(MOST_USES, self.config.max_loras)):
+        if len(uses) > MOST_USES or len({use.adapter for use in uses}) > self.config.max_loras:
+            most = min(MOST_USES, self.config.max_loras)
             raise UsageError(f"{len(uses)} adapters in one request, at most {most} are possible")
         params.check_vocabulary(self.model.vocab_size)
 
@@ -181,10 +183,15 @@ class Engine:
         return self.length if params.max_tokens is None else min(prompt + params.max_tokens, self.length)
 
     def cancel(self, sequence: Sequence, reason: str = "abort") -> None:
-        """End a sequence; its pages and adapters are free at once."""
+        """End a sequence; its pages and adapters are free at once. Raises UsageError from within a step."""
+        self._refuse_within_step()
         if sequence.state is not State.FINISHED:
             self.scheduler.finish(sequence, reason)
             self._recorder.finished(sequence, time.perf_counter())
+
+    def _refuse_within_step(self) -> None:
+        if self._computing:
+            raise UsageError("a step is computed right now", "End texts between steps, not from a logits processor.")
 
     def propose(self, sequence: Sequence, tokens: list[int]) -> None:
         """Guess how a text that decodes goes on: one step checks all guesses, keeps the right ones and one token more.
@@ -251,6 +258,7 @@ class Engine:
                 decodes += 1
             else:
                 prompt_rows += length
+        self._computing = True
         try:
             for sequence, _ in plan:
                 for use in sequence.uses:
@@ -266,6 +274,8 @@ class Engine:
         except Exception as error:
             self._give_up(plan, error)
             return []
+        finally:
+            self._computing = False
         seconds = time.perf_counter() - started
         self._recorder.step(seconds, decodes * len(tokens), prompt_rows)
         self._pace.observe(decodes, prompt_rows, seconds / len(tokens))
@@ -317,7 +327,9 @@ class Engine:
             done = start + length == len(sequence.tokens)
             if sequence.wants_prompt_logprobs:
                 end = min(start + length, sequence.prompt_length - 1)
-                questions += [_Question(sequence, row + place - start, place + 1) for place in range(start, end)]
+                # Some are known already where it was preempted.
+                new = range(max(start, len(sequence.prompt_logprobs)), end)
+                questions += [_Question(sequence, row + place - start, place + 1) for place in new]
                 row += length - done
             if done:
                 guesses = sequence.guesses

@@ -8,7 +8,7 @@ nobody saves up a claim (virtual token counters: Sheng et al., OSDI 2024, arXiv:
 import heapq
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from .sequence import Sequence
 
@@ -91,14 +91,19 @@ class FairQueue:
         if not self._lines[key]:
             del self._lines[key]
 
-    def in_order(self) -> Iterator[Sequence]:
-        """The sequences, next one first. What is yielded may be removed and charged for before going on."""
+    def in_order(self, passed: Callable[[str], bool] = lambda tenant: False) -> Iterator[Sequence]:
+        """The sequences, next one first. What is yielded may be removed and charged for before going on.
+
+        passed: whether a tenant's further sequences are left out; asked before each of them.
+        """
         heap = [
             (priority, self._served[tenant], line[0].number, tenant) for (priority, tenant), line in self._lines.items()
         ]
         heapq.heapify(heap)
         while heap:
             priority, served, number, tenant = heapq.heappop(heap)
+            if passed(tenant):
+                continue
             if served < self._served[tenant]:
                 heapq.heappush(heap, (priority, self._served[tenant], number, tenant))
                 continue

@@ -3,6 +3,7 @@
 LLM drives it in the caller's thread, AsyncEngine in a thread of its own.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import fields
@@ -46,8 +47,8 @@ class Request:
 
     @property
     def started(self) -> bool:
-        """Whether it has left the queue, if only to be preempted later."""
-        return self.builders[0].sequence.holds_adapters or self.finished
+        """Whether any of its texts has left the queue, if only to be preempted or to end later."""
+        return self.finished or any(builder.sequence.times.started is not None for builder in self.builders)
 
     def delta(self) -> RequestOutput:
         """What is new since the last call, in an object of its own: safe to hand to another thread."""
@@ -134,7 +135,7 @@ class LLMEngine:
     def _use(self, lora: LoRARequest) -> AdapterUse:
         if not self.knows(lora) and lora.lora_path is not None:
             self.register(lora.lora_name, lora.lora_path, self.find_adapter(lora.lora_path))
-        return AdapterUse(self.engine.adapters.get(lora.lora_name), float(lora.scale))
+        return AdapterUse(self.engine.adapters.get(lora.lora_name), _as_scale(lora.scale))
 
     # ------------------------------------------------------------ requests
 
@@ -249,6 +250,12 @@ def as_loras(value: Lora) -> tuple[LoRARequest, ...]:
     if not all(isinstance(entry, LoRARequest) for entry in found):
         raise UsageError("lora_request must hold LoRARequests")
     return tuple(found)
+
+
+def _as_scale(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"an adapter's scale must be a finite number, not {value!r}")
+    return float(value)
 
 
 def token_ids(prompt: Mapping[str, Any]) -> list[int]:

@@ -80,7 +80,8 @@ class TextBuilder:
         self._keep_stop = params.include_stop_str_in_output
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer, params.skip_special_tokens)
-        self._shown = self._given = 0
+        self._shown = self._given = self._searched = 0
+        self._ended = False
 
     def add(self, token: int, logprobs: TokenLogprobs | None, last: bool) -> bool:
         """Take a new token, the sequence's last or not; True if a stop string ended the text with it."""
@@ -97,11 +98,13 @@ class TextBuilder:
         return self._find_stop()
 
     def _find_stop(self) -> bool:
+        text, found = self.output.text, None
+        searched, self._searched = self._searched, len(text)
+        # What is whole before the minimum ends nothing, later either.
         if len(self.output.token_ids) < self.sequence.params.min_tokens:
             return False
-        text, found = self.output.text, None
         for stop in self._stops:
-            at = text.find(stop, max(0, self._shown - len(stop)))
+            at = text.find(stop, max(0, searched - len(stop) + 1))
             if at >= 0 and (found is None or (at, stop) < found):
                 found = at, stop
         if found is None:
@@ -129,8 +132,9 @@ class TextBuilder:
         """What is new since the last call of this or of `fresh`, in an object of its own; None if there is nothing."""
         output, start = self.output, self._given
         self._given = len(output.token_ids)
-        if start == self._given and output.finish_reason is None:
+        if self._ended or (start == self._given and output.finish_reason is None):
             return None
+        self._ended = output.finish_reason is not None
         return CompletionOutput(
             output.index,
             self.fresh(),

@@ -32,7 +32,6 @@ _HARMLESS = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "ensure_weight_tying",
-        "exclude_modules",
         "inference_mode",
         "init_lora_weights",
         "lora_dropout",
@@ -58,6 +57,7 @@ _READ = frozenset(
     [
         "alpha_pattern",
         "bias",
+        "exclude_modules",
         "fan_in_fan_out",
         "layers_pattern",
         "layers_to_transform",
@@ -134,12 +134,8 @@ class _Settings:
         if not isinstance(value, dict):
             raise AdapterError(f"{CONFIG}: {key} must be an object")
         for pattern in value:
-            try:
-                if not _PATTERN.fullmatch(pattern) or _NESTED_REPEAT.search(pattern):
-                    raise ValueError
-                re.compile(pattern)
-            except (ValueError, re.error):
-                raise AdapterError(f"{CONFIG}: {key} has a pattern that is not usable: {pattern[:60]!r}") from None
+            if not _is_usable(pattern):
+                raise AdapterError(f"{CONFIG}: {key} has a pattern that is not usable: {pattern[:60]!r}")
         return list(value.items())
 
     def rank_of(self, module: str) -> int:
@@ -148,6 +144,17 @@ class _Settings:
     def scaling(self, module: str, rank: int) -> float:
         alpha = _matching(self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.data.get("use_rslora") else alpha / rank
+
+
+def _is_usable(pattern: str) -> bool:
+    """Whether it is a regular expression that takes no time to try."""
+    if not _PATTERN.fullmatch(pattern) or _NESTED_REPEAT.search(pattern):
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -262,29 +269,48 @@ def _pair(module: str, halves: Mapping[str, np.ndarray], shape: tuple[int, int],
 
 def _check_targets(settings: Mapping[str, Any], adapter: Adapter, config: ModelConfig) -> None:
     """Every module that the config names must have its tensors."""
-    targets = settings.get("target_modules")
-    if not isinstance(targets, list):
-        return
-    layers = _layers(settings.get("layers_to_transform"), config)
-    if not all(isinstance(target, str) for target in targets):
-        raise AdapterError(f"{CONFIG}: target_modules must hold names")
-    for name in module_shapes(config):
+    targets, excluded = (_Choice(key, settings.get(key)) for key in ("target_modules", "exclude_modules"))
+    layers, known = _layers(settings), module_shapes(config)
+    for name in known:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if layer and int(layer[1]) not in layers:
-            continue
-        if any(name == target or name.endswith(f".{target}") for target in targets) and name not in adapter.pairs:
+        chosen = layers is None or (layer is not None and int(layer[1]) in layers)
+        if chosen and targets.has(name) and not excluded.has(name) and name not in adapter.pairs:
             raise AdapterError(f"{CONFIG} names {name!r} as a target, but its tensors are missing")
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in adapter.pairs):
+    for target in targets.names:
+        if not any(_is_called(name, target) for name in known):
             raise AdapterError(f"{CONFIG} names the target {target!r}, which the base model does not have")
 
 
-def _layers(chosen: Any, config: ModelConfig) -> set[int]:
-    """The layers that layers_to_transform means; without it, all."""
-    listed = [chosen] if isinstance(chosen, int) else list(range(config.layers)) if chosen is None else chosen
+def _is_called(module: str, name: str) -> bool:
+    """Whether a name from a list means this module, as PEFT has it."""
+    return module == name or module.endswith(f".{name}")
+
+
+class _Choice:
+    """The modules that target_modules or exclude_modules means: a list of names, or a pattern.
+
+    A pattern that is not safe to try means none; so does "all-linear", which PEFT replaces by names when it saves.
+    """
+
+    def __init__(self, key: str, value: Any):
+        self.names: list[str] = value if isinstance(value, list) else []
+        if not all(isinstance(name, str) for name in self.names) or not isinstance(value, str | list | None):
+            raise AdapterError(f"{CONFIG}: {key} must hold names")
+        self._pattern = value if isinstance(value, str) and _is_usable(value) else None
+
+    def has(self, module: str) -> bool:
+        if self._pattern is not None:
+            return re.fullmatch(self._pattern, module) is not None
+        return any(_is_called(module, name) for name in self.names)
+
+
+def _layers(settings: Mapping[str, Any]) -> set[int] | None:
+    """The layers that layers_to_transform means; None where it does not count: all, and what is in no layer too."""
+    chosen = settings.get("layers_to_transform")
+    listed = [chosen] if isinstance(chosen, int) else chosen or []
     if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
         raise AdapterError(f"{CONFIG}: layers_to_transform must be a layer's number or a list of them, not {chosen!r}")
-    return set(listed)
+    return None if isinstance(settings.get("target_modules"), str) else set(listed) or None
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -292,7 +292,8 @@ class AdapterRegistry:
             found = loaded if isinstance(loaded, MiniloraError) else self._objection(version, loaded) or loaded
             if isinstance(found, MiniloraError):
                 counts.failures += 1
-                version.error = found
+                # Where nobody waits for it any more, the next request reads it anew.
+                version.error = found if version.users else None
                 self._outstanding -= 1
             else:
                 self._fill(version, found)

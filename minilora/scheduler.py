@@ -6,6 +6,7 @@ pages, or room for its adapters, is waited for, so that small requests can't sta
 that are waited for, those that use none go on.
 """
 
+from collections import Counter
 from itertools import chain, islice
 from typing import NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from .fairness import GENERATED_COST, FairQueue
 from .registry import AHEAD
 from .sequence import Sequence, State
 
-# How far into the queue a step looks for texts that may pass by others, in numbers of running ones.
+# Of one tenant, texts that can't start now: after so many a step looks at others only.
 LOOKED_AT = 4
 
 
@@ -205,15 +206,17 @@ class Scheduler:
             return plan
         full = adapters_full = False
         unread = 0
-        first = islice(self.waiting.in_order(), LOOKED_AT * self.most_sequences)
+        stuck: Counter[str] = Counter()
+        queue = self.waiting.in_order(lambda tenant: full or stuck[tenant] >= LOOKED_AT)
         # Those that were preempted hold adapters that others may wait for: they are looked at wherever they stand.
-        for sequence in chain(first, sorted(self._preempted, key=_rank)):
+        for sequence in chain(queue, sorted(self._preempted, key=_rank)):
             if room <= 0 or self._places_left <= 0:
                 break
             if sequence.state is not State.WAITING or sequence in self._lost:
                 continue
             # Behind one that waits for room only those may start that already hold some of it, or take none of it.
             if not sequence.holds_adapters and (full or (adapters_full and sequence.uses)):
+                stuck[sequence.tenant] += 1
                 continue
             try:
                 if not self.adapters.is_ready(sequence.adapters, urgent=unread < places):
@@ -225,6 +228,8 @@ class Scheduler:
                 elif count := self._start(sequence, found, room):
                     plan.append(Work(sequence, count))
                     room -= count
+                    continue
+                stuck[sequence.tenant] += 1
             except MiniloraError as error:
                 self.fail(sequence, error)
         return plan

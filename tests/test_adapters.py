@@ -59,6 +59,33 @@ def test_layers_to_transform(tmp_path):
     assert all(".layers.1." in name for name in load_adapter(folder, CONFIG).pairs)
 
 
+TARGETS = [
+    {"target_modules": r".*\.(q|v)_proj"},
+    {"target_modules": ["q_proj", "v_proj", "o_proj"], "exclude_modules": ["o_proj"]},
+    {"target_modules": ["q_proj", "v_proj", "o_proj"], "exclude_modules": r".*\.o_proj"},
+    {"target_modules": ["q_proj", "v_proj", "lm_head"], "layers_to_transform": [0, 1]},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": []},
+]
+
+
+@pytest.mark.parametrize("settings", TARGETS, ids=repr)
+def test_targets_are_found_as_peft_finds_them(tmp_path, settings):
+    """Of q_proj and v_proj everything is there; leave one out and it is missed, however it is named."""
+    tensors = peft_tensors(CONFIG, 4, ("q_proj", "v_proj"), 1)
+    assert len(load_adapter(save_adapter(tmp_path, CONFIG, tensors=tensors, **settings), CONFIG).pairs) == 4
+    some = {name: tensor for name, tensor in tensors.items() if not name.startswith(Q0)}
+    with pytest.raises(AdapterError, match=r"layers.0.self_attn.q_proj.*missing"):
+        load_adapter(save_adapter(tmp_path, CONFIG, tensors=some, **settings), CONFIG)
+
+
+def test_an_adapter_of_another_base_model_is_refused():
+    """However it was made: one that was read for a deeper or wider model fits no other."""
+    for change, word in (({"num_hidden_layers": 3}, "layers.2"), ({"hidden_size": 128}, r"B \(128, 4\)")):
+        foreign = make_adapter(ModelConfig.from_dict(BASE_CONFIG | change))
+        with pytest.raises(AdapterError, match=word):
+            pack_adapter(foreign, CONFIG, FLOAT16)
+
+
 def test_the_digest_is_of_the_content(tmp_path):
     def digest(name, seed, **settings):
         adapter = load_adapter(save_adapter(tmp_path / name, CONFIG, seed=seed, **settings), CONFIG)
@@ -97,6 +124,8 @@ BAD_SETTINGS = [
     ({"alpha_pattern": [1]}, AdapterError, "alpha_pattern"),
     ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, AdapterError, "o_proj.*missing"),
     ({"target_modules": ["q_proj", "v_proj", "w1"]}, AdapterError, "w1"),
+    ({"target_modules": 5}, AdapterError, "target_modules"),
+    ({"exclude_modules": [5]}, AdapterError, "exclude_modules"),
 ]
 
 

@@ -176,6 +176,25 @@ def test_who_waits_too_long_is_told(serve, expected):
     serve(main, max_num_seqs=1, num_scheduler_steps=1)
 
 
+def test_who_has_begun_waits_for_nothing_though_its_first_text_has_ended(serve):
+    """And of a text that has ended nothing more is told."""
+
+    async def main(engine):
+        whole = await engine.complete(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True, n=2, seed=3))
+        first, second = (output.token_ids for output in whole.outputs)
+        stop = next(token for token in first[:8] if token not in second)
+        params = SamplingParams(max_tokens=40, ignore_eos=True, n=2, seed=3, stop_token_ids=[stop])
+        heard = []
+        async for output in engine.generate(PROMPT, params, start_within=0.001):
+            heard += output.outputs
+            await asyncio.sleep(0.001)
+        ends = [(output.index, output.finish_reason) for output in heard if output.finish_reason]
+        assert ends == [(0, "stop"), (1, "length")]
+        assert [id_ for output in heard if output.index == 1 for id_ in output.token_ids] == second
+
+    serve(main, num_scheduler_steps=1)
+
+
 def test_warming_up_leaves_no_trace(serve):
     async def main(engine):
         await engine.warm_up()
@@ -339,6 +358,12 @@ def test_a_stop_string_in_the_middle_of_a_burst(model, expected):
         found.append((answer.outputs[0].text, list(answer.outputs[0].token_ids), answer.outputs[0].stop_reason))
         llm.close()
     assert found[0] == found[1] and found[0][2] == stop and expected[None].startswith(found[0][0] + stop)
+
+
+def test_scales_that_are_no_numbers_are_refused(llm, shelf):
+    for scale in ("1", True, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="scale"):
+            llm.generate([PROMPT], GREEDY, lora_request=LoRARequest("a", lora_path=shelf[0], scale=scale))
 
 
 def test_callbacks_may_fail_submit_and_cancel(llm, expected):

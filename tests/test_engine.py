@@ -272,6 +272,21 @@ def test_many_prompt_logprobs_at_once(weights):
         assert sequence.prompt_logprobs == text_of(weights, params, prompt).prompt_logprobs
 
 
+def test_prompt_logprobs_of_a_preempted_prompt(weights):
+    """What was found before it lost its pages stays; the rest comes when it is computed again."""
+    rng = np.random.default_rng(6)
+    prompts = [random_tokens(rng, 20) for _ in range(3)]
+    params = SamplingParams(max_tokens=100, **GREEDY)
+    asking, long = SamplingParams(max_tokens=2, prompt_logprobs=2, **GREEDY), random_tokens(rng, 200)
+    engine = make_engine(weights, max_num_batched_tokens=12, kv_cache_memory=12 * 2 * 2 * 2 * 32 * 16 * 4)
+    for prompt in prompts:
+        engine.submit(prompt, params)
+    [asker] = engine.submit(long, asking)
+    run(engine)
+    assert asker.preemptions > 0
+    assert asker.prompt_logprobs == text_of(weights, asking, long).prompt_logprobs
+
+
 # ---------------------------------------------------------------- sharing and cancelling
 
 
@@ -327,6 +342,33 @@ def test_cancelling_at_any_moment_frees_everything(weights):
     assert engine.runner.adapters.remove(digest.digest), "nobody uses the adapter any more"
     engine.cancel(needle)
     assert needle.finish_reason == "length", "cancelling what is done changes nothing"
+
+
+def test_a_request_uses_so_many_adapters_and_no_more(weights):
+    """The same one twice counts twice: it takes two places in the step."""
+    engine = make_engine(weights)
+    version = engine.add_adapter(make_adapter(weights.config, rank=4))
+    whole = engine.submit(PROMPT, SamplingParams(max_tokens=3, **GREEDY), (AdapterUse(version, 1.0),))
+    parts = engine.submit(PROMPT, SamplingParams(max_tokens=3, **GREEDY), (AdapterUse(version, 1 / 8),) * 8)
+    run(engine)
+    assert whole[0].tokens == parts[0].tokens
+    with pytest.raises(UsageError, match="9 adapters in one request, at most 8"):
+        engine.submit(PROMPT, SamplingParams(), (AdapterUse(version, 1 / 9),) * 9)
+
+
+def test_nothing_ends_within_a_step(weights):
+    """A logits processor that cancels a text is told so; its own ends, and nobody else's is touched."""
+
+    def meddle(prompt, text, logits):
+        engine.cancel(other)
+
+    engine = make_engine(weights)
+    [other] = engine.submit(PROMPT, SamplingParams(max_tokens=4, **GREEDY))
+    [bad] = engine.submit(PROMPT, SamplingParams(max_tokens=4, logits_processors=[meddle], **GREEDY))
+    run(engine)
+    assert isinstance(bad.error, UsageError) and "logits processor" in str(bad.error)
+    assert other.tokens == text_of(weights, SamplingParams(max_tokens=4, **GREEDY)).tokens
+    engine.cancel(other)
 
 
 def test_more_adapters_than_slots(weights):

@@ -7,7 +7,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
+import numpy as np
 import pytest
+from numba.core.errors import TypingError
+
+from minilora_kernels import simd
+from minilora_kernels.jit import kernel, program
 
 MODULE = """
 import sys
@@ -134,3 +139,15 @@ def test_an_unwritable_cache_is_said_and_survived(start, tmp_path):
     answer, warning = start(3, MINILORA_CACHE=str(tmp_path / "file"))
     assert answer == "[3] 1"
     assert "MINILORA_CACHE" in warning and "Traceback" not in warning
+
+
+def test_a_call_that_has_no_overload_is_an_error_each_time():
+    """What is remembered of calls are those that were found; `passes`."""
+
+    @kernel
+    def one_vector_too_many(x):
+        return simd.load_f32(x, 0) + simd.splat_i32(np.int32(1))
+
+    for _ in range(2):
+        with pytest.raises(TypingError, match=r"f32x16.*i32x16"):
+            program(one_vector_too_many)(np.zeros(16, np.float32))

@@ -283,6 +283,21 @@ def test_a_broken_folder_is_one_requests_trouble(store, folders):
     assert store.registry.counts.failures == 2
 
 
+def test_an_error_that_nobody_waited_for_is_not_the_next_requests(store, folders):
+    (folders[0] / "adapter_model.safetensors").write_bytes(b"nonsense")
+    store.gate.clear()
+    version = store.registry.add("a", folders[0])
+    store.registry.enter([version])
+    store.registry.is_ready([version])
+    store.registry.leave([version])
+    store.gate.set()
+    store.settle()
+    assert store.registry.counts.failures == 1
+    shutil.copytree(folders[2], folders[0], dirs_exist_ok=True)
+    store.start(version)
+    store.end(version)
+
+
 @pytest.mark.parametrize("damage", ["missing", "no config", "rank", "weight"])
 def test_what_cannot_be_registered_changes_nothing(store, folders, damage):
     known = store.registry.add("a", folders[1])

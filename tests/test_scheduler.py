@@ -226,6 +226,35 @@ def test_a_request_whose_adapter_is_read_lets_others_pass():
     world.run()
 
 
+def test_a_long_queue_for_adapters_that_are_read_lets_others_pass():
+    """Though its tenants were given less and so come first, however many they are."""
+    world = World(running=2)
+    world.shelf.missing = {world.versions[0], world.versions[1]}
+    done = world.submit(generate=10)
+    world.run()
+    waiting = [world.submit(adapter=i % 2) for i in range(40)]
+    others = [world.submit() for _ in range(3)]
+    for _ in range(40):
+        world.step()
+    assert all(other.state is State.FINISHED for other in (done, *others))
+    assert all(sequence.state is State.WAITING for sequence in waiting)
+    world.shelf.missing.clear()
+    world.run()
+
+
+def test_a_long_queue_for_adapters_room_lets_those_without_pass():
+    world = World(room=1, running=2)
+    world.submit(adapter=0, generate=60)
+    world.step()
+    for i in range(40):
+        world.submit(adapter=1 + i % 2)
+    other = world.submit(tenant="z")
+    for _ in range(10):
+        world.step()
+    assert other.state is State.FINISHED
+    world.run(400)
+
+
 def test_a_broken_adapter_fails_its_requests_only():
     world = World()
     world.shelf.broken = {world.versions[0]}

@@ -1,0 +1,52 @@
+"""Texts built token by token: stop strings, what may be shown already, what is new."""
+
+import pytest
+
+from minilora.outputs import TextBuilder
+from minilora.params import SamplingParams
+from minilora.sequence import Sequence
+from minilora.tokenizer import Tokenizer, TokenizerFiles
+
+from .support import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Of bytes: each letter is a token."""
+    return Tokenizer(TokenizerFiles.from_folder(make_checkpoint(tmp_path_factory.mktemp("letters"))))
+
+
+def build(tokenizer, text, streamed, **params):
+    """(the text that comes out, tokens it took), whole or from its deltas."""
+    sequence = Sequence(1, [5], 1, SamplingParams(**params), 0)
+    builder, heard = TextBuilder(sequence, 0, tokenizer), []
+    for token in tokenizer.encode(text):
+        if builder.add(token, None, False):
+            sequence.finish_reason = "stop"
+            break
+        if streamed:
+            heard.append(builder.delta())
+    sequence.finish_reason = sequence.finish_reason or "length"
+    builder.finish()
+    heard.append(builder.delta())
+    assert builder.delta() is None, "nothing comes after the end"
+    shown = "".join(delta.text for delta in heard if delta)
+    assert not streamed or shown == builder.output.text
+    return builder.output.text, len(builder.output.token_ids)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("least", "expected"),
+    [
+        (0, ("ab", 6)),
+        (6, ("ab", 6)),
+        # Whole before the minimum: it ends nothing, the next one does.
+        (7, ("abSTOPcd", 12)),
+        # Begins before it and is whole after it.
+        (11, ("abSTOPcd", 12)),
+        (13, ("abSTOPcdSTOPef", 14)),
+    ],
+)
+def test_a_stop_string_counts_from_the_minimum_on(tokenizer, least, expected, streamed):
+    assert build(tokenizer, "abSTOPcdSTOPef", streamed, stop=["STOP"], min_tokens=least) == expected
