@@ -3,8 +3,9 @@
     python bench/compare.py --llama-bin DIR [--pairs 5] [--only decode] [--results bench/results/CPU.json]
 
 DIR holds llama.cpp's llama-bench, llama-batched-bench, llama-quantize and llama-server. Each case takes a model file for
-us and one for llama.cpp, with flash attention on or off, whichever a first run shows to be faster; then both run in turn,
---pairs times, and the ratio is the median of the pairs'. Beside our figure stands what this machine could do: bytes per
+us and one for llama.cpp, with flash attention on or off, whichever a first run shows to be faster (on for int8 pages, which
+need it there); then both run in turn, --pairs times, and the ratio is the median of the pairs'. Prompts of decoding are left
+out on both sides. Beside our figure stands what this machine could do: bytes per
 token over the measured read bandwidth, or multiply-adds over the measured int8 peak. Random weights in larger shapes are
 made under --work. Last line: one JSON document, also written to --results.
 """
@@ -13,7 +14,6 @@ import argparse
 import datetime
 import json
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -110,7 +110,7 @@ class Llama:
 
     def __init__(self, case: Case, file: Path, binaries: Path, threads: int):
         self.case, self.file, self.binaries, self.threads = case, file, binaries, threads
-        self.flash = max((0, 1), key=self._speed) if case.cache == "float16" and not case.adapters else 1
+        self.flash = max((0, 1), key=self._speed) if case.cache == "float16" else 1
 
     def speed(self) -> float:
         """One measurement with the better setting of flash attention."""
@@ -118,7 +118,7 @@ class Llama:
 
     def _speed(self, flash: int) -> float:
         if self.case.adapters:
-            return self._served()
+            return self._served(flash)
         return self._batched(flash) if self.case.batch > 1 else self._single(flash)
 
     def _single(self, flash: int) -> float:
@@ -136,10 +136,13 @@ class Llama:
         rows = [line for line in run(command).splitlines() if line.startswith("{")]
         return json.loads(rows[-1])["speed_tg"]
 
-    def _served(self) -> float:
+    def _served(self, flash: int) -> float:
+        case = self.case
         command = [sys.executable, ROOT / "bench" / "llama_server.py", "--server", self.binaries / "llama-server"]
-        command += ["--gguf", self.file, "--adapters", self.case.adapters, "--concurrency", self.case.batch]
-        found = json.loads(run([*command, "--theirs-only", "--repeats", 1]).splitlines()[-1])
+        command += ["--gguf", self.file, "--adapters", case.adapters, "--concurrency", case.batch, "--repeats", 1]
+        command += ["--prompt", case.depth, "--generate", 64, "--threads", self.threads, "--decode"]
+        command += ["--server-arguments", f"-fa {'on' if flash else 'off'}"]
+        found = json.loads(run(command).splitlines()[-1])
         return found["rows"][0]["llama_server"]
 
 
@@ -238,9 +241,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="write the JSON document here too")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     options = parser.parse_args()
+    cases = [case for case in CASES if options.only in case.name]
+    if not cases:
+        parser.error(f"no case's name holds {options.only!r}")
+    if not (options.llama_bin / "llama-bench").exists():
+        parser.error(f"{options.llama_bin} holds no llama-bench: build llama.cpp there")
     tell = (lambda line: None) if options.json else lambda line: print(line, flush=True)
     files = Files(options.work, options.llama_bin)
-    rows = [compare(case, files, options, tell) for case in CASES if re.search(re.escape(options.only), case.name)]
+    rows = [compare(case, files, options, tell) for case in cases]
     document = json.dumps({"about": about(options), "rows": rows})
     if options.results:
         options.results.write_text(document + "\n")

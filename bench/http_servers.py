@@ -111,7 +111,7 @@ def on_llama_server(options: argparse.Namespace, arrivals: list[Arrival], config
         gguf=options.gguf or options.model,
         concurrency=options.concurrency,
         max_model_len=options.max_model_len,
-        server_threads=options.threads or psutil.cpu_count(),
+        threads=options.threads or psutil.cpu_count(),
         server_arguments=options.llama_server_arguments,
     )
     adapters = [

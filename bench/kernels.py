@@ -86,14 +86,15 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     options = parser.parse_args()
+    cases = [case for case in CASES if options.only in case.name]
+    if not cases:
+        parser.error(f"no kernel's name holds {options.only!r}")
     ceilings = measure(1)
     if not options.json:
         print(f"one thread reads {ceilings.read:.1f} GB/s, multiplies {ceilings.multiply:.0f} G/s")
         print(f"{'kernel':22} {'size':44} {'us':>10} {'GB/s':>8} {'% read':>7} {'G/s':>8} {'% int8':>7}")
     rows = []
-    for case in CASES:
-        if options.only not in case.name:
-            continue
+    for case in cases:
         error = max(case.compare(np.random.default_rng(1), size) for size in case.small)
         if error > case.tolerance:
             raise SystemExit(f"{case.name} differs from its twin by {error:.1e}, allowed are {case.tolerance:.1e}")

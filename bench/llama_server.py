@@ -4,7 +4,8 @@
 
 Both serve the same GGUF file and the same random adapters (as PEFT folders here, as GGUF adapters there, chosen by each
 request). Closed loop; output tokens per second. minilora runs in a process of its own through bench/serving.py's
-code, without HTTP; llama-server is asked over HTTP on this machine. Last line: one JSON document with the ratio.
+code, without HTTP; llama-server is asked over HTTP on this machine. With --decode llama-server alone: --concurrency
+texts that grow side by side, their prompts left out. Last line: one JSON document, with the ratio.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from workload import adapter_tensors, add_arguments, make_arrivals
 
 from minilora.checkpoint.lock import resolve_model
 from minilora.packed import load_model
+from minilora_kernels.limits import usable_cores
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -73,7 +76,7 @@ class LlamaServer:
             "--cache-ram",
             "0",
             "-t",
-            str(options.server_threads),
+            str(options.threads),
         ]
         for path in adapters:
             command += ["--lora", str(path)]
@@ -93,11 +96,12 @@ class LlamaServer:
                     ) from None
                 time.sleep(0.1)
 
-    def complete(self, arrival) -> int:
-        """Tokens that an answer has."""
+    def complete(self, arrival, slot: int = -1, generate: int | None = None) -> int:
+        """Tokens that an answer has. slot: which one computes it, -1 for any; generate: if not as many as it says."""
         body = {
             "prompt": list(arrival.prompt),
-            "n_predict": arrival.generate,
+            "id_slot": slot,
+            "n_predict": arrival.generate if generate is None else generate,
             "temperature": 0,
             "ignore_eos": True,
             "lora": [] if arrival.adapter is None else [{"id": arrival.adapter, "scale": 1.0}],
@@ -129,6 +133,16 @@ class LlamaServer:
             one.join()
         return sum(tokens) / (time.perf_counter() - started)
 
+    def decode(self, arrivals) -> float:
+        """New tokens per second of texts side by side, each in a slot that holds its prompt already."""
+        slots = range(len(arrivals))
+        for slot in slots:
+            self.complete(arrivals[slot], slot, 1)
+        with ThreadPoolExecutor(len(arrivals)) as pool:
+            started = time.perf_counter()
+            tokens = sum(pool.map(self.complete, arrivals, slots))
+            return tokens / (time.perf_counter() - started)
+
     def close(self) -> None:
         self.process.terminate()
         self.process.wait()
@@ -155,11 +169,11 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--server", required=True, help="llama.cpp's llama-server")
     parser.add_argument("--gguf", required=True, help="the model that both serve")
-    parser.add_argument("--server-threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--server-arguments", default="", help="more of llama-server's own arguments")
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--theirs-only", action="store_true", help="run llama-server alone")
+    parser.add_argument("--decode", action="store_true", help="llama-server alone, prompts left out")
     options = parser.parse_args()
     defaults = {
         "model": options.gguf,
@@ -168,7 +182,7 @@ def main() -> None:
         "max_step_ms": 100,
         "kv_cache_dtype": "auto",
     }
-    options = argparse.Namespace(**defaults, **vars(options), lora_memory=None, threads=None)
+    options = argparse.Namespace(**defaults, **vars(options), lora_memory=None)
     config = load_model(resolve_model(options.gguf, print), options.gguf).weights.config
     arrivals = make_arrivals(options, config.vocab_size, options.max_model_len)
     with tempfile.TemporaryDirectory() as folder:
@@ -179,13 +193,17 @@ def main() -> None:
         ]
         rows = []
         for _ in range(options.repeats):
-            mine = 0.0 if options.theirs_only else ours(options)
+            mine = None if options.decode else ours(options)
             server = LlamaServer(options, adapters)
-            theirs = server.load(arrivals, options.concurrency)
+            count = options.concurrency
+            theirs = server.decode(arrivals[:count]) if options.decode else server.load(arrivals, count)
             server.close()
-            rows.append({"minilora": mine, "llama_server": round(theirs, 1), "ratio": round(mine / theirs, 2)})
+            rows.append({"llama_server": round(theirs, 1)})
+            if mine is not None:
+                rows[-1] |= {"minilora": mine, "ratio": round(mine / theirs, 2)}
             print(rows[-1], flush=True)
-    print(json.dumps({"rows": rows, "ratio": statistics.median(row["ratio"] for row in rows)}))
+    ratio = None if options.decode else statistics.median(row["ratio"] for row in rows)
+    print(json.dumps({"rows": rows, "ratio": ratio}))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from minilora_kernels.sync import barrier
 from minilora_kernels.team import Team, team_program
 
 MEETINGS = 2000
+# A step of so many rows is one of a prompt, whose last row alone goes through the head.
+PROMPT = 64
 
 
 @kernel
@@ -73,8 +75,9 @@ def phases(weights: Weights, rows: int) -> list[Phase]:
     each = sum(int(m[ROWS] // BLOCK * m[BLOCK_BYTES]) for m in inner) / sum(int(m[ROWS] * m[COLUMNS]) for m in inner)
     found = [Phase(name, units[name], int(n * k * each), rows * n * k, config.layers) for name, (n, k) in sizes.items()]
     found.append(Phase("attention", rows * config.kv_heads, 0, 0, config.layers))
-    blocks = int(head[ROWS]) // BLOCK
-    return [*found, Phase("head", blocks, blocks * int(head[BLOCK_BYTES]), int(head[ROWS] * head[COLUMNS]), 1)]
+    blocks, logits = int(head[ROWS]) // BLOCK, rows if rows < PROMPT else 1
+    products = logits * int(head[ROWS] * head[COLUMNS])
+    return [*found, Phase("head", blocks, blocks * int(head[BLOCK_BYTES]), products, 1)]
 
 
 def predict(parts: list[Phase], cores: int, one: ceilings.Ceilings, options: argparse.Namespace, arrival: float):

@@ -157,16 +157,12 @@ def report(found: list[Measured], before, after, seconds: float, used: float, pe
     }
 
 
-def variants(options: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
-    """(name, options) of each load: the one asked for, then those of --compare."""
+def variants(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
+    """(name, options) of each load: the one asked for, then those of --compare, whose words are options too."""
     found = [("asked", options)]
     for text in options.compare:
-        changes = {}
-        for part in text.split():
-            key, _, value = part.partition("=")
-            old = getattr(options, key.replace("-", "_"))
-            changes[key.replace("-", "_")] = value if isinstance(old, str) else type(old)(value)
-        found.append((text, argparse.Namespace(**{**vars(options), **changes})))
+        words = [f"--{word}" for word in text.split()]
+        found.append((text, parser.parse_args(words, argparse.Namespace(**vars(options)))))
     return found
 
 
@@ -184,14 +180,18 @@ def main() -> None:
     parser.add_argument("--preload", action="store_true", help="read all adapters before the load begins")
     parser.add_argument("--folder", type=Path, help="where the random adapters are; a temporary folder if not given")
     parser.add_argument(
-        "--compare", action="append", default=[], metavar="'KEY=VALUE ...'", help="another load; repeatable"
+        "--compare",
+        action="append",
+        default=[],
+        metavar="'OPTION=VALUE ...'",
+        help="another load, by options without their dashes; repeatable",
     )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options.folder = options.folder or Path(folder)
-        names, loads = zip(*variants(options), strict=True)
+        names, loads = zip(*variants(parser, options), strict=True)
         runs: dict[str, list[dict]] = {name: [] for name in names}
         for _ in range(options.repeats):
             for name, load in zip(names, loads, strict=True):

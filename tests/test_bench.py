@@ -33,15 +33,16 @@ def test_engine(tiny):
 
 @pytest.mark.parametrize("mode", [[], ["--rate", 200, "--burstiness", 0.5]], ids=["closed", "open"])
 def test_serving(tiny, mode):
+    other = "adapters=0 prompt=4-8 preload threads=1"
     found = last_line(
         "serving.py", "--model", tiny("llama"), "--max-model-len", 256, "--requests", 12, "--prompt", "4-40",
-        "--generate", "2-6", "--adapters", 6, "--popularity", "zipf:1", "--ranks", "4,8", "--compare", "adapters=0",
+        "--generate", "2-6", "--adapters", 6, "--popularity", "zipf:1", "--ranks", "4,8", "--compare", other,
         *mode,
     )  # fmt: skip
-    [run], [bare] = found["runs"]["asked"], found["runs"]["adapters=0"]
+    [run], [bare] = found["runs"]["asked"], found["runs"][other]
     assert run["requests"] == bare["requests"] == 12 and run["output_tokens_per_s"] > 0
     assert set(run["ttft_ms"]) == {"mean", "p50", "p95", "p99"} and run["adapter_loads"] > 0 == bare["adapter_loads"]
-    assert found["ratios"]["adapters=0"] > 0
+    assert found["ratios"][other] > 0
 
 
 def test_soak(tiny):

@@ -35,7 +35,7 @@ def table(document: dict) -> str:
         ),
         "",
         f"{about['date']}, {about['cpu']} ({about['family']}), {about['threads']} threads, numba {about['numba']}; llama.cpp",
-        f"{about['llama.cpp']}, built for this CPU, with flash attention on or off, whichever is faster. Medians of {about['pairs']} pairs run in",
+        f"{about['llama.cpp']}, built for this CPU, with flash attention on or off, whichever is faster (on for int8 pages). Medians of {about['pairs']} pairs run in",
         "turn by `bench/compare.py`. The ceiling is the machine's own, measured beside each pair: "
         f"{about['read_gb_per_s']:.0f} GB/s read for decoding,",
         f"{about['multiply_g_per_s']:,} G int8 multiply-adds/s for prompts, those of attention counted, when this run ended.",
