@@ -17,7 +17,8 @@ from .attention_float import AT_ONCE, MOST_ROWS
 from .jit import kernel
 from .kinds import FLOATS, INTEGERS, NUMBER, array, named
 from .pages import KV, KV_DTYPES, KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, Query, token_at, values_behind
-from .simd import exp, fma, hmax, hsum, keep_lanes, load_f32, splat_f32, store_f32, vmax
+from .simd import exp, fma, hmax, hsum, keep_lanes, splat_f32, vmax
+from .simd_memory import load_f32, store_f32
 from .unit import unit
 
 # From how many rows on it pays to widen float16 keys for all of them.

@@ -5,7 +5,8 @@ import numpy as np
 from . import cpu
 from .jit import inlined, kernel
 from .pages import KV_FLOAT16, KV_FLOAT32, SPLIT, SUBPAGE
-from .simd import f32x16, fma, load_f16, load_f32, load_scalar_f32, prefetch_beside, splat_f32, store_f32, tile
+from .simd import f32x16, fma, splat_f32, tile
+from .simd_memory import load_f16, load_f32, load_scalar_f32, prefetch_beside, store_f32
 
 _LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
 # Numbers in a cache line.

@@ -9,24 +9,8 @@ from .attention_float import AT_ONCE, MOST_ROWS
 from .dot import start_wide, wide_first_signed, wide_first_unsigned, wide_second_signed, wide_second_unsigned
 from .jit import inlined, kernel
 from .pages import SPLIT, SUBPAGE, token_at, values_behind
-from .simd import (
-    i32x16,
-    keep_lanes,
-    load_f32,
-    load_i32,
-    load_scalar_f32,
-    load_u8,
-    load_word,
-    prefetch_beside,
-    repeat4,
-    splat_f32,
-    splat_i32,
-    store_f32,
-    store_i32,
-    tile,
-    to_f32,
-    u8x64,
-)
+from .simd import i32x16, keep_lanes, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
+from .simd_memory import load_f32, load_i32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32, store_i32
 from .wide import SECOND, SECOND_SUM, join_sums, make_to_wide
 
 ZERO, NOTHING = np.float32(0), np.int32(0)

@@ -5,20 +5,8 @@ from functools import cache
 import numpy as np
 
 from .jit import kernel, program
-from .simd import (
-    hmax,
-    load_f16,
-    load_f32,
-    round_i32,
-    scatter_i8,
-    splat_f32,
-    splat_i32,
-    store_f16,
-    store_f32,
-    store_i8,
-    vabs,
-    vmax,
-)
+from .simd import hmax, round_i32, splat_f32, splat_i32, vabs, vmax
+from .simd_memory import load_f16, load_f32, scatter_i8, store_f16, store_f32, store_i8
 
 LARGEST_FLOAT16 = 65504.0
 LARGEST_INT8 = np.float32(127)

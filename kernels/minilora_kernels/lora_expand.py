@@ -9,24 +9,8 @@ from .dot import start_wide, wide_first_unsigned, wide_second_unsigned
 from .jit import inlined
 from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
-from .simd import (
-    f32x16,
-    fma,
-    i32x16,
-    load_f16,
-    load_f32,
-    load_scalar_f32,
-    load_u8,
-    load_word,
-    prefetch_beside,
-    repeat4,
-    splat_f32,
-    splat_i32,
-    store_f32,
-    tile,
-    to_f32,
-    u8x64,
-)
+from .simd import f32x16, fma, i32x16, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
+from .simd_memory import load_f16, load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
 from .wide import MINUS, SCALE, SECOND, SECOND_SUM, join_sums
 
 # Rows, and panels, of a tile.

@@ -9,7 +9,8 @@ import numpy as np
 from .jit import inlined, kernel
 from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
-from .simd import f32x16, fma, load_f16, load_f32, load_i8, load_scalar_f32, prefetch_beside, splat_f32, store_f32, tile
+from .simd import f32x16, fma, splat_f32, tile
+from .simd_memory import load_f16, load_f32, load_i8, load_scalar_f32, prefetch_beside, store_f32
 from .wide import store_sixteen
 
 MOST_ROWS, CHAINS = 4, 4

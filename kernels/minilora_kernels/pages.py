@@ -15,17 +15,8 @@ import numpy as np
 
 from .jit import kernel
 from .memory import aligned_zeros
-from .simd import (
-    load_f32,
-    round_i32,
-    scatter_f16,
-    scatter_f32,
-    scatter_i8,
-    scatter_u8x4,
-    splat_f32,
-    store_f16,
-    store_f32,
-)
+from .simd import round_i32, splat_f32
+from .simd_memory import load_f32, scatter_f16, scatter_f32, scatter_i8, scatter_u8x4, store_f16, store_f32
 from .wide import inverse_of, largest
 
 KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)

@@ -29,20 +29,15 @@ from .simd import (
     hmax_i32,
     hsum,
     hsum_i32,
-    load_f32,
-    load_scalar_bf16,
-    load_scalar_f16,
-    load_scalar_f32,
     magnitude,
     number_of,
     round_i32,
     splat_f32,
     splat_i32,
-    store_f32,
-    store_i8,
     tile,
     vmax_i32,
 )
+from .simd_memory import load_f32, load_scalar_bf16, load_scalar_f16, load_scalar_f32, store_f32, store_i8
 
 ZERO, ONE = np.float32(0), np.float32(1)
 LARGEST_INT8 = np.float32(127)

@@ -16,16 +16,15 @@ from .simd import (
     hmax,
     hmax_i32,
     hsum,
-    load_f32,
     magnitude,
     number_of,
     only_above,
     splat_f32,
     splat_i32,
-    store_f32,
     vmax,
     vmax_i32,
 )
+from .simd_memory import load_f32, store_f32
 from .unit import unit
 
 CHUNK = 1024

@@ -7,8 +7,7 @@ around it have constant bounds LLVM unrolls them, and every element of the tile 
     acc = new_acc()                                   # new_acc = tile(f32x16, rows, 2), outside the kernel
     acc[m, n] = fma(to_f32(dots[m, n]), scale, acc[m, n])
 
-Offsets count elements of the array that is read or written: bytes in a uint8 arena. Nothing is checked
-against the array's length. float16 and bfloat16 live in memory only: loads widen them to float32.
+How they come from memory and go there: `simd_memory`.
 """
 
 import operator
@@ -61,9 +60,6 @@ class _TileModel(models.PrimitiveModel):
 f32x16, i32x16, i16x32, u8x64 = Vector("f32", 16), Vector("i32", 16), Vector("i16", 32), Vector("u8", 64)
 
 _F32, _I32, _I16, _U8 = f32x16.llvm, i32x16.llvm, i16x32.llvm, u8x64.llvm
-_HALF = ir.VectorType(ir.HalfType(), 16)
-_SHORT = ir.VectorType(ir.IntType(16), 16)
-_BYTE = ir.VectorType(ir.IntType(8), 16)
 _INDEX = ir.IntType(64)
 _WORD = ir.IntType(32)
 
@@ -178,189 +174,6 @@ def _lower_tile_set(context, builder, sig, args):
     return context.get_dummy_value()
 
 
-# ---------------------------------------------------------------- memory
-
-
-def _pointer(context, builder, sig, args, llvm):
-    data = context.make_array(sig.args[0])(context, builder, args[0]).data
-    return builder.bitcast(builder.gep(data, [args[1]]), llvm.as_pointer())
-
-
-def _loader(result, stored, widen=None):
-    """An intrinsic load(array, offset): `stored` as it lies in memory, widened to `result`."""
-
-    @intrinsic
-    def load(typing_context, array, offset):
-        def codegen(context, builder, sig, args):
-            value = builder.load(_pointer(context, builder, sig, args, stored))
-            value.align = 1
-            return widen(builder, value) if widen else value
-
-        return result(array, types.intp), codegen
-
-    return load
-
-
-def _storer(vector, narrow=None):
-    """An intrinsic store(array, offset, v): v narrowed to the form that lies in memory."""
-
-    @intrinsic
-    def store(typing_context, array, offset, v):
-        def codegen(context, builder, sig, args):
-            value = narrow(builder, args[2]) if narrow else args[2]
-            builder.store(value, _pointer(context, builder, sig, args, value.type)).align = 1
-            return context.get_dummy_value()
-
-        return types.void(array, types.intp, vector), codegen
-
-    return store
-
-
-def _widen_bf16(builder, v):
-    return builder.bitcast(builder.shl(builder.zext(v, _I32), constant(_I32, 16)), _F32)
-
-
-def _widen_scalar_bf16(builder, x):
-    return builder.bitcast(builder.shl(builder.zext(x, _WORD), ir.Constant(_WORD, 16)), ir.FloatType())
-
-
-def _number(kind, value):
-    """A constant: in every lane of a vector, or a scalar."""
-    return constant(kind, value) if isinstance(kind, ir.VectorType) else ir.Constant(kind, value)
-
-
-def _widen_f16(builder, h, floats, words):
-    """float32 of float16 held as 16-bit integers; floats, words: the LLVM types of result and of integers like it."""
-    if cpu.has_half():
-        halves = ir.VectorType(ir.HalfType(), 16) if isinstance(floats, ir.VectorType) else ir.HalfType()
-        return builder.fpext(builder.bitcast(h, halves), floats)
-    wide = builder.zext(h, words)
-    sign = builder.shl(builder.and_(wide, _number(words, 0x8000)), _number(words, 16))
-    size = builder.shl(builder.and_(wide, _number(words, 0x7FFF)), _number(words, 13))
-    # The exponent counts from 15, not 127: times 2^112, exact for small numbers too.
-    value = builder.bitcast(builder.fmul(builder.bitcast(size, floats), _number(floats, 2.0**112)), words)
-    special = builder.icmp_unsigned(">=", size, _number(words, 0x0F800000))
-    value = builder.select(special, builder.or_(size, _number(words, 0x7F800000)), value)
-    return builder.bitcast(builder.or_(value, sign), floats)
-
-
-def _narrow_f16(builder, v):
-    """Round to nearest, ties to even; beyond the range of float16 its largest value, never infinity. NaN stays NaN."""
-    limit = 65504.0
-    v = _maximum(builder, constant(_F32, -limit), _minimum(builder, constant(_F32, limit), v))
-    if cpu.has_half():
-        return builder.bitcast(builder.fptrunc(v, _HALF), _SHORT)
-    raw = builder.bitcast(v, _I32)
-    sign = builder.and_(builder.lshr(raw, constant(_I32, 16)), constant(_I32, 0x8000))
-    size = builder.and_(raw, constant(_I32, 0x7FFFFFFF))
-    # Normal numbers: move the exponent, then round by adding. Small ones: adding 1/2 rounds them in place.
-    odd = builder.and_(builder.lshr(size, constant(_I32, 13)), constant(_I32, 1))
-    moved = builder.add(builder.add(size, odd), constant(_I32, 0xFFF - (112 << 23)))
-    half = builder.bitcast(builder.fadd(builder.bitcast(size, _F32), constant(_F32, 0.5)), _I32)
-    tiny = builder.icmp_unsigned("<", size, constant(_I32, 113 << 23))
-    value = builder.select(tiny, builder.sub(half, constant(_I32, 0x3F000000)), builder.lshr(moved, constant(_I32, 13)))
-    not_a_number = builder.icmp_unsigned(">", size, constant(_I32, 0x7F800000))
-    value = builder.select(not_a_number, constant(_I32, 0x7E00), value)
-    return builder.trunc(builder.or_(value, sign), _SHORT)
-
-
-def _narrow_i8(builder, v):
-    return builder.trunc(v, _BYTE)
-
-
-def _narrow_i16(builder, v, first):
-    return builder.trunc(pick_lanes(builder, v, range(first, 16, 2)), ir.VectorType(ir.IntType(16), 8))
-
-
-def _sums_of_four(builder, v):
-    """Lanes 0 to 3 together, then 4 to 7, ..."""
-    parts = [pick_lanes(builder, v, range(i, 16, 4)) for i in range(4)]
-    return builder.add(builder.add(parts[0], parts[1]), builder.add(parts[2], parts[3]))
-
-
-def _narrow_u8x4(builder, v):
-    bytes_ = builder.xor(builder.trunc(v, _BYTE), constant(_BYTE, 128))
-    return builder.bitcast(bytes_, ir.VectorType(_WORD, 4))
-
-
-def _scatterer(vector, narrow=None):
-    """An intrinsic scatter(array, offset, step, v): lane i of v, or of its narrow form, goes to offset + i * step."""
-
-    @intrinsic
-    def scatter(typing_context, array, offset, step, v):
-        def codegen(context, builder, sig, args):
-            array_value, offset_value, step_value, v_value = args
-            value = narrow(builder, v_value) if narrow else v_value
-            pair = signature(types.void, sig.args[0], types.intp)
-            for lane in range(value.type.count):
-                place = _pointer(context, builder, pair, (array_value, offset_value), value.type.element)
-                builder.store(builder.extract_element(value, ir.Constant(_WORD, lane)), place).align = 1
-                offset_value = builder.add(offset_value, step_value)
-            return context.get_dummy_value()
-
-        return types.void(array, types.intp, types.intp, vector), codegen
-
-    return scatter
-
-
-load_u8 = _loader(u8x64, _U8)
-load_f32 = _loader(f32x16, _F32)
-load_f16 = _loader(f32x16, _SHORT, lambda b, v: _widen_f16(b, v, _F32, _I32))
-load_bf16 = _loader(f32x16, _SHORT, _widen_bf16)
-load_i8 = _loader(f32x16, _BYTE, lambda b, v: b.sitofp(v, _F32))
-"""16 values from int8, as float32."""
-load_i32 = _loader(i32x16, _I32)
-load_scalar_f32 = _loader(types.float32, ir.FloatType())
-load_scalar_f16 = _loader(types.float32, ir.IntType(16), lambda b, v: _widen_f16(b, v, ir.FloatType(), _WORD))
-load_scalar_bf16 = _loader(types.float32, ir.IntType(16), _widen_scalar_bf16)
-load_word = _loader(types.int32, _WORD)
-
-store_f32 = _storer(f32x16)
-store_f16 = _storer(f32x16, _narrow_f16)
-store_u8 = _storer(u8x64)
-store_i8 = _storer(i32x16, _narrow_i8)
-"""16 int32 in -128..127 as 16 bytes."""
-store_high_digits = _storer(i32x16, lambda b, v: _narrow_i8(b, b.ashr(v, constant(_I32, 7))))
-store_low_digits = _storer(i32x16, lambda b, v: _narrow_i8(b, b.and_(v, constant(_I32, 127))))
-"""v = 128 * high + low, low in 0..127: 16 of one as bytes."""
-store_even_i16 = _storer(i32x16, lambda b, v: _narrow_i16(b, v, 0))
-store_odd_i16 = _storer(i32x16, lambda b, v: _narrow_i16(b, v, 1))
-"""Every other one of 16 int32, as 8 int16."""
-store_i32 = _storer(i32x16)
-store_sums = _storer(i32x16, _sums_of_four)
-"""Each sum of four neighbouring int32, as 4 int32."""
-scatter_f32 = _scatterer(f32x16)
-scatter_f16 = _scatterer(f32x16, _narrow_f16)
-scatter_i8 = _scatterer(i32x16, _narrow_i8)
-scatter_u8x4 = _scatterer(i32x16, _narrow_u8x4)
-"""16 int32 in -128..127, plus 128, as 4 words of 4 bytes."""
-
-
-def _prefetcher(locality):
-    """An intrinsic ask(array, offset) for a cache line; beyond the array's end nothing happens. locality() as in LLVM."""
-
-    @intrinsic
-    def ask(typing_context, array, offset):
-        def codegen(context, builder, sig, args):
-            place = _pointer(context, builder, sig, args, ir.IntType(8))
-            kind = ir.FunctionType(ir.VoidType(), [place.type, _WORD, _WORD, _WORD])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            builder.call(function, [place, *(ir.Constant(_WORD, n) for n in (0, locality(), 1))])
-            return context.get_dummy_value()
-
-        return types.void(array, types.intp), codegen
-
-    return ask
-
-
-prefetch = _prefetcher(lambda: 3)
-"""Ask for the cache line at array[offset], to have it in all caches."""
-prefetch_once = _prefetcher(lambda: 0)
-"""Ask for a cache line of what is read once in a step: it should not push out of the caches what is read again."""
-prefetch_beside = _prefetcher(lambda: 0 if cpu.streams_past_caches() else 2)
-"""Likewise for kernels that compute as long as they read: on most CPUs into the second-level cache."""
-
-
 # ---------------------------------------------------------------- making vectors
 
 splat_f32 = primitive(f32x16, [types.float32], lambda b, x: _splat(b, x, _F32))
@@ -382,11 +195,13 @@ def _fma(builder, x, y, z):
     return builder.fadd(builder.fmul(x, y), z)
 
 
-def _maximum(builder, x, y):
+def maximum(builder, x, y):
+    """x where it is larger, else y, NaN too."""
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
-def _minimum(builder, x, y):
+def minimum(builder, x, y):
+    """x where it is smaller, else y, NaN too."""
     return builder.select(builder.fcmp_ordered("<", x, y), x, y)
 
 
@@ -400,8 +215,8 @@ def _magnitude(builder, v):
 
 fma = primitive(f32x16, [f32x16] * 3, _fma)
 """x * y + z, rounded once where the CPU can."""
-vmax = primitive(f32x16, [f32x16] * 2, _maximum)
-vmin = primitive(f32x16, [f32x16] * 2, _minimum)
+vmax = primitive(f32x16, [f32x16] * 2, maximum)
+vmin = primitive(f32x16, [f32x16] * 2, minimum)
 """The larger and the smaller of two; the second where one of them is NaN."""
 vmax_i32 = primitive(i32x16, [i32x16] * 2, _larger)
 magnitude = primitive(i32x16, [f32x16], _magnitude)
@@ -452,7 +267,7 @@ def _halving(combine):
 
 
 hsum = primitive(types.float32, [f32x16], _halving(lambda b, x, y: b.fadd(x, y)))
-hmax = primitive(types.float32, [f32x16], _halving(_maximum))
+hmax = primitive(types.float32, [f32x16], _halving(maximum))
 hmax_i32 = primitive(types.int32, [i32x16], _halving(_larger))
 hsum_i32 = primitive(types.int32, [i32x16], _halving(lambda b, x, y: b.add(x, y)))
 
@@ -477,8 +292,8 @@ def _exp(builder, x):
     A number this large has no fraction: adding it rounds, and its last bits are then the exponent of 2^n.
     """
     underflow = builder.fcmp_ordered("<", x, constant(_F32, -87.0))
-    x = _maximum(builder, constant(_F32, -87.0), x)
-    x = _minimum(builder, constant(_F32, 88.0), x)
+    x = maximum(builder, constant(_F32, -87.0), x)
+    x = minimum(builder, constant(_F32, 88.0), x)
     large = constant(_F32, 1.5 * 2**23 + 127)
     shifted = _fma(builder, x, constant(_F32, 1.4426950408889634), large)
     n = builder.fsub(shifted, large)

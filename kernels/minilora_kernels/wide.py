@@ -18,20 +18,15 @@ from .simd import (
     hsum_i32,
     i32x16,
     join_digits,
-    load_f32,
     magnitude,
     number_of,
     primitive,
     round_i32,
     splat_f32,
     splat_i32,
-    store_even_i16,
-    store_high_digits,
-    store_low_digits,
-    store_odd_i16,
-    store_sums,
     vmax_i32,
 )
+from .simd_memory import load_f32, store_even_i16, store_high_digits, store_low_digits, store_odd_i16, store_sums
 
 # The largest integer whose high digit is 127.
 LARGEST = np.float32(127 * 128)
