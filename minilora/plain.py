@@ -1,6 +1,7 @@
 """The NumPy backend: the reference network behind the same interface, one text at a time. Slow, to trust and to teach."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Listing
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,13 @@ class PlainLLM:
             resolve_adapter(source, report), self.model.weights.config, self.model.weights
         )
 
-    def generate(self, prompt: Mapping[str, Any], params: SamplingParams, loras: list[LoRARequest]) -> RequestOutput:
-        """One text for one prompt of token ids. Log-probabilities are not computed."""
-        tokens = token_ids(prompt)
+    def generate(
+        self, prompts: Listing[Mapping[str, Any]], params: SamplingParams, loras: Listing[Listing[LoRARequest]]
+    ) -> list[RequestOutput]:
+        """One text for each prompt of token ids, with its adapters. Log-probabilities are not computed."""
+        return [self._generate(token_ids(p), params, chosen) for p, chosen in zip(prompts, loras, strict=True)]
+
+    def _generate(self, tokens: list[int], params: SamplingParams, loras: Listing[LoRARequest]) -> RequestOutput:
         config = self.model.weights.config
         network = Reference(config, self._merged(loras), config.max_position_embeddings)
         sequence = Sequence(1, list(tokens), len(tokens), params, params.seed or 0)
@@ -58,7 +63,7 @@ class PlainLLM:
         builder.finish()
         return RequestOutput("1", None, tokens, [builder.output], finished=True, lora_request=tuple(loras))
 
-    def _merged(self, loras: list[LoRARequest]) -> dict[str, np.ndarray]:
+    def _merged(self, loras: Listing[LoRARequest]) -> dict[str, np.ndarray]:
         """The weights with every adapter's B A added."""
         merged = dict(self._floats)
         for lora in loras:

@@ -26,7 +26,7 @@ LAYERS = [
     {"fairness", "scheduler", "engine"},
     {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},
     {"server"},
-    {"cli", "cli_models", "cli_options", "cli_report", "cli_serve", "__main__"},
+    {"cli", "__main__"},
 ]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from .errors import UsageError
-from .params import ENGINE_DTYPES, NUMA_MODES, EngineConfig
+from ..errors import UsageError
+from ..params import ENGINE_DTYPES, NUMA_MODES, EngineConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import click
 
-from .cli_options import DTYPES
-from .cli_report import Reporter
-from .errors import UsageError
+from ..errors import UsageError
+from .options import DTYPES
+from .report import Reporter
 
 
 @click.command()
 @click.argument("names", nargs=-1, required=True)
 def pull(names: Sequence[str]) -> None:
     """Fetch models or adapters without running them."""
-    from .checkpoint.lock import entries, resolve_adapter, resolve_model
+    from ..checkpoint.lock import entries, resolve_adapter, resolve_model
 
     reporter = Reporter()
     for name in names:
@@ -29,7 +29,7 @@ def pull(names: Sequence[str]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def list_(as_json: bool) -> None:
     """List the models and adapters that have a name."""
-    from .checkpoint.lock import entries, is_present
+    from ..checkpoint.lock import entries, is_present
 
     rows = [
         {
@@ -57,7 +57,7 @@ def list_(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show(name: str, dtype: str, as_json: bool) -> None:
     """Show a model's or adapter's shapes, formats and bytes."""
-    from .inspect import describe
+    from ..inspect import describe
 
     facts = describe(name, dtype, Reporter())
     if as_json:
@@ -74,10 +74,10 @@ def show(name: str, dtype: str, as_json: bool) -> None:
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="32", show_default=True)
 def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     """Write SOURCE as a packed model into the folder TARGET."""
-    from .checkpoint import open_checkpoint
-    from .checkpoint.lock import resolve_model
-    from .packed import write_packed
-    from .plan import Plan, Target
+    from ..checkpoint import open_checkpoint
+    from ..checkpoint.lock import resolve_model
+    from ..packed import write_packed
+    from ..plan import Plan, Target
 
     if target.exists():
         raise UsageError(f"{target} exists already")

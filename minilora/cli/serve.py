@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from .cli_options import Size, engine_options, model_options, split_engine, split_lora
-from .cli_report import Reporter, announce_compiling
-from .errors import UsageError, did_you_mean
-from .server.settings import ServerConfig
+from ..errors import UsageError, did_you_mean
+from ..server.settings import ServerConfig
+from .options import Size, engine_options, model_options, split_engine, split_lora
+from .report import Reporter, announce_compiling
 
 
 def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -123,8 +123,8 @@ def serve(model: str, dtype: str, group_size: str, threads: int | None, **rest: 
     loras = [split_lora(text if "=" in text else f"{text}={text}") for text in options.pop("loras")]
     config = _config(options)
     _check_extra()
-    from .server.run import Lora
-    from .server.run import serve as run
+    from ..server.run import Lora
+    from ..server.run import serve as run
 
     reporter = Reporter()
     announce_compiling(reporter)

@@ -1,0 +1,38 @@
+"""`minilora warmup` and `minilora env`: this computer made ready, and what it is."""
+
+import json
+import time
+
+import click
+
+from .opening import open_model
+from .options import model_options
+from .report import Reporter
+
+
+@click.command()
+@model_options
+def warmup(model: str, dtype: str, group_size: str, threads: int | None) -> None:
+    """Fetch, pack and compile all that a model needs, so that later starts are quick."""
+    from ..params import SamplingParams
+
+    reporter = Reporter()
+    started = time.perf_counter()
+    llm = open_model(reporter, model, dtype, group_size, threads, max_num_seqs=1)
+    llm.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=2, temperature=1.0, logprobs=1, ignore_eos=True))
+    reporter.done()
+    click.echo(f"ready in {time.perf_counter() - started:.1f} s")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def env(as_json: bool) -> None:
+    """Show versions, CPU and folders, for bug reports."""
+    from ..inspect import environment
+
+    facts = environment()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for key, value in facts.items():
+        click.echo(f"{key:12} {value}")
