@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 from .adapters import Adapter
 from .chat import Message, encode_chat
 from .errors import EngineClosedError, EngineDeadError, QueueTimeoutError, RequestError
-from .llm_engine import DEFAULT_MODEL, LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
+from .llm_engine import LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
 from .outputs import CompletionOutput, LoRARequest, RequestOutput
-from .params import EngineConfig, SamplingParams
+from .params import DEFAULT_MODEL, EngineConfig, SamplingParams
 from .registry import Loaded
 from .stats import Stats
 

@@ -60,7 +60,8 @@ class _Question(NamedTuple):
 class Engine:
     """Runs any number of texts through one model, with any adapters, step by step.
 
-    eos: tokens that end a text. Raises ResourceError where the memory does not suffice.
+    eos: tokens that end a text. Raises UsageError where max_model_len is more than the model's positions reach,
+    ResourceError where the memory does not suffice.
     """
 
     def __init__(self, weights: Weights, config: EngineConfig | None = None, eos: Iterable[int] = ()):
@@ -68,6 +69,12 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.eos = frozenset(eos)
         self.length = config.max_model_len or self.model.max_position_embeddings
+        if self.length > self.model.rope.reach:
+            raise UsageError(
+                f"max_model_len is {self.length}, but the model's positions reach {self.model.rope.reach}",
+                "It was trained for no more: lower max_model_len, or leave it out.",
+                param="max_model_len",
+            )
         self.runner = Runner(weights, config, self.length)
         self.pool = PagePool(self.runner.pages, self.runner.poison_page if config.debug_checks else None)
         self._news = threading.Event()

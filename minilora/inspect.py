@@ -3,6 +3,7 @@
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,20 +14,17 @@ from minilora_kernels.limits import usable_cores
 from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
 
 from . import __version__
-from .checkpoint.lock import entries, resolve_adapter, resolve_model
+from .checkpoint.lock import resolve
 from .packed import Report, load_model
-from .peft import CONFIG
-from .peft import describe as describe_adapter
+from .peft import CONFIG, adapter_settings, open_tensors
 from .plan import Target
 
 
 def describe(name: str, dtype: str, report: Report) -> dict[str, Any]:
     """The facts of a model or adapter. Raises NotFoundError and the like."""
-    if name in entries("adapters"):
-        return {"name": name, **describe_adapter(resolve_adapter(name, report))}
-    path = resolve_model(name, report)
+    path = resolve(name, report)
     if (path / CONFIG).exists():
-        return {"name": name, **describe_adapter(path)}
+        return {"name": name, **_describe_adapter(path)}
     weights = load_model(path, name, Target(dtype), report).weights
     config = weights.config
     numbers = int((weights.matrices[:, ROWS] * weights.matrices[:, COLUMNS]).sum())
@@ -43,6 +41,20 @@ def describe(name: str, dtype: str, report: Report) -> dict[str, Any]:
         "formats": ", ".join(f"{FORMAT_NAMES[fmt]} {weights.bytes_of(fmt) / 1e6:.1f} MB" for fmt in weights.formats),
         "bytes": len(weights.arena),
         "tied embeddings": config.tie_word_embeddings,
+    }
+
+
+def _describe_adapter(folder: Path) -> dict[str, Any]:
+    file = open_tensors(folder)
+    shapes: dict[str, dict[str, None]] = {}
+    for name, tensor in sorted(file.tensors.items()):
+        module = name.partition(".lora_")[0].rpartition(".")[2]
+        shapes.setdefault(module, {})["x".join(map(str, tensor.shape))] = None
+    return {
+        **adapter_settings(folder),
+        "shapes": "; ".join(f"{module} {', '.join(found)}" for module, found in shapes.items()),
+        "formats": ", ".join(sorted({FORMAT_NAMES[file.format(name)] for name in file.tensors})),
+        "bytes": file.path.stat().st_size,
     }
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from .chat import Message, encode_chat
 from .errors import RequestError, UsageError
-from .llm_engine import DEFAULT_MODEL, LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
+from .llm_engine import LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
 from .outputs import LoRARequest, RequestOutput
 from .packed import Report, silent
-from .params import SamplingParams
+from .params import DEFAULT_MODEL, SamplingParams
 from .plan import DEFAULT_GROUP
 from .stats import Stats
 
@@ -18,7 +18,7 @@ class LLM:
     """A model and an engine for it.
 
     model: a name in models.lock, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
-    plan.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at once; report:
+    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at once; report:
     called with a line of text when something takes long; the rest are EngineConfig's fields.
 
     generate and chat take prompts and return when all texts are done; stream yields one prompt's texts as they grow;
@@ -118,15 +118,18 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams, lora_request: Lora = None
-    ) -> Iterator[tuple[int, str]]:
-        """(index, new text) of one prompt's texts as they grow; ends when all are finished."""
+    ) -> Iterator[RequestOutput]:
+        """What one prompt's texts grow by, step by step, as AsyncEngine.generate has it; the last one is `finished`.
+
+        Leaving the iteration ends the request. Raises UsageError where it can't run, RequestError where it failed.
+        """
         request = self._submit(prompt, sampling_params, as_loras(lora_request))
         try:
             while not request.finished:
                 self.step()
-                for builder in request.builders:
-                    if text := builder.fresh():
-                        yield builder.output.index, text
+                delta = request.delta()
+                if delta.outputs or delta.finished:
+                    yield delta
         finally:
             self.llm_engine.abort_request(request)
         _unless_failed([request.output])
@@ -156,7 +159,7 @@ class LLM:
         self.llm_engine.abort_request(request)
 
     def step(self) -> list[Request]:
-        """One token more for every running text; returns the requests that changed. Waits where all is on its way."""
+        """A token more for every running text, or several; returns the requests that changed. Waits where all is on its way."""
         changed = self.llm_engine.step()
         if not changed and self.engine.busy:
             self.engine.wait()

@@ -18,13 +18,11 @@ from .engine import Engine, Output
 from .errors import UsageError, did_you_mean
 from .outputs import CompletionOutput, LogprobsAt, LoRARequest, RequestOutput, TextBuilder, logprobs_at
 from .packed import Report, load_model, silent
-from .params import EngineConfig, SamplingParams
+from .params import DEFAULT_MODEL, EngineConfig, SamplingParams, vllm_hint
 from .peft import adapter_from_arrays
 from .plan import DEFAULT_GROUP, Target
 from .registry import AdapterVersion, Loaded
 from .sequence import AdapterUse
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 Prompt = str | Mapping[str, Any]
 Lora = LoRARequest | Listing[LoRARequest] | None
@@ -70,7 +68,7 @@ class LLMEngine:
     """A model, an engine for it, and the requests under way. All calls from one thread unless they say otherwise.
 
     model: a name in models.lock, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
-    plan.DTYPES; group_size: 32, 64 or 128, for int8 and int4; report: called with a line of text when something
+    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; report: called with a line of text when something
     takes long; the rest are EngineConfig's fields.
     """
 
@@ -85,7 +83,9 @@ class LLMEngine:
     ):
         known = {f.name for f in fields(EngineConfig)}
         if unknown := sorted(engine.keys() - known):
-            raise UsageError(f"LLM has no parameter {unknown[0]!r}", did_you_mean(unknown[0], known))
+            raise UsageError(
+                f"LLM has no parameter {unknown[0]!r}", vllm_hint(unknown[0]) or did_you_mean(unknown[0], known)
+            )
         config, target = EngineConfig(**engine), Target(dtype, group_size)
         self.model = load_model(resolve_model(model, report), model, target, report)
         self.tokenizer = self.model.tokenizer

@@ -1,4 +1,7 @@
-"""What a request may ask for, and how an engine is set up: SamplingParams and EngineConfig, vLLM's names."""
+"""What a request may ask for, and how an engine is set up: SamplingParams and EngineConfig, vLLM's names.
+
+Options of the command line are made from what is here, so nothing heavy is imported.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +55,8 @@ class SamplingParams:
     tokens that do. ignore_eos: go on after the model's own end. max_tokens: None for as many as fit. min_tokens: no
     end before. logprobs, prompt_logprobs: how many of the best tokens' log-probabilities to return at each place,
     None for none. logit_bias: token id -> number added to its logit. logits_processors: called in order before a
-    token is chosen, with the prompt's tokens, the text's so far, and the logits, a float32 array [V] to change in place or to replace by what
-    is returned; an exception ends that request only.
+    token is chosen, with the prompt's tokens, the text's so far, and the logits, a float32 array [V] to change in
+    place or to replace by what is returned; an exception ends that request only.
     """
 
     n: int = 1
@@ -153,24 +156,38 @@ class SamplingParams:
                 raise UsageError(f"{name} holds {wrong[0]}, the vocabulary has {size} tokens", param=name)
 
 
-NUMA_MODES = ("off", "interleave", "replicate")
+DEFAULT_MODEL = "smollm2-135m-instruct"
+# Number formats of weights, of pages and of adapters.
+DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
 ENGINE_DTYPES = ("auto", "float32", "float16", "int8")
+NUMA_MODES = ("off", "interleave", "replicate")
+
+# What to do instead of what vLLM has a parameter for.
+_VLLM_HINTS = {
+    "enable_lora": "LoRA is always on: leave it out.",
+    "lora_modules": "Name adapters with lora={name: path}, on the command line with --lora NAME=PATH.",
+}
+
+
+def vllm_hint(name: str) -> str:
+    """What to do instead of a parameter, or option, that vLLM has and minilora has not; empty for all others."""
+    return _VLLM_HINTS.get(name.lstrip("-").replace("-", "_"), "")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Sizes of an engine. Raises UsageError for values that make no sense.
 
-    max_model_len: tokens of prompt and text together, None for what the model was trained on. max_num_seqs:
-    sequences that run at once; max_num_batched_tokens: rows of a step; max_step_ms: milliseconds that a step with
-    prompts in it should take at most while texts decode, None for any. num_scheduler_steps: tokens in a row that a step
-    may give each text where all do nothing but decode; no more than take 20 ms. kv_cache_dtype: "auto" is float32 for
-    float32 weights, else float16. kv_cache_memory: bytes of pages, None for as many as max_num_seqs long texts need, at
-    most half of the free memory. block_size: tokens of a page. max_loras: adapters in use at once; max_cpu_loras: adapters
-    in memory, None for 256 or max_loras; max_lora_rank: highest rank; lora_dtype: "auto" is float32 for float32
-    weights, else int8 with a scale for each row of A and B; lora_memory: bytes for adapters in memory, None
-    for a quarter of the free memory. threads: None for all cores that the process may use. numa:
-    what to do on machines with several memory nodes, see numa.py. enable_prefix_caching:
+    max_model_len: tokens of prompt and text together, no more than the model's positions reach; None for what it was
+    trained on. max_num_seqs: sequences that run at once; max_num_batched_tokens: rows of a step; max_step_ms:
+    milliseconds that a step with prompts in it should take at most while texts decode, None for any.
+    num_scheduler_steps: tokens in a row that a step may give each text where all do nothing but decode; no more than
+    take 20 ms. kv_cache_dtype: "auto" is float32 for float32 weights, else float16. kv_cache_memory: bytes of pages,
+    None for as many as max_num_seqs long texts need, at most half of the free memory. block_size: tokens of a page.
+    max_loras: adapters in use at once; max_cpu_loras: adapters in memory, None for 256 or max_loras; max_lora_rank:
+    highest rank; lora_dtype: "auto" is float32 for float32 weights, else int8 with a scale for each row of A and B;
+    lora_memory: bytes for adapters in memory, None for a quarter of the free memory. threads: None for all cores that
+    the process may use. numa: what to do on machines with several memory nodes, see numa.py. enable_prefix_caching:
     keep pages of finished texts for others that begin alike. debug_checks: check all books after each step and fill
     freed pages with NaN; slow.
     """

@@ -172,19 +172,14 @@ def load_adapter(folder: Path, config: ModelConfig, weights: Weights | None = No
     """Read a PEFT folder for a base model of this config.
 
     weights: the base model's. With adapters of the embedding or head PEFT saves the base's own matrices too; they
-    are compared with `weights`, and other ones are refused. Raises NotFoundError, FormatError, UnsupportedError or AdapterError, naming the tensor or key.
+    are compared with `weights`, and other ones are refused. Raises NotFoundError, FormatError, UnsupportedError or
+    AdapterError, naming the tensor or key.
     """
     if not folder.is_dir():
         raise NotFoundError(f"{folder} is no folder", "An adapter is a folder with adapter_config.json in it.")
     settings = _Settings(read_json(folder / CONFIG))
-    if not (folder / TENSORS).exists():
-        if pickles := [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]:
-            raise UnsupportedError(
-                f"{folder} holds {pickles[0]}, a pickle file, which can run code when it is read",
-                "Load it with PEFT and save it again: save_pretrained(folder, safe_serialization=True).",
-            )
-        raise NotFoundError(f"{folder / TENSORS} is missing")
-    tensors = _read_tensors(folder / TENSORS)
+    file = open_tensors(folder)
+    tensors = {name: file.read(name) for name in file.tensors}
     for name in [name for name in tensors if name.endswith(".base_layer.weight")]:
         _check_base(name, tensors.pop(name), config, weights)
     adapter = adapter_from_arrays(tensors, settings.data, config, source=str(folder))
@@ -192,9 +187,16 @@ def load_adapter(folder: Path, config: ModelConfig, weights: Weights | None = No
     return adapter
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    file = TensorFile(path)
-    return {name: file.read(name) for name in file.tensors}
+def open_tensors(folder: Path) -> TensorFile:
+    """The tensors of a PEFT folder. Raises NotFoundError, FormatError or UnsupportedError."""
+    if not (folder / TENSORS).exists():
+        if pickles := [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]:
+            raise UnsupportedError(
+                f"{folder} holds {pickles[0]}, a pickle file, which can run code when it is read",
+                "Load it with PEFT and save it again: save_pretrained(folder, safe_serialization=True).",
+            )
+        raise NotFoundError(f"{folder / TENSORS} is missing")
+    return TensorFile(folder / TENSORS)
 
 
 def _check_base(name: str, copy: np.ndarray, config: ModelConfig, weights: Weights | None) -> None:
@@ -313,7 +315,7 @@ def _layers(settings: Mapping[str, Any]) -> set[int] | None:
     return None if isinstance(settings.get("target_modules"), str) else set(listed) or None
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def adapter_settings(folder: Path) -> dict[str, Any]:
     """What adapter_config.json says, for display. Raises NotFoundError or FormatError."""
     data = read_json(folder / CONFIG)
     if not isinstance(data.get("r"), int):

@@ -11,6 +11,7 @@ from minilora_kernels import reference as kernels
 from .adapters import Adapter
 from .batch import Draw
 from .checkpoint.lock import resolve_adapter, resolve_model
+from .errors import UsageError
 from .llm_engine import token_ids
 from .outputs import LoRARequest, RequestOutput, TextBuilder
 from .packed import Report, load_model, silent
@@ -40,11 +41,16 @@ class PlainLLM:
     def generate(
         self, prompts: Listing[Mapping[str, Any]], params: SamplingParams, loras: Listing[Listing[LoRARequest]]
     ) -> list[RequestOutput]:
-        """One text for each prompt of token ids, with its adapters. Log-probabilities are not computed."""
+        """One text for each prompt of token ids, with its adapters; no log-probabilities. Raises UsageError for too long a one."""
         return [self._generate(token_ids(p), params, chosen) for p, chosen in zip(prompts, loras, strict=True)]
 
     def _generate(self, tokens: list[int], params: SamplingParams, loras: Listing[LoRARequest]) -> RequestOutput:
         config = self.model.weights.config
+        if len(tokens) >= config.max_position_embeddings:
+            raise UsageError(
+                f"the prompt has {len(tokens)} tokens, the model takes {config.max_position_embeddings - 1} at most",
+                "Shorten it.",
+            )
         network = Reference(config, self._merged(loras), config.max_position_embeddings)
         sequence = Sequence(1, list(tokens), len(tokens), params, params.seed or 0)
         builder = TextBuilder(sequence, 0, self.tokenizer)

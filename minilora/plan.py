@@ -18,6 +18,7 @@ from minilora_kernels.pack import BLOCK, FLOAT32, GROUPS, INT4, INT8, Quantized
 from .checkpoint.base import Checkpoint
 from .config import ModelConfig
 from .errors import FormatError, UsageError
+from .params import DTYPES
 
 # Columns of the layers table: byte offsets of float32 vectors in the arena (-1: none), rows of the matrices
 # table, and what the layer does.
@@ -40,7 +41,6 @@ from .errors import FormatError, UsageError
 ) = range(15)
 LAYER_WIDTH = 15
 
-DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
 FLOAT_DTYPES = {"float32": pack.FLOAT32, "float16": pack.FLOAT16, "bfloat16": pack.BFLOAT16}
 DEFAULT_GROUP = 32
 

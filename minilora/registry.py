@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .adapters import Adapter, PackedAdapter
 from .errors import AdapterError, MiniloraError, NotFoundError, ResourceError, UsageError, did_you_mean
-from .peft import describe
+from .peft import adapter_settings
 from .pool import AdapterPool
 
 # Versions that are read ahead of the requests that may start now.
@@ -155,7 +155,7 @@ class AdapterRegistry:
         if not 0 < weight < float("inf"):
             raise UsageError(f"the weight of adapter {name!r} must be above 0, not {weight!r}")
         if isinstance(source, Path):
-            rank = loaded.adapter.rank if loaded else int(describe(source)["r"])
+            rank = loaded.adapter.rank if loaded else int(adapter_settings(source)["r"])
         else:
             loaded = loaded or self.read(source)
             rank = loaded.adapter.rank

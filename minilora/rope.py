@@ -39,6 +39,18 @@ class Rope:
             np.float32
         )
 
+    @property
+    def reach(self) -> int:
+        """The longest text that the positions are good for, as vLLM has it: linear and dynamic scaling stretch the
+        trained length by their factor, yarn the original one; the other rules end where trained_length says."""
+        stretched = 0.0
+        if self.kind in ("linear", "dynamic"):
+            stretched = self.trained_length * self.number("factor")
+        elif self.kind == "yarn":
+            original = self.number("original_max_position_embeddings", self.trained_length)
+            stretched = original * self.number("factor", self.trained_length / original)
+        return max(self.trained_length, int(stretched))
+
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number among the rule's parameters. Raises FormatError."""
         value = self.scaling.get(key, default)

@@ -48,7 +48,7 @@ ARCHITECTURES = {
     "llama-bias": {"attention_bias": True, "mlp_bias": True},
     "llama-wide-heads": {"head_dim": 48, "num_key_value_heads": 1},
     "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "llama-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64},
+    "llama-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 16.0}, "max_position_embeddings": 64},
     "llama-llama3": {
         "rope_scaling": {
             "rope_type": "llama3",

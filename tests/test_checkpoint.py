@@ -229,6 +229,24 @@ def test_bad_configs_are_refused(change, error, word):
         config.rope.tables(8)
 
 
+@pytest.mark.parametrize(
+    "scaling, reach",
+    [
+        ({"rope_type": "default"}, 1024),
+        ({"rope_type": "linear", "factor": 4.0}, 4096),
+        ({"rope_type": "dynamic", "factor": 2.0}, 2048),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 128}, 1024),
+        ({"rope_type": "yarn", "factor": 4.0}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 64}, 1024),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
+)
+def test_how_far_positions_reach(scaling, reach):
+    assert ModelConfig.from_dict({**BASE_CONFIG, "rope_scaling": scaling}).rope.reach == reach
+
+
 def test_harmless_keys_pass():
     extra = {
         "torch_dtype": "float32",

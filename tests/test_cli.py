@@ -86,6 +86,7 @@ def test_adapters_and_scales(model, adapter):
     assert adapted["text"] != plain["text"] and adapted["adapter"] == ["a"]
     assert answer(model, "--lora", f"a={adapter}:0")["text"] == plain["text"]
     assert answer(model, "--adapter", adapter)["text"] == adapted["text"]
+    assert answer(model, "--lora", adapter) == {**adapted, "adapter": [str(adapter)]}
     assert answer(model, "--lora", f"a={adapter}:0.5", "--lora", f"b={adapter}:0.5")["adapter"] == ["a", "b"]
     assert (
         answer(model, "--lora", f"a={adapter}", "--lora", f"b={adapter}:3", "--adapter", "a")["text"] == adapted["text"]
@@ -133,7 +134,14 @@ WRONG_USE = [
     (["generate", "x", "--max-tokens", "0"], "max_tokens"),
     (["generate", "x", "--dtype", "int3"], "int3"),
     (["generate", "x", "--threads", "0"], "threads"),
-    (["generate", "x", "--lora", "nonsense"], "NAME=PATH"),
+    (["generate", "x", "--lora", "=nonsense"], "NAME[=PATH"),
+    (["generate", "x", "--lora", "a=pirate:inf"], "finite"),
+    (["generate", "x", "--adapter", "pirate:nan"], "finite"),
+    (["generate", "x", "--ctx-size", "1025"], "positions reach 1024"),
+    (["generate", "x", "--enable-lora"], "LoRA is always on"),
+    (["serve", "--lora-modules", "a=b"], "--lora NAME=PATH"),
+    (["generate", "x" * 2000, "--raw", "--backend", "numpy"], "2000 tokens"),
+    (["generate", "x", "--backend", "numpy", "-c", "20", "-t", "1"], "--max-model-len, --threads"),
     (["generate", "x", "--kv-cache-memory", "much"], "512M"),
     (["generate", "x", "--max-num-seqs", "0"], "max_num_seqs"),
     (["generate", "x", "--max-loras", "9", "--max-cpu-loras", "3"], "max_cpu_loras"),
@@ -162,6 +170,10 @@ def test_failures_are_exit_code_1(model, tmp_path):
         (["generate", "x", "-m", model, "--lora", f"a={tmp_path}"], "adapter_config.json"),
         (["generate", "x", "-m", tmp_path], "config.json"),
         (["show", "nothing-here"], "nothing-here"),
+        (["show", "x" * 300], "xxx"),
+        (["pull", "piratt"], "'pirate'"),
+        (["show", "telegran"], "'telegram'"),
+        (["quantize", model, broken / "below"], "File exists"),
     ]
     for arguments, word in cases:
         run = minilora(*arguments)
@@ -177,6 +189,55 @@ def test_prompts_that_cannot_be(model):
         assert run.returncode == 2 and word in run.stderr and run.stdout == ""
 
 
+def shell(command, **environment):
+    """Run `minilora` with a shell's redirections."""
+    line = f"exec {sys.executable} -m minilora {command}"
+    return subprocess.run(["sh", "-c", line], capture_output=True, env={**os.environ, **environment})
+
+
+def test_without_stdin(model):
+    answered = shell(f"generate x -m {model} -n 2 <&-")
+    assert answered.returncode == 0 and answered.stdout
+    for command in ("generate -", "chat"):
+        run = shell(f"{command} -m {model} <&-")
+        assert run.returncode == 2 and b"closed" in run.stderr and b"Traceback" not in run.stderr
+
+
+def test_bytes_that_are_no_text(tmp_path, model):
+    (tmp_path / "prompt").write_bytes(b"caf\xe9")
+    run = shell(f"generate -m {model} < {tmp_path / 'prompt'}", PYTHONIOENCODING="utf-8:strict")
+    assert run.returncode == 2 and b"byte 3 is 0xe9" in run.stderr and b"Traceback" not in run.stderr
+
+
+def test_a_terminal_that_lacks_characters_shows_question_marks(model):
+    whole = answer(model)["text"]
+    run = shell(f"generate 'Hello there' -m {model} -n 12", PYTHONIOENCODING="latin-1")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"{whole}\n".encode("latin-1", "replace") != f"{whole}\n".encode("latin-1", "ignore")
+
+
+def test_a_full_disk_is_said_once(model):
+    for command in (f"generate x -m {model} -n 2", "list", "--help"):
+        run = shell(f"{command} > /dev/full")
+        assert run.returncode == 1 and run.stderr.splitlines()[-1] == b"error: [Errno 28] No space left on device"
+
+
+def test_a_text_that_the_context_cuts_is_said(model):
+    for flags in (["--stream"], ["--no-stream"], ["--json"]):
+        arguments = ("generate", "Hello there", "-m", model, "--raw", "-c", 14, *flags)
+        assert "fill the context of 14 tokens" in minilora(*arguments).stderr
+        assert "context" not in minilora(*arguments, "-n", 3).stderr, "max_tokens was reached as well"
+
+
+def test_options_come_from_the_environment_too(model, adapter):
+    given = {"MINILORA_MODEL": str(model), "MINILORA_MAX_TOKENS": "3", "MINILORA_LORA": f"a={adapter} b={adapter}:0.5"}
+    run = minilora("generate", "Hello there", MINILORA_JSON="1", **given)
+    [row] = json.loads(run.stdout)["outputs"]
+    assert len(row["token_ids"]) == 3 and row["adapter"] == ["a", "b"]
+    assert minilora("chat", text="Hello\n", **given).stdout.strip()
+    assert "'--threads'" in minilora("warmup", MINILORA_THREADS="0").stderr
+
+
 def test_errors_show_tracebacks_on_request():
     assert "Traceback" in minilora("show", "nothing-here", MINILORA_DEBUG="1").stderr
 
@@ -184,7 +245,10 @@ def test_errors_show_tracebacks_on_request():
 def test_show_list_env(model, adapter):
     facts = json.loads(minilora("show", model, "--json").stdout)
     assert facts["layers"] == 2 and facts["hidden size"] == 64 and "float32" in facts["formats"]
-    assert json.loads(minilora("show", adapter, "--json").stdout)["r"] == 8
+    facts = json.loads(minilora("show", adapter, "--json").stdout)
+    assert facts["r"] == 8 and facts["bytes"] == (adapter / "adapter_model.safetensors").stat().st_size
+    assert facts["shapes"] == "down_proj 8x96, 64x8; q_proj 8x64, 64x8" and facts["formats"] == "float32"
+    assert f"base_model_name_or_path  {facts['base_model_name_or_path']}\n" in minilora("show", adapter).stdout
     assert {"smollm2-135m-instruct", "pirate"} <= {row["name"] for row in json.loads(minilora("list", "--json").stdout)}
     assert "numba" in json.loads(minilora("env", "--json").stdout)
     for command in (["show", model], ["list"], ["env"]):
@@ -198,6 +262,7 @@ def test_chat(model, adapter):
     first, second, third = run.stdout.split("\n")[:3]
     assert first == third != second
     assert "no command /nonsense" in run.stderr and "nothing" in run.stderr and "/reset" in run.stderr
+    assert "Known: json" in run.stderr, "an unknown adapter's error names those that there are"
 
 
 @pytest.fixture

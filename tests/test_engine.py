@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minilora import runner
+from minilora import LLM, runner
 from minilora.errors import UsageError
 from minilora.params import EngineConfig, SamplingParams
 from minilora.sequence import AdapterUse
@@ -106,6 +106,15 @@ def test_bad_engine_settings_are_refused(values):
 
 
 @pytest.mark.parametrize(
+    "name, hint", [("enable_lora", "always on"), ("lora_modules", "--lora"), ("max_lora", "'max_loras'")]
+)
+def test_unknown_settings_are_answered(name, hint):
+    with pytest.raises(UsageError, match=name) as caught:
+        LLM(**{name: True})
+    assert hint in caught.value.remedy
+
+
+@pytest.mark.parametrize(
     "tokens, params",
     [
         ([], {}),
@@ -138,6 +147,13 @@ def test_length_and_model_length(weights):
     assert len(generated(text_of(weights, SamplingParams(max_tokens=7, **GREEDY)))) == 7
     sequence = text_of(weights, SamplingParams(max_tokens=None, **GREEDY), max_model_len=64)
     assert len(sequence.tokens) == 64 and sequence.finish_reason == "length"
+
+
+def test_a_length_beyond_the_models_positions_is_refused(weights):
+    assert make_engine(weights, max_model_len=1024).length == 1024
+    with pytest.raises(UsageError, match="1025") as caught:
+        make_engine(weights, max_model_len=1025)
+    assert "trained" in caught.value.remedy
 
 
 def test_eos_stop_tokens_and_min_tokens(weights):

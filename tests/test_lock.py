@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minilora.checkpoint import lock
-from minilora.checkpoint.lock import Entry, LockedFile, entries, lock_path, resolve_adapter, resolve_model
+from minilora.checkpoint.lock import Entry, LockedFile, entries, lock_path, resolve, resolve_adapter, resolve_model
 from minilora.errors import DownloadError, NotFoundError
 
 CONTENT = bytes(range(256)) * 40
@@ -172,9 +172,15 @@ def test_paths_and_unknown_names(tmp_path):
     with pytest.raises(NotFoundError, match="no adapter is called 'pirat'") as caught:
         resolve_adapter("pirat", lambda _: None)
     assert "pirate" in caught.value.remedy
+    assert resolve("pirate", pytest.fail) == resolve_adapter("pirate", pytest.fail)
+    with pytest.raises(NotFoundError, match="no model or adapter is called 'pirat'") as caught:
+        resolve("pirat", pytest.fail)
+    assert "pirate" in caught.value.remedy
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../b", "/etc/nothing", "a/b/c/d", "a//b", "~/nothing/here", "a b/c"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../b", "/etc/nothing", "a/b/c/d", "a//b", "~/nothing/here", "a b/c", "x" * 300]
+)
 def test_what_is_no_repo_is_not_asked_for(name, monkeypatch):
     monkeypatch.setattr(lock, "_from_hub", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(NotFoundError):

@@ -84,24 +84,30 @@ def resolve_model(name: str, report: Report) -> Path:
 
     Raises NotFoundError or DownloadError.
     """
-    return _resolve(name, "models", MODEL_FILES, report)
+    return _resolve(name, ("models",), MODEL_FILES, report)
 
 
 def resolve_adapter(name: str, report: Report) -> Path:
     """The local folder of an adapter: a path, a name of models.lock, or a hub repo. Fetches what is missing."""
-    return _resolve(name, "adapters", ADAPTER_FILES, report)
+    return _resolve(name, ("adapters",), ADAPTER_FILES, report)
 
 
-def _resolve(name: str, kind: str, patterns: tuple[str, ...], report: Report) -> Path:
-    known = entries(kind)
+def resolve(name: str, report: Report) -> Path:
+    """The local folder or file of a model or an adapter, whichever has this name. Fetches what is missing."""
+    return _resolve(name, ("models", "adapters"), MODEL_FILES, report)
+
+
+def _resolve(name: str, kinds: tuple[str, ...], patterns: tuple[str, ...], report: Report) -> Path:
+    known = {entry: found for kind in kinds for entry, found in entries(kind).items()}
     if name in known:
         return _locked(known[name], report)
-    local = Path(name).expanduser()
-    if local.exists():
-        return local
+    local = os.path.expanduser(name)
+    # Unlike Path.exists, this is False for what can be no path, such as too long a name.
+    if os.path.exists(local):
+        return Path(local)
     if _is_repo(name):
         return _from_hub(name, patterns, report)
-    what = kind.removesuffix("s")
+    what = " or ".join(kind.removesuffix("s") for kind in kinds)
     raise NotFoundError(
         f"no {what} is called {name!r}, and no such path exists",
         did_you_mean(name, known) or f"Known: {', '.join(known)}; or give org/name, a folder or a file.",

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import MiniloraError
-from .answers import stream_answer
+from ..errors import MiniloraError, UsageError
 from .opening import load_adapters, open_model, sampling_params, system_message
 from .options import engine_options, lora_options, model_options, sampling_options, split_engine
-from .report import Reporter
+from .printing import stream_answer
+from .report import Reporter, print_error
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -35,6 +35,8 @@ def chat(
     **rest: Any,
 ) -> None:
     """Talk with a model. /adapter NAME switches, /reset starts anew, /help lists all."""
+    if sys.stdin is None:
+        raise UsageError("a chat reads its lines from stdin, which is closed")
     reporter = Reporter()
     engine, sampling = split_engine(rest)
     llm = open_model(reporter, model, dtype, group_size, threads, **{"max_num_seqs": 1, **engine})
@@ -77,7 +79,7 @@ class _Conversation:
         try:
             action(text)
         except MiniloraError as error:
-            click.echo(f"error: {error.cause}", err=True)
+            print_error(error)
         except KeyboardInterrupt:
             click.echo("\n[stopped]", err=True)
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .answers import print_columns, print_json, stream_answer
 from .opening import load_adapters, open_model, open_plain, prompt_ids, sampling_params
 from .options import engine_options, lora_options, model_options, sampling_options, split_engine
+from .printing import note_full_context, print_columns, print_json, stream_answer
 from .report import Reporter
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def generate(
     engine, sampling = split_engine(rest)
     asked = _Asked(QUESTION if prompt is None else prompt, system, raw, loras, adapters, sampling)
     if backend == "numpy":
+        _refuse_engine_options([*engine, *(["threads"] if threads is not None else [])])
         _answer_at_once(open_plain(reporter, model, dtype, group_size), asked, reporter, as_json)
         return
     llm = open_model(reporter, model, dtype, group_size, threads, **engine)
@@ -101,16 +102,28 @@ def _read_prompt(argument: str | None) -> str | None:
     """The prompt: the argument, or what stdin holds for "-" or in a pipe; None if there is none. Raises UsageError."""
     prompt = argument
     if argument == "-":
-        prompt = sys.stdin.read()
+        prompt = _read_stdin()
     elif argument is None and _is_piped():
-        prompt = sys.stdin.read() or None
+        prompt = _read_stdin() or None
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty")
     return prompt
 
 
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise UsageError("the prompt is to come from stdin, which is closed")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UsageError(f"stdin is no {error.encoding} text: its byte {error.start} is 0x{byte:02x}") from None
+
+
 def _is_piped() -> bool:
     """Whether stdin is a pipe or a file, not a terminal or nothing."""
+    if sys.stdin is None:
+        return False
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):
@@ -118,14 +131,22 @@ def _is_piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
+def _refuse_engine_options(given: list[str]) -> None:
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"--backend numpy has no engine that {flags} could set up", "Leave it out, or the backend.")
+
+
 def _answer_at_once(llm: "Model", asked: _Asked, reporter: Reporter, as_json: bool) -> None:
     ids, params, chosen = asked.prepare(llm, reporter)
     started = time.perf_counter()
     [output] = llm.generate([{"prompt_token_ids": ids}], params, [chosen])
+    [answer] = output.outputs
     if as_json:
         print_json([output], time.perf_counter() - started)
     else:
-        click.echo(output.outputs[0].text)
+        click.echo(answer.text)
+    note_full_context(len(ids), len(answer.token_ids), answer.finish_reason, params)
 
 
 def _show_side_by_side(llm: "LLM", asked: _Asked, reporter: Reporter, as_json: bool) -> None:

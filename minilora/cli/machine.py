@@ -1,12 +1,12 @@
 """`minilora warmup` and `minilora env`: this computer made ready, and what it is."""
 
-import json
 import time
 
 import click
 
 from .opening import open_model
 from .options import model_options
+from .printing import print_facts
 from .report import Reporter
 
 
@@ -30,9 +30,4 @@ def env(as_json: bool) -> None:
     """Show versions, CPU and folders, for bug reports."""
     from ..inspect import environment
 
-    facts = environment()
-    if as_json:
-        click.echo(json.dumps(facts))
-        return
-    for key, value in facts.items():
-        click.echo(f"{key:12} {value}")
+    print_facts(environment(), as_json)

@@ -8,6 +8,7 @@ import click
 
 from ..errors import UsageError
 from .options import DTYPES
+from .printing import print_facts
 from .report import Reporter
 
 
@@ -15,11 +16,10 @@ from .report import Reporter
 @click.argument("names", nargs=-1, required=True)
 def pull(names: Sequence[str]) -> None:
     """Fetch models or adapters without running them."""
-    from ..checkpoint.lock import entries, resolve_adapter, resolve_model
+    from ..checkpoint.lock import resolve
 
     reporter = Reporter()
     for name in names:
-        resolve = resolve_adapter if name in entries("adapters") else resolve_model
         path = resolve(name, reporter)
         reporter.done()
         click.echo(path)
@@ -59,12 +59,10 @@ def show(name: str, dtype: str, as_json: bool) -> None:
     """Show a model's or adapter's shapes, formats and bytes."""
     from ..inspect import describe
 
-    facts = describe(name, dtype, Reporter())
-    if as_json:
-        click.echo(json.dumps(facts))
-        return
-    for key, value in facts.items():
-        click.echo(f"{key:22} {value}")
+    reporter = Reporter()
+    facts = describe(name, dtype, reporter)
+    reporter.done()
+    print_facts(facts, as_json)
 
 
 @click.command()

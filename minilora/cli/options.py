@@ -1,18 +1,16 @@
 """Options that several commands share: the model, its adapters, sampling, and the engine's sizes under vLLM's names."""
 
+import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import UsageError
-from ..params import ENGINE_DTYPES, NUMA_MODES, EngineConfig
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
-DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
+from ..params import DEFAULT_MODEL, DTYPES, ENGINE_DTYPES, NUMA_MODES, EngineConfig
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -69,7 +67,7 @@ lora_options = _options(
         "--lora",
         "loras",
         multiple=True,
-        metavar="NAME=PATH[:SCALE]",
+        metavar="NAME[=PATH[:SCALE]]",
         help="Load an adapter; repeatable. All are applied unless --adapter picks some.",
     ),
     click.option(
@@ -96,7 +94,13 @@ sampling_options = _options(
 )
 
 engine_options = _options(
-    click.option("--max-model-len", "-c", type=int, help="Tokens of prompt and answer; the model's own if not given."),
+    click.option(
+        "--max-model-len",
+        "--ctx-size",
+        "-c",
+        type=int,
+        help="Tokens of prompt and answer; the model's own if not given.",
+    ),
     click.option("--max-num-seqs", type=int, help="Texts that run at once."),
     click.option("--max-num-batched-tokens", type=int, help="Rows of a step."),
     click.option("--max-step-ms", type=int, help="Longest step beside running texts, for pieces of prompts."),
@@ -119,6 +123,18 @@ engine_options = _options(
 ENGINE_KEYS = {f.name for f in fields(EngineConfig)} - {"threads", "debug_checks"}
 
 
+def long_names(option: click.Parameter) -> list[str]:
+    """What an option is called, without the dashes; short forms left out."""
+    return [name.removeprefix("--") for name in option.opts if name.startswith("--")]
+
+
+def read_environment(command: click.Command) -> None:
+    """Let each option of a command come from a variable too: --top-k from MINILORA_TOP_K."""
+    for option in command.params:
+        if isinstance(option, click.Option):
+            option.envvar = "MINILORA_" + long_names(option)[0].replace("-", "_").upper()
+
+
 def split_engine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what was given for the engine, all other options)."""
     engine = {key: options[key] for key in ENGINE_KEYS if options.get(key) is not None}
@@ -126,17 +142,24 @@ def split_engine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def split_scale(text: str) -> tuple[str, float]:
-    """ "name:0.5" -> ("name", 0.5); without a number at the end the scale is 1."""
+    """ "name:0.5" -> ("name", 0.5); without a number at the end the scale is 1. Raises UsageError for NaN and infinity."""
     head, colon, tail = text.rpartition(":")
     try:
-        return (head, float(tail)) if colon and head else (text, 1.0)
+        scale = float(tail) if colon and head else None
     except ValueError:
+        scale = None
+    if scale is None:
         return text, 1.0
+    if not math.isfinite(scale):
+        raise UsageError(f"an adapter's scale must be a finite number, not {tail}")
+    return head, scale
 
 
 def split_lora(text: str) -> tuple[str, str, float]:
-    """ "name=path:0.5" -> ("name", "path", 0.5). Raises UsageError."""
+    """ "name=path:0.5" -> ("name", "path", 0.5); "name" -> ("name", "name", 1). Raises UsageError."""
     name, equals, source = text.partition("=")
-    if not equals or not name or not source:
-        raise UsageError(f"--lora {text!r} is not of the form NAME=PATH[:SCALE]")
-    return (name, source, 1.0) if Path(source).exists() else (name, *split_scale(source))
+    if not name or (equals and not source):
+        raise UsageError(f"--lora {text!r} is not of the form NAME[=PATH[:SCALE]]")
+    if not equals:
+        return name, name, 1.0
+    return (name, source, 1.0) if os.path.exists(source) else (name, *split_scale(source))

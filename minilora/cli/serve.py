@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from ..errors import UsageError, did_you_mean
+from ..params import vllm_hint
 from ..server.settings import ServerConfig
-from .options import Size, engine_options, model_options, split_engine, split_lora
+from .options import Size, engine_options, long_names, model_options, split_engine, split_lora
 from .report import Reporter, announce_compiling
 
 
@@ -26,19 +27,15 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         raise UsageError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(content, Mapping):
         raise UsageError(f"--config {path}: it must hold names of options with their values")
-    known = {name: option for option in context.command.params for name in _names(option) if name != "config"}
+    known = {name: option for option in context.command.params for name in long_names(option) if name != "config"}
     found: dict[str, Any] = {}
     for key, value in content.items():
         option = known.get(key.replace("_", "-"))
         if option is None:
-            raise UsageError(f"--config {path}: there is no option {key!r}", did_you_mean(key, known))
+            raise UsageError(f"--config {path}: there is no option {key!r}", vllm_hint(key) or did_you_mean(key, known))
         several = isinstance(option, click.Option) and option.multiple
         found[option.name or key] = [value] if several and not isinstance(value, list) else value
     context.default_map = found
-
-
-def _names(option: click.Parameter) -> list[str]:
-    return [name.removeprefix("--") for name in option.opts if name.startswith("--")]
 
 
 def _option(name: str, help: str, kind: Any = None, **more: Any) -> Callable:
@@ -75,16 +72,16 @@ SERVER_OPTIONS = (
     _option("--root-path", "Prefix under which a proxy shows the server."),
     _option("--ssl-certfile", "Certificate (PEM), for TLS.", metavar="PATH"),
     _option("--ssl-keyfile", "Its private key (PEM).", metavar="PATH"),
-    _several("--api-key", "api_keys", "Let in requests with this key", envvar="MINILORA_API_KEY"),
+    _several("--api-key", "api_keys", "Let in requests with this key"),
     click.option(
         "--api-key-file", type=FILE, help="A file with such keys, one in a line: no list of processes shows it."
     ),
-    _several("--admin-key", "admin_keys", "A key that may also load and unload adapters", envvar="MINILORA_ADMIN_KEY"),
+    _several("--admin-key", "admin_keys", "A key that may also load and unload adapters"),
     click.option("--admin-key-file", type=FILE, help="A file with such keys."),
     _several("--allowed-hosts", "allowed_hosts", "Another name of this server in the Host header"),
     _several("--allowed-origins", "allowed_origins", "A web page's origin that may use the server"),
     _several("--served-model-name", "served_model_name", "Name of the base model; the first is in answers"),
-    _several("--lora", "loras", "An adapter to load at once", metavar="NAME[=PATH[:SCALE]]", envvar="MINILORA_LORA"),
+    _several("--lora", "loras", "An adapter to load at once", metavar="NAME[=PATH[:SCALE]]"),
     _option("--lora-dir", "A folder of PEFT folders: each is an adapter, read on first use.", FILE),
     _flag("enable-runtime-lora", "Loading adapters from --lora-dir by requests with an admin key."),
     _flag("isolate-cache-per-key", "Share no cached prefixes between API keys."),
@@ -112,15 +109,14 @@ def server_options(function: Callable) -> Callable:
     return function
 
 
-# The variables are MINILORA_PORT and so on, not MINILORA_SERVE_PORT.
-@click.command(context_settings={"auto_envvar_prefix": "MINILORA"})
+@click.command()
 @model_options
 @server_options
 @engine_options
 def serve(model: str, dtype: str, group_size: str, threads: int | None, **rest: Any) -> int:
     """Serve a model and adapters over HTTP, with OpenAI's and vLLM's interfaces."""
     engine, options = split_engine(rest)
-    loras = [split_lora(text if "=" in text else f"{text}={text}") for text in options.pop("loras")]
+    loras = [split_lora(text) for text in options.pop("loras")]
     config = _config(options)
     _check_extra()
     from ..server.run import Lora

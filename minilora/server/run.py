@@ -20,7 +20,7 @@ from ..async_engine import AsyncEngine
 from ..checkpoint.lock import resolve_adapter
 from ..errors import ResourceError, UsageError
 from ..memory import give_back_freed_arrays
-from ..peft import describe
+from ..peft import adapter_settings
 from .app import create_app
 from .drain import Ending
 from .guard import is_loopback, uvicorn_options
@@ -57,7 +57,7 @@ def serve(
         check_name(lora.name, "lora")
         if lora.name in {other.name for other in loras[:i]}:
             raise UsageError(f"two adapters are called {lora.name!r}", "Give one of them another name.")
-        describe(resolve_adapter(lora.source, report))
+        adapter_settings(resolve_adapter(lora.source, report))
     give_back_freed_arrays()
     with bound(config) as listener:
         if not config.api_keys and config.uds is None and not is_loopback(config.host):

@@ -18,7 +18,7 @@ from minilora.config import ModelConfig
 from minilora.server import ServerConfig, create_app
 from minilora.server.run import Lora, bound, listen, uvicorn_config
 
-from ..support import BASE_CONFIG, LINEAR, save_adapter
+from ..support import BASE_CONFIG, LINEAR, make_checkpoint, save_adapter
 
 CONFIG = ModelConfig.from_dict(BASE_CONFIG)
 SIZES = {"max_model_len": 512, "max_num_seqs": 8, "debug_checks": True, "threads": 2, "dtype": "int8"}
@@ -51,9 +51,9 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def model(tiny):
-    """The path of the tiny model; its name in requests is MODEL."""
-    return str(tiny("llama"))
+def model(tmp_path_factory):
+    """The path of a tiny model for long texts; its name in requests is MODEL."""
+    return str(make_checkpoint(tmp_path_factory.mktemp("model"), max_position_embeddings=1 << 16))
 
 
 @pytest.fixture(scope="session")

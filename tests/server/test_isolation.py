@@ -60,7 +60,7 @@ def test_s12_reserved_variables(server):
 
 
 def with_template(tmp_path, template):
-    folder = make_checkpoint(tmp_path)
+    folder = make_checkpoint(tmp_path, max_position_embeddings=1 << 16)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
     return AsyncEngine(str(folder), **{**SIZES, "max_model_len": 60_000, "debug_checks": False})

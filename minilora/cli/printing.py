@@ -1,9 +1,9 @@
-"""How answers are printed: as they grow, as one JSON document, side by side."""
+"""Results on stdout: answers as they grow, as one JSON document or side by side; facts line by line."""
 
 import json
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,20 +18,24 @@ if TYPE_CHECKING:
 def stream_answer(llm: "LLM", ids: list[int], params: "SamplingParams", chosen: list["LoRARequest"]) -> str:
     """Print the answer as it grows, then how fast it was; returns it."""
     started = time.perf_counter()
-    first, pieces = 0.0, []
-    for _, text in llm.stream({"prompt_token_ids": ids}, params, chosen):
+    first, text, count, reason = 0.0, "", 0, None
+    for delta in llm.stream({"prompt_token_ids": ids}, params, chosen):
         first = first or time.perf_counter() - started
-        pieces.append(text)
-        click.echo(text, nl=False)
+        for new in delta.outputs:
+            click.echo(new.text, nl=False)
+            text, count, reason = text + new.text, count + len(new.token_ids), new.finish_reason
     click.echo()
     seconds = time.perf_counter() - started
-    text = "".join(pieces)
-    count = len(llm.tokenizer.encode(text, add_special_tokens=False))
     rate = (count - 1) / (seconds - first) if count > 1 else 0
-    click.echo(
-        f"[{len(ids)} prompt tokens, first token after {first:.2f} s, about {count} tokens at {rate:.0f}/s]", err=True
-    )
+    click.echo(f"[{len(ids)} prompt tokens, first token after {first:.2f} s, {count} tokens at {rate:.0f}/s]", err=True)
+    note_full_context(len(ids), count, reason, params)
     return text
+
+
+def note_full_context(prompt: int, count: int, reason: str | None, params: "SamplingParams") -> None:
+    """Say on stderr that a text of `count` tokens was cut, where the context was full before max_tokens was reached."""
+    if reason == "length" and count != params.max_tokens:
+        click.echo(f"[cut: prompt and answer fill the context of {prompt + count} tokens]", err=True)
 
 
 def print_json(outputs: list["RequestOutput"], seconds: float, names: Sequence[str] | None = None) -> None:
@@ -65,3 +69,13 @@ def print_columns(question: str, titles: Sequence[str], texts: Sequence[str]) ->
     table.add_row(*(Text(text) for text in texts))
     console = Console()
     console.print(table) if console.is_terminal else Console(width=120).print(table)
+
+
+def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Print names with their values, as one document or a line for each."""
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name:{width}}  {value}")
