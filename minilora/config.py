@@ -1,7 +1,7 @@
 """What a model is: ModelConfig from config.json, and the table of architectures.
 
-A new architecture of the Llama family is one row of ARCHITECTURES. Weights, parity tests and README's table
-derive from it. A key of config.json that is neither used nor known to be harmless raises: it may change the
+A new architecture of the Llama family is one row of ARCHITECTURES, from which weights and parity tests derive;
+README lists it too. A key of config.json that is neither used nor known to be harmless raises: it may change the
 mathematics.
 """
 
@@ -131,7 +131,7 @@ USED = frozenset(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-family model. Sizes as in the table of names in README.
+    """The shape of a Llama-family model. Sizes are README's names in the code.
 
     windows: for each layer, how many positions a token sees, 0 for all; rotary: for each layer, whether it
     rotates q and k; qkv_bias, o_bias, mlp_bias, qk_norm: which extra vectors the layers have.

@@ -159,7 +159,7 @@ class LLM:
         self.llm_engine.abort_request(request)
 
     def step(self) -> list[Request]:
-        """A token more for every running text, or several; returns the requests that changed. Waits where all is on its way."""
+        """A token or more for every running text; returns the requests that changed. Waits where all is on its way."""
         changed = self.llm_engine.step()
         if not changed and self.engine.busy:
             self.engine.wait()

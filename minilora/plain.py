@@ -41,7 +41,7 @@ class PlainLLM:
     def generate(
         self, prompts: Listing[Mapping[str, Any]], params: SamplingParams, loras: Listing[Listing[LoRARequest]]
     ) -> list[RequestOutput]:
-        """One text for each prompt of token ids, with its adapters; no log-probabilities. Raises UsageError for too long a one."""
+        """One text for each prompt of token ids, with its adapters; no log-probabilities. Raises UsageError."""
         return [self._generate(token_ids(p), params, chosen) for p, chosen in zip(prompts, loras, strict=True)]
 
     def _generate(self, tokens: list[int], params: SamplingParams, loras: Listing[LoRARequest]) -> RequestOutput:

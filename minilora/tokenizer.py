@@ -94,11 +94,6 @@ class Tokenizer:
         """Most characters that one token can stand for."""
         return max(map(len, self._engine.get_vocab(with_added_tokens=True)))
 
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens, added ones included."""
-        return self._engine.get_vocab_size(with_added_tokens=True)
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text in which special tokens count as such; add_special_tokens: with what the tokenizer adds itself."""
         return self._engine.encode(_valid(text), add_special_tokens=add_special_tokens).ids

@@ -3,7 +3,7 @@
     pip install minilora[parity]
     python tools/train_demo_adapters.py [NAME ...]
 
-Each adapter teaches one way of answering. The result replaces minilora/adapters_demo/NAME. Seeds are fixed, so the
+Each adapter teaches one way of answering. The result replaces minilora/demo/NAME. Seeds are fixed, so the
 same versions of torch and PEFT give the same adapters.
 """
 

@@ -142,7 +142,7 @@ def split_engine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def split_scale(text: str) -> tuple[str, float]:
-    """ "name:0.5" -> ("name", 0.5); without a number at the end the scale is 1. Raises UsageError for NaN and infinity."""
+    """ "name:0.5" -> ("name", 0.5); without a number at the end the scale is 1. Raises UsageError."""
     head, colon, tail = text.rpartition(":")
     try:
         scale = float(tail) if colon and head else None
