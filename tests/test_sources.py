@@ -26,6 +26,8 @@ print(source_key(whole.py_func))
 APART = """
 from collections import namedtuple
 from minilora_kernels.jit import kernel
+import constants
+import further
 from constants import FACTOR, PAIR, UNUSED
 Place = namedtuple("Place", "{fields}")
 
@@ -39,19 +41,29 @@ inner = make({power})
 
 @kernel
 def helper(x):
-    return Place(inner(x), x).{word}
+    return Place(inner(x) + constants.OFFSET, further.twice(x)).{word}
 """
-CONSTANTS = "FACTOR, PAIR, UNUSED = {factor}, (1, {last}), {unused}"
+CONSTANTS = "FACTOR, PAIR, UNUSED, OFFSET = {factor}, (1, {last}), {unused}, {offset}"
+FURTHER = """
+from minilora_kernels.jit import kernel
+
+@kernel
+def twice(x):
+    return x * {two}
+"""
 
 
 @pytest.fixture
 def key(tmp_path):
-    """A function: the key of a kernel whose helper lies in another file and its constants in a third, in a new process."""
+    """A function: the key of a kernel whose helpers lie in other files and its constants in a third, in a new process."""
 
-    def find(fields="at step", word="at", power=2, factor=3, last=4, unused=5):
+    def find(fields="at step", word="at", power=2, factor=3, last=4, unused=5, offset=6, two=2):
         (tmp_path / "main.py").write_text(MAIN)
         (tmp_path / "apart.py").write_text(APART.format(fields=fields, word=word, power=power))
-        (tmp_path / "constants.py").write_text(CONSTANTS.format(factor=factor, last=last, unused=unused))
+        (tmp_path / "constants.py").write_text(
+            CONSTANTS.format(factor=factor, last=last, unused=unused, offset=offset)
+        )
+        (tmp_path / "further.py").write_text(FURTHER.format(two=two))
         environment = {**os.environ, "PYTHONPATH": str(KERNELS), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, tmp_path / "main.py"]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -64,6 +76,8 @@ def test_the_key_follows_all_that_a_kernel_is_made_of(key):
     assert key() == first
     changed = [key(**one) for one in ({"word": "step"}, {"factor": 4}, {"last": 5}, {"power": 3})]
     assert len({first, *changed}) == 5, "a helper's text, a constant, one in a tuple, one in a closure"
+    changed = [key(offset=7), key(two=3)]
+    assert len({first, *changed}) == 3, "a constant and a helper that are read from modules"
     assert key(unused=6) == first, "what no kernel names"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from numbers import Number
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 from numba import types
@@ -18,7 +18,8 @@ from numba import types
 def source_key(function: Callable) -> str:
     """A name for a function's file, for those of the kernels that it calls, and for the constants that they name.
 
-    A kernel calls what it, or a function inside it, names as a global or holds in its closure.
+    A kernel calls what it, or a function inside it, names as a global or holds in its closure, or reads from a module
+    that it names so.
     """
     parts: set[str] = set()
     seen: set[Callable] = set()
@@ -39,18 +40,23 @@ def source_key(function: Callable) -> str:
 
 
 def _named(function: Any) -> Iterator[tuple[str, Any]]:
-    """(name, value) of what a function's code names as a global and of its closure, tuples item by item."""
+    """(name, value) of what a function's code names as a global and of its closure, tuples item by item; and of what
+    the modules among these hold under any name in the code."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    values = list(zip(function.__code__.co_freevars, cells, strict=True))
-    codes = [function.__code__]
+    codes, names, modules = [function.__code__], set[str](), set[ModuleType]()
     while codes:
         code = codes.pop()
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        values += [(name, function.__globals__[name]) for name in code.co_names if name in function.__globals__]
+        names.update(code.co_names)
+    values = list(zip(function.__code__.co_freevars, cells, strict=True))
+    values += [(name, function.__globals__[name]) for name in names & function.__globals__.keys()]
     while values:
         name, value = values.pop()
         if isinstance(value, tuple):
             values += [(f"{name}.{i}", item) for i, item in enumerate(value)]
+        elif isinstance(value, ModuleType) and value not in modules:
+            modules.add(value)
+            values += [(f"{value.__name__}.{inner}", vars(value)[inner]) for inner in names & vars(value).keys()]
         yield name, value
 
 
