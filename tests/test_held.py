@@ -1,5 +1,6 @@
 """Named tuples by address: what a kernel reads there is what the caller wrote."""
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,15 @@ def _no_address(outer, out):
     by_value(outer)
 
 
+@kernel
+def _first(content):
+    return content.a
+
+
+def _firsts(one, other):
+    return _first(hold(one)), _first(hold(other))
+
+
 def arguments():
     weights = np.array([1, 2, 3], np.float32)
     table = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -86,3 +96,10 @@ def test_fields_inner_tuples_and_what_is_written_through_them():
 def test_unknown_fields_and_the_wrong_kind_do_not_compile(wrong):
     with pytest.raises(TypingError):
         program(wrong)(*arguments())
+
+
+@pytest.mark.parametrize("last", [3, 0.5])
+def test_types_that_differ_in_the_order_of_their_fields(last):
+    """All of one kind, and not: Numba has an array of fields, or a structure of them."""
+    one, other = namedtuple("Place", "a b x"), namedtuple("Place", "b a x")
+    assert program(_firsts)(one(a=1, b=2, x=last), other(a=10, b=20, x=last)) == (1, 10)

@@ -60,9 +60,7 @@ def key(tmp_path):
     def find(fields="at step", word="at", power=2, factor=3, last=4, unused=5, offset=6, two=2):
         (tmp_path / "main.py").write_text(MAIN)
         (tmp_path / "apart.py").write_text(APART.format(fields=fields, word=word, power=power))
-        (tmp_path / "constants.py").write_text(
-            CONSTANTS.format(factor=factor, last=last, unused=unused, offset=offset)
-        )
+        (tmp_path / "constants.py").write_text(CONSTANTS.format(factor=factor, last=last, unused=unused, offset=offset))
         (tmp_path / "further.py").write_text(FURTHER.format(two=two))
         environment = {**os.environ, "PYTHONPATH": str(KERNELS), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, tmp_path / "main.py"]

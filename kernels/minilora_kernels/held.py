@@ -14,6 +14,8 @@ from numba.core.datamodel import models
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, lower_getattr_generic, register_model
 
+from .sources import spelled
+
 _ADDRESS = ir.IntType(8).as_pointer()
 
 
@@ -22,7 +24,8 @@ class Held(types.Type):
 
     def __init__(self, content: types.BaseNamedTuple, inner: bool = False):
         self.content, self.inner = content, inner
-        super().__init__(name=f"held({content}, {inner})")
+        # Types of one name are one type to Numba.
+        super().__init__(name=f"held({spelled(content)}, {inner})")
 
     def field(self, name: str) -> types.Type:
         """The type of a field as kernels see it."""
@@ -46,13 +49,9 @@ class _Fields(AttributeTemplate):
 
 @lower_getattr_generic(Held)
 def _lower_field(context, builder, held, address, name):
-    whole, i = context.get_value_type(held.content), held.content.fields.index(name)
-    place = cgutils.pointer_add(builder, address, whole.get_element_offset(context.target_data, i))
-    return place if isinstance(held.field(name), Held) else _load(builder, place, whole.elements[i])
-
-
-def _load(builder, address, kind):
-    return builder.load(builder.bitcast(address, kind.as_pointer()))
+    whole = builder.bitcast(address, context.get_value_type(held.content).as_pointer())
+    place = cgutils.gep_inbounds(builder, whole, 0, held.content.fields.index(name))
+    return builder.bitcast(place, _ADDRESS) if isinstance(held.field(name), Held) else builder.load(place)
 
 
 def _hold(typing_context, content):
@@ -66,7 +65,7 @@ def _hold(typing_context, content):
 
 def _by_value(typing_context, address):
     def codegen(context, builder, sig, args):
-        return _load(builder, args[0], context.get_value_type(address.content))
+        return builder.load(builder.bitcast(args[0], context.get_value_type(address.content).as_pointer()))
 
     return (address.content(address), codegen) if isinstance(address, Held) else None
 
