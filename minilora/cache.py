@@ -142,6 +142,11 @@ class PagePool:
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key
 
+    def unpublish(self, page: int) -> None:
+        """Take back what was said of a page that is held: nobody else finds it."""
+        if key := self._key_of.pop(page, None):
+            del self._page_of[key]
+
     def find(self, keys: list[bytes]) -> list[int]:
         """Pages for the longest run of keys from the first on. They are not held yet."""
         found = []

@@ -391,6 +391,7 @@ class Engine:
         sequence = answer.sequence
         for i, token in enumerate(tokens):
             if isinstance(token, Exception):
+                self.scheduler.unpublish(sequence)
                 self.scheduler.fail(sequence, token)
                 break
             self._append(sequence, token)

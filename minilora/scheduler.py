@@ -307,6 +307,11 @@ class Scheduler:
             for i in range(full, sequence.computed // self.page):
                 self.pool.publish(sequence.pages[i], keys[i])
 
+    def unpublish(self, sequence: Sequence) -> None:
+        """Let nobody else find a sequence's pages: they may hold what is no number."""
+        for page in sequence.pages:
+            self.pool.unpublish(page)
+
     def roll_back(self, sequence: Sequence) -> None:
         """Give back the pages that hold no computed token: guesses that proved wrong were there."""
         keep = -(-sequence.computed // self.page)

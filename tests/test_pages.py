@@ -51,6 +51,14 @@ class PoolMachine(RuleBasedStateMachine):
                     self.content[page] = 1000 + other
             self.pool.publish(page, self.key(number))
 
+    @precondition(lambda self: self.tables)
+    @rule(i=st.integers(0, 100))
+    def unpublish(self, i):
+        page = self.tables[i % len(self.tables)][0]
+        self.pool.unpublish(page)
+        self.content[page] = 0
+        assert not any(self.pool.find([self.key(number)]) == [page] for number in range(6))
+
     @rule(numbers=st.lists(st.integers(0, 5), max_size=3, unique=True))
     def find_and_share(self, numbers):
         found = self.pool.find([self.key(number) for number in numbers])
