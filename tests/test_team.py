@@ -191,6 +191,24 @@ def test_closing_ends_the_threads():
     assert not any(thread.is_alive() for thread in made)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_fork_is_told_that_it_has_no_threads(pair):
+    job = np.zeros((1, 2), np.int64), np.zeros(2, np.int64)
+    pair.run(ROUNDS, job)
+    child = os.fork()
+    if child == 0:
+        # A thread that waits in compiled code can't be interrupted otherwise.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        try:
+            pair.run(ROUNDS, job)
+        except RuntimeError as error:
+            os._exit(0 if "fork" in str(error) else 1)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_fewer_threads_may_take_part():
     team = Team(3)
     for team.active in (2, 1, 3):

@@ -117,6 +117,7 @@ class Team:
         if size < 1:
             raise ValueError(f"a team needs at least one thread, not {size}")
         self._cpus = cpus
+        self._process = os.getpid()
         self.size = self.active = size
         self.current: _Run | None = _NOTHING
         self._last_run = _NOTHING
@@ -129,8 +130,14 @@ class Team:
         """Run a team_program on every active thread, or on `most` of them; returns when all are done.
 
         job: what changes from run to run; fixed: what many runs share, given as the very same object. An exception in any
-        thread, Ctrl-C included, frees the others from their barriers and is raised here.
+        thread, Ctrl-C included, frees the others from their barriers and is raised here. Raises RuntimeError in a fork of
+        the process that made the team.
         """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "the team's threads are in the process that made it, and this is a fork of that\n"
+                "Start the model in the process that uses it, or start processes by spawn instead of fork."
+            )
         with self._lock:
             self._settle()
             self.prepare(program, job, fixed)
