@@ -420,3 +420,5 @@ def test_limits_of_a_control_group_are_kept(monkeypatch, tmp_path):
     for name, text in (("cpu.max", "150000 100000\n"), ("memory.max", "1000000\n"), ("memory.current", "400000\n")):
         (tmp_path / name).write_text(text)
     assert limits.usable_cores() == 1 and runner.free_memory() == 600000
+    (tmp_path / "memory.stat").write_text("anon 100000\nfile 300000\ninactive_file 200000\nactive_file 50000\n")
+    assert runner.free_memory() == 850000, "files in memory give way"

@@ -14,14 +14,29 @@ def usable_cores() -> int:
 
 
 def memory_left() -> int | None:
-    """Bytes that its control group still lets this process take; None where that sets no limit."""
+    """Bytes that its control group still lets this process take, in place of files in memory where these must go; None
+    where it sets no limit."""
     limit, used = _limits("memory.max"), _limits("memory.current")
-    return max(0, limit[0] - used[0]) if limit and used else None
+    return max(0, limit[0] - used[0] + _file_bytes()) if limit and used else None
 
 
 def _limits(name: str) -> list[int]:
     """The numbers in a file of the control group; empty where there is no limit."""
     try:
-        return [int(word) for word in (CONTROL_GROUP / name).read_text().split()]
-    except (OSError, ValueError):
+        return [int(word) for word in _words(name)]
+    except ValueError:
+        return []
+
+
+def _file_bytes() -> int:
+    """Bytes of the group's memory that only hold what is in files too."""
+    words = _words("memory.stat")
+    kinds = zip(words[::2], words[1::2], strict=True)
+    return sum(int(size) for kind, size in kinds if kind in ("inactive_file", "active_file"))
+
+
+def _words(name: str) -> list[str]:
+    try:
+        return (CONTROL_GROUP / name).read_text().split()
+    except OSError:
         return []
