@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from numba.core.errors import TypingError
 
 from minilora_kernels import simd
+from minilora_kernels.code_files import read_code
 from minilora_kernels.jit import kernel, program
 
 MODULE = """
@@ -131,6 +133,23 @@ def test_a_folder_that_others_may_write_is_not_trusted(start, tmp_path):
     answer, warning = start(3)
     assert answer == "[3] 1"
     assert "can be written by others" in warning
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_a_folder_of_another_user_is_not_trusted(monkeypatch, tmp_path):
+    if os.getuid() == 0:
+        os.chown(tmp_path, 1, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 1)
+    with pytest.warns(UserWarning, match="belongs to another user"):
+        assert read_code(tmp_path / "any.code") is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_a_folder_of_roots_is_trusted(monkeypatch):
+    """As in an image that root built; warnings are errors here."""
+    monkeypatch.setattr(os, "getuid", lambda: 1)
+    assert read_code(Path("/any.code")) is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX paths")

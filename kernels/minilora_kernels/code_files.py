@@ -1,6 +1,7 @@
 """Where machine code is kept: a file for each key, in a folder for each CPU, version and state of the sources.
 
-The files hold code and pickled data (Numba's own form), so they are read only from a folder that nobody else may write.
+The files hold code and pickled data (Numba's own form), so they are read only from a folder that nobody but the user and
+root may write.
 """
 
 import hashlib
@@ -67,8 +68,8 @@ def unsealed(content: bytes) -> bytes | None:
 def read_code(path: Path) -> bytes | None:
     """The file's content, or None where it is missing, damaged or not safe to trust."""
     try:
-        if not _is_private(path.parent):
-            warnings.warn(f"{path.parent} can be written by others: its machine code is not used", stacklevel=2)
+        if reason := _distrust(path.parent):
+            warnings.warn(f"{path.parent} {reason}: its machine code is not used", stacklevel=2)
             return None
         return unsealed(path.read_bytes())
     except OSError:
@@ -95,8 +96,11 @@ def write_code(path: Path, data: bytes) -> None:
         )
 
 
-def _is_private(folder: Path) -> bool:
+def _distrust(folder: Path) -> str:
+    """Why a folder's code is not to be run; empty where nobody but this user and root can have written it."""
     if sys.platform == "win32":
-        return True
+        return ""
     status = folder.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if status.st_uid not in (0, os.getuid()):
+        return "belongs to another user"
+    return "can be written by others" if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
