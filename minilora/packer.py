@@ -81,6 +81,13 @@ class Packer:
             yield offset, _pieces(item)
 
     def _pack(self, piece: _Piece) -> np.ndarray:
+        try:
+            return self._packed(piece)
+        except OverflowError as error:
+            names = ", ".join(repr(part.name) for part in piece.parts)
+            raise FormatError(f"{names}: {error}", "Take another dtype.") from None
+
+    def _packed(self, piece: _Piece) -> np.ndarray:
         if not isinstance(piece.item, Matrix):
             return np.ascontiguousarray(self._floats(piece)).view(np.uint8)
         if pack.is_float(piece.item.format):

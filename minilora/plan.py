@@ -209,14 +209,14 @@ def common_format(formats: set[int]) -> int:
 
 
 def convert(matrix: Quantized, fmt: int) -> Quantized:
-    """The same weights in a format that common_format allows."""
+    """The same weights in a format that common_format allows. Raises OverflowError where float16 can't hold a minimum."""
     if matrix.format == fmt:
         return matrix
     zero = pack.zero(matrix.format)
     if pack.has_minimum(fmt) and matrix.minima is None:
-        return Quantized(
-            matrix.values, matrix.scales, (-zero * matrix.scales.astype(np.float32)).astype(np.float16), pack.bits(fmt)
-        )
+        minima = -zero * matrix.scales.astype(np.float32)
+        pack.check_largest(minima, pack.FLOAT16)
+        return Quantized(matrix.values, matrix.scales, minima.astype(np.float16), pack.bits(fmt))
     shift = np.uint8(pack.zero(fmt) - zero)
     return Quantized(matrix.values + shift, matrix.scales, matrix.minima, pack.bits(fmt))
 

@@ -88,6 +88,10 @@ def integers(tensors):
     tensors["model.norm.weight"] = np.zeros(64, np.int32)
 
 
+def huge(tensors):
+    tensors["model.layers.0.self_attn.o_proj.weight"][3, 5] = 7e4
+
+
 def infinite(tensors):
     tensors["model.layers.0.self_attn.v_proj.weight"][3, 5] = np.inf
 
@@ -107,6 +111,14 @@ def test_wrong_tensors_are_named(tmp_path, change, word):
     change_tensors(tmp_path, change)
     with pytest.raises((FormatError, UnsupportedError), match=word):
         load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+def test_weights_that_are_too_large_for_a_dtype_are_named(tmp_path, dtype):
+    make_checkpoint(tmp_path)
+    change_tensors(tmp_path, huge)
+    with pytest.raises(FormatError, match=r"o_proj.*numbers up to 70000"):
+        load_weights(tmp_path, dtype)
 
 
 def test_missing_files_are_named(tmp_path):

@@ -5,10 +5,10 @@ from functools import cache
 import numpy as np
 
 from .jit import kernel, program
+from .pack import FLOAT16, check_largest
 from .simd import hmax, round_i32, splat_f32, splat_i32, vabs, vmax
 from .simd_memory import load_f16, load_f32, scatter_i8, store_f16, store_f32, store_i8
 
-LARGEST_FLOAT16 = 65504.0
 LARGEST_INT8 = np.float32(127)
 ZERO, TINY, OFFSET = np.float32(0), np.float32(1e-30), np.int32(128)
 
@@ -73,9 +73,7 @@ def narrow_float16(x: np.ndarray, out: np.ndarray, at: int) -> None:
 
     Raises OverflowError where a number is too large.
     """
-    largest = _programs()[0](np.ascontiguousarray(x), len(x), out, at)
-    if largest > LARGEST_FLOAT16:
-        raise OverflowError(f"numbers up to {largest:g}, float16 ends at {LARGEST_FLOAT16:g}")
+    check_largest(_programs()[0](np.ascontiguousarray(x), len(x), out, at), FLOAT16)
 
 
 def widen_float16(x: np.ndarray) -> np.ndarray:

@@ -27,6 +27,8 @@ FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN = range(7)
 FORMAT_NAMES = ("float32", "float16", "bfloat16", "int8", "int8+min", "int4", "int4+min")
 GROUPS = (32, 64, 128)
 
+LARGEST = {FLOAT32: float(np.finfo(np.float32).max), FLOAT16: 65504.0, BFLOAT16: 3.3895313892515355e38}
+
 BLOCK = 32
 PANEL = 16
 
@@ -121,6 +123,13 @@ def narrow_bfloat16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
+def check_largest(x: np.ndarray, fmt: int) -> None:
+    """Raise OverflowError where a floating-point format ends below one of these numbers."""
+    largest = max(float(np.max(x)), -float(np.min(x)))
+    if largest > LARGEST[fmt]:
+        raise OverflowError(f"numbers up to {largest:g}, {FORMAT_NAMES[fmt]} ends at {LARGEST[fmt]:g}")
+
+
 def _encode(x: np.ndarray, fmt: int) -> np.ndarray:
     if fmt == FLOAT16:
         return x.astype(np.float16)
@@ -139,7 +148,8 @@ def _pad(x: np.ndarray) -> np.ndarray:
 
 
 def pack_float(weight: np.ndarray, fmt: int) -> np.ndarray:
-    """The blocks of a floating-point matrix [N, K] as uint8."""
+    """The blocks of a floating-point matrix [N, K] as uint8. Raises OverflowError where a number is too large."""
+    check_largest(weight, fmt)
     encoded = _pad(_encode(weight, fmt))
     blocks = encoded.reshape(len(encoded) // BLOCK, BLOCK, -1).transpose(0, 2, 1)
     return np.ascontiguousarray(blocks).reshape(-1).view(np.uint8)

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 
 from .jit import kernel, program
-from .pack import Quantized
+from .pack import FLOAT16, Quantized, check_largest
 from .simd import f32x16, fma, hmax, hsum, round_i32, splat_f32, tile, to_f32, vmax, vmin
 from .simd_memory import load_f32
 
@@ -22,11 +22,12 @@ def quantize(weight: np.ndarray, bits: int, group: int, minimum: bool) -> Quanti
     """Group-quantised form of float32 weights [N, K]; K is a multiple of group (32, 64 or 128).
 
     8 bits: scale = max |w| / 127, or (max - min) / 255 with minimum; 4 bits, with minimum only: see fit_ranges.
-    Scales and minima are rounded to float16 before the weights are.
+    Scales and minima are rounded to float16 before the weights are. Raises OverflowError where a weight is too large for it.
     """
     grouped = np.ascontiguousarray(weight, np.float32).reshape(len(weight), -1, group)
+    check_largest(grouped, FLOAT16)
     if not minimum:
-        scales = (np.abs(grouped).max(axis=2) / 127).astype(np.float16)
+        scales = _rounded(np.abs(grouped).max(axis=2) / 127)
         levels = _levels(grouped, scales, None, -127, 127)
         return Quantized((levels + 128).astype(np.uint8), scales, None, 8)
     if bits == 8:
@@ -35,9 +36,18 @@ def quantize(weight: np.ndarray, bits: int, group: int, minimum: bool) -> Quanti
     else:
         ranges = np.empty((2, *grouped.shape[:2]), np.float32)
         _compiled_fit()(grouped.reshape(-1), group, ranges[0].reshape(-1), ranges[1].reshape(-1))
-    scales, minima = (x.astype(np.float16) for x in ranges)
+    check_largest(ranges, FLOAT16)
+    scales, minima = _rounded(ranges[0]), ranges[1].astype(np.float16)
     levels = _levels(grouped, scales, minima, 0, (1 << bits) - 1)
     return Quantized(levels.astype(np.uint8), scales, minima, bits)
+
+
+def _rounded(scales: np.ndarray) -> np.ndarray:
+    """As float16. Where its steps are wide, up: rounded down, the levels would end before the weights do, or be none."""
+    rounded = scales.astype(np.float16)
+    short = (rounded < scales) & (scales < np.finfo(np.float16).smallest_normal)
+    rounded[short] = np.nextafter(rounded[short], np.float16(np.inf))
+    return rounded
 
 
 def _levels(grouped: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, least: int, most: int) -> np.ndarray:

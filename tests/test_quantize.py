@@ -1,0 +1,29 @@
+"""Weights to groups of integers: what is too small or too large for scales in float16."""
+
+import numpy as np
+import pytest
+
+from minilora_kernels.pack import dequantize
+from minilora_kernels.quantize import quantize
+
+FORMS = [(4, True), (8, True), (8, False)]
+
+
+@pytest.mark.parametrize("bits, minimum", FORMS)
+@pytest.mark.parametrize("size", [3e-5, 1e-6, 3e-7])
+def test_small_weights_are_not_cut_off(bits, minimum, size):
+    """Scales and minima are multiples of 2^-24: each weight is off by one step of its scale at most, and half of one of
+    the minimum's."""
+    weight = np.random.default_rng(0).standard_normal((16, 256), np.float32) * np.float32(size)
+    matrix = quantize(weight, bits, 32, minimum)
+    steps = np.repeat(matrix.scales.astype(np.float32), 32, axis=1)
+    assert (np.abs(dequantize(matrix) - weight) < steps + 2**-25).all()
+
+
+@pytest.mark.parametrize("bits, minimum", FORMS)
+@pytest.mark.parametrize("large", [7e4, -1e19, 3e38])
+def test_weights_that_are_too_large_are_refused(bits, minimum, large):
+    weight = np.ones((16, 256), np.float32)
+    weight[3, 5] = large
+    with pytest.raises(OverflowError, match="float16 ends at 65504"):
+        quantize(weight, bits, 32, minimum)
