@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora_kernels.lora_pack import pack_expand, pack_shrink, padded_rank, panel_bytes
+from minilora_kernels.memory import CACHE_LINE
 from minilora_kernels.pack import INT8, PANEL
 
 from .config import ModelConfig
 from .errors import AdapterError
 
-LINE = 64
 # Beyond this power of two A is made no larger or smaller: B must not overflow.
 LARGEST_SHIFT = 32
 
@@ -158,7 +158,7 @@ class _Arena:
     def _add(self, packed: np.ndarray) -> int:
         start, end = self._end, self._end + len(packed)
         self._data[start:end] = packed
-        self._end = -(-end // LINE) * LINE
+        self._end = -(-end // CACHE_LINE) * CACHE_LINE
         self._data[end : self._end] = 0
         return start
 
@@ -187,15 +187,16 @@ def _whole_panels(rank: int) -> int:
 def _most_bytes(adapter: Adapter, fmt: int) -> int:
     """Bytes of an adapter's packed form at most, padding included."""
     panels = [(len(half) // PANEL + 1, padded_rank(half.shape[1])) for pair in adapter.pairs.values() for half in pair]
-    return -(-sum(count * panel_bytes(inner, fmt) + LINE for count, inner in panels) // LINE) * LINE
+    size = sum(count * panel_bytes(inner, fmt) + CACHE_LINE for count, inner in panels)
+    return -(-size // CACHE_LINE) * CACHE_LINE
 
 
 def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapter:
     """An adapter in the form that the step reads, its numbers as FLOAT32, FLOAT16 or INT8.
 
-    Raises AdapterError where it does not fit the base model, or a number is too large for float16.
+    Raises AdapterError where it does not fit the base model, or a number is not finite or too large for float16.
     """
-    _check_shapes(adapter, config)
+    _check_pairs(adapter, config)
     arena = _Arena(fmt, _most_bytes(adapter, fmt))
     inputs = np.zeros((config.layers + 1, 4, 2), np.int64)
     outputs = np.zeros((config.layers + 1, 7, 3), np.int64)
@@ -214,17 +215,26 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapt
     return PackedAdapter(data, inputs, outputs, embed, digest.hexdigest())
 
 
-def _check_shapes(adapter: Adapter, config: ModelConfig) -> None:
+def check_finite(module: str, pair: Pair) -> None:
+    """Raise AdapterError where a pair holds a number that is not finite."""
+    for half, numbers in zip("AB", pair, strict=True):
+        if not np.isfinite(numbers).all():
+            raise AdapterError(f"{module}: lora_{half} holds a number that is not finite")
+
+
+def _check_pairs(adapter: Adapter, config: ModelConfig) -> None:
     shapes = module_shapes(config)
-    for name, (a, b) in adapter.pairs.items():
+    for name, pair in adapter.pairs.items():
         if name not in shapes:
             raise AdapterError(f"the base model has no module {name!r} that adapters can change")
-        (rows, columns), rank = shapes[name], len(a)
+        (rows, columns), (a, b) = shapes[name], pair
+        rank = len(a)
         if a.shape != (rank, columns) or b.shape != (rows, rank):
             raise AdapterError(
                 f"{name}: A {a.shape} and B {b.shape} do not fit the base model's {rows} x {columns}",
                 "The adapter was made for another base model.",
             )
+        check_finite(name, pair)
 
 
 def _pack_ends(

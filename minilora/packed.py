@@ -36,7 +36,7 @@ from .tokenizer import DEFINITION, SETTINGS, TEMPLATE, Tokenizer, TokenizerFiles
 from .weights import Weights
 
 MANIFEST, ARENA = "minilora.json", "weights.bin"
-VERSION = 2
+VERSION = 3
 CHECKED_WORDS = 1 << 17
 
 Report = Callable[[str], None]

@@ -15,7 +15,7 @@ from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
 from minilora.peft import load_adapter
 from minilora.pool import AdapterPool
-from minilora_kernels.pack import FLOAT16, FLOAT32
+from minilora_kernels.pack import FLOAT16, FLOAT32, INT8
 
 from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
 
@@ -101,6 +101,16 @@ def test_numbers_too_large_for_float16_are_refused():
     with pytest.raises(AdapterError, match="65504"):
         pack_adapter(adapter, CONFIG, FLOAT16)
     pack_adapter(adapter, CONFIG, FLOAT32)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("half", ["a", "b"])
+def test_numbers_that_are_not_finite_are_refused(half, bad):
+    """In int8, NaN would become 0."""
+    adapter = make_adapter(CONFIG, modules=("up_proj",))
+    getattr(adapter.pairs["model.layers.1.mlp.up_proj"], half)[3, 2] = bad
+    with pytest.raises(AdapterError, match=f"layers.1.mlp.up_proj: lora_{half.upper()}.*not finite"):
+        pack_adapter(adapter, CONFIG, INT8)
 
 
 BAD_SETTINGS = [
