@@ -59,7 +59,7 @@ def test_layers(path):
 
 def test_kernels_import_nothing_else():
     allowed = {"numpy", "numba", "llvmlite", *sys.stdlib_module_names}
-    for path in KERNELS.glob("*.py"):
+    for path in KERNELS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
@@ -76,7 +76,7 @@ FORBIDDEN = {"pickle", "marshal", "shelve", "cloudpickle", "dill", "yaml", "jobl
 
 def test_s4_no_pickle_nothing_runs_code_from_files():
     """No pickle but Numba's own machine code, which lies in a private folder; no eval, no exec."""
-    for path in [*(ROOT / "minilora").rglob("*.py"), *KERNELS.glob("*.py")]:
+    for path in [*(ROOT / "minilora").rglob("*.py"), *KERNELS.rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
                 {alias.name.split(".")[0] for alias in node.names}
@@ -91,7 +91,7 @@ def test_s4_no_pickle_nothing_runs_code_from_files():
 
 def test_s9_no_check_depends_on_assert():
     """python -O drops asserts: none stands for a check of input."""
-    for path in [*(ROOT / "minilora").rglob("*.py"), *KERNELS.glob("*.py")]:
+    for path in [*(ROOT / "minilora").rglob("*.py"), *KERNELS.rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Assert):
                 assert ast.unparse(node.test).startswith("isinstance("), f"{path.name}:{node.lineno}"
@@ -134,7 +134,7 @@ def test_the_package_does_not_shadow_kernels():
 
 def test_functions_stay_short():
     """Nobody has to hold more than a screen in mind."""
-    for path in [*(ROOT / "minilora").rglob("*.py"), *KERNELS.glob("*.py")]:
+    for path in [*(ROOT / "minilora").rglob("*.py"), *KERNELS.rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and not any(isinstance(n, ast.FunctionDef) for n in node.body):
                 assert node.end_lineno - node.lineno < 75, f"{path.name}: {node.name}"

@@ -14,8 +14,6 @@ AVX2 = "avx2"
 NEON_DOT = "neon-dotprod"
 PLAIN = "plain"
 
-FAMILIES = (AVX512_VNNI, AVX_VNNI, AVX2, NEON_DOT, PLAIN)
-
 
 def family_of(triple: str, name: str, features: frozenset[str]) -> str:
     """The family of a CPU, from LLVM's names for its triple, model and features."""

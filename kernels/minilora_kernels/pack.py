@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 
 FORMAT, ROWS, COLUMNS, GROUP, OFFSET, BLOCK_BYTES = range(6)
-TABLE_WIDTH = 6
 
 FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN = range(7)
 FORMAT_NAMES = ("float32", "float16", "bfloat16", "int8", "int8+min", "int4", "int4+min")

@@ -1,0 +1,43 @@
+"""The NumPy twin of every public kernel: same name, same signature, slow and obvious.
+
+Arrays are flat, as in the kernels; each twin first cuts out what its kernel would touch. The files have the names of those
+in `cases`.
+"""
+
+from .attention import attend, attend_part, merge_parts, write_key, write_value
+from .convert import fit_ranges, narrow, quantize_panels, widen
+from .linear import dot4, linear
+from .lora import from_wide, make_lora, to_wide, wide_integers, wide_words
+from .pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
+from .sample import argmax, log_sum_exp, rank, sample, top, uniform
+
+__all__ = [
+    "add_row",
+    "argmax",
+    "attend",
+    "attend_part",
+    "dot4",
+    "embed",
+    "fit_ranges",
+    "from_wide",
+    "linear",
+    "log_sum_exp",
+    "make_lora",
+    "merge_parts",
+    "narrow",
+    "quantize_panels",
+    "quantize_row",
+    "rank",
+    "rms_norm",
+    "rope",
+    "sample",
+    "silu_mul",
+    "to_wide",
+    "top",
+    "uniform",
+    "wide_integers",
+    "wide_words",
+    "widen",
+    "write_key",
+    "write_value",
+]
