@@ -204,6 +204,6 @@ class TextStream:
         return self._tokenizer.piece(self._ids[self._from], self._skip)
 
 
-def added(text: str, special: bool) -> AddedToken:
-    """A token that is matched whole, before anything else."""
-    return AddedToken(text, special=special, normalized=False)
+def added(text: str, special: bool, rstrip: bool = False) -> AddedToken:
+    """A token that is matched whole, before anything else. rstrip: with the white space that follows it."""
+    return AddedToken(text, special=special, normalized=False, rstrip=rstrip)

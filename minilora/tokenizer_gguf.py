@@ -46,6 +46,15 @@ _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken
 _ADD_BOS = _WHOLE_WORDS
 _NORMALIZED = ("qwen2", "deepseek-r1-qwen", "megrez")
 
+# Phi-3's special tokens take the white space that follows them, but for these. GGUF does not say so; like llama.cpp we
+# know such a model by its name.
+_KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
+
+# Control tokens that end a turn or a text wherever they exist: files often name one of several, as llama.cpp knows too.
+_END_TOKENS = frozenset(
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>")
+)
+
 
 class _Vocabulary:
     """The token lists of a GGUF file, checked."""
@@ -69,12 +78,15 @@ class _Vocabulary:
 
     def special(self, name: str) -> str | None:
         """The text of the token that e.g. bos_token_id names."""
+        number = self.special_id(name)
+        return None if number is None else self.tokens[number]
+
+    def special_id(self, name: str) -> int | None:
+        """The id that e.g. bos_token_id holds."""
         number = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if number is None:
-            return None
-        if not isinstance(number, int) or not 0 <= number < len(self.tokens):
+        if number is not None and (not isinstance(number, int) or not 0 <= number < len(self.tokens)):
             raise FormatError(f"tokenizer.ggml.{name}_token_id {number!r} is not one of {len(self.tokens)} tokens")
-        return self.tokens[number]
+        return number
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.metadata.get(f"tokenizer.ggml.{name}", default)
@@ -109,10 +121,22 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> TokenizerFiles:
     return TokenizerFiles(engine.to_str(), template if isinstance(template, str) else None, names)
 
 
+def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids of all tokens that end a turn or a text: those named as such, and control tokens known to. Raises
+    FormatError."""
+    vocabulary = _Vocabulary(metadata)
+    named = {i for name in ("eos", "eot", "eom") if (i := vocabulary.special_id(name)) is not None}
+    pairs = zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+    known = {i for i, (token, kind) in enumerate(pairs) if kind == CONTROL and token in _END_TOKENS}
+    return sorted(named | known)
+
+
 def _add_special(engine: Tokenizer, vocabulary: _Vocabulary, add_bos: bool) -> None:
+    name = vocabulary.metadata.get("general.name")
+    phi3 = isinstance(name, str) and any(part in name.lower() for part in ("phi-3", "phi3"))
     engine.add_tokens(
         [
-            added(token, special=kind == CONTROL)
+            added(token, special=kind == CONTROL, rstrip=phi3 and token not in _KEEP_SPACE)
             for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
             if kind in (CONTROL, USER_DEFINED) and token
         ]

@@ -1,6 +1,7 @@
 """GGUF files for tests: real ones by the gguf package, malformed ones byte by byte."""
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -42,9 +43,14 @@ def pair_rows(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_llama(
-    path: Path, kind: str = "F32", seed: int = 0, mixed: dict[str, str] | None = None, **changes
+    path: Path,
+    kind: str = "F32",
+    seed: int = 0,
+    mixed: dict[str, str] | None = None,
+    extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    **changes,
 ) -> dict[str, np.ndarray]:
-    """A tiny llama as GGUF; returns its weights under Hugging Face names, before quantisation."""
+    """A tiny llama as GGUF; returns its weights under Hugging Face names, before quantisation. extra: writes more."""
     config = ModelConfig.from_dict({**BASE_CONFIG, "num_key_value_heads": 2, **changes})
     weights = random_weights(config, seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -60,6 +66,7 @@ def write_llama(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope.theta)
     add_vocabulary(writer)
+    extra(writer)
     names = {
         v: k
         for k, v in {

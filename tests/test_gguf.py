@@ -14,6 +14,7 @@ from minilora.checkpoint.ggml import BLOCK_TYPES
 from minilora.checkpoint.gguf import Gguf
 from minilora.errors import FormatError, MiniloraError, UnsupportedError
 from minilora.reference import Reference
+from minilora.rope import Rope
 from minilora_kernels.pack import FORMAT_NAMES, Quantized, dequantize
 from minilora_kernels.quantize import quantize
 
@@ -263,6 +264,74 @@ def test_llama3_rope_factors(tmp_path):
     frequencies = 10000.0 ** -(np.arange(0, 16, 2) / 16) / divisors
     assert np.allclose(cos, np.cos(np.arange(50)[:, None] * frequencies), atol=1e-5)
     assert Reference(checkpoint.config, {}, 4).cos.shape == (4, 8)
+
+
+SHORT, LONG = {"short_factor": [1.5] * 8}, {"long_factor": [3.0] * 8}
+ROPES = [
+    ({}, {}, Rope(1e4, 16, 1024)),
+    ({"factor": 4.0}, {}, Rope(1e4, 16, 1024, "linear", {"factor": 4.0})),
+    ({"type": "none", "factor": 4.0}, {}, Rope(1e4, 16, 1024)),
+    (
+        {"type": "yarn", "factor": 4.0, "original_context_length": 128, "attn_factor": 0.9},
+        {},
+        Rope(
+            1e4,
+            16,
+            1024,
+            "yarn",
+            {"factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 0.9 * (1 + 0.1 * np.log(4.0))},
+        ),
+    ),
+    (
+        {"original_context_length": 128, "attn_factor": 1.2},
+        SHORT | LONG,
+        Rope(
+            1e4,
+            16,
+            1024,
+            "longrope",
+            {"original_max_position_embeddings": 128, "attention_factor": 1.2, **SHORT, **LONG},
+        ),
+    ),
+]
+
+
+def write_rope(path, entries, factors):
+    """A tiny llama with these entries of rope.scaling and these factors as tensors."""
+
+    def extra(writer):
+        for key, value in entries.items():
+            add_value = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+            add_value(f"llama.rope.scaling.{key}", value)
+        for key, values in factors.items():
+            name = f"rope_factors_{key.removesuffix('_factor')}.weight"
+            writer.add_tensor(name, np.array(values, np.float32))
+
+    write_llama(path, extra=extra)
+
+
+@pytest.mark.parametrize("entries, factors, expected", ROPES)
+@pytest.mark.parametrize("length", [100, 200])
+def test_rope_scaling_is_read_as_llama_cpp_does(tmp_path, entries, factors, expected, length):
+    """Linear where no type is given; long and short factors, and attn_factor, whatever the type."""
+    write_rope(tmp_path / "model.gguf", entries, factors)
+    found = open_checkpoint(tmp_path / "model.gguf").config.rope
+    assert np.allclose(found.tables(length), expected.tables(length), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "entries, factors, error, word",
+    [
+        ({"type": "dynamic", "factor": 4.0}, {}, UnsupportedError, "'dynamic'"),
+        ({"attn_factor": 1.2}, {}, UnsupportedError, "attn_factor"),
+        ({"type": "yarn"}, SHORT | LONG, UnsupportedError, "'yarn' together with factors"),
+        ({}, SHORT, FormatError, "rope_factors_long"),
+    ],
+)
+def test_rope_scaling_that_contradicts_itself_is_refused(tmp_path, entries, factors, error, word):
+    write_rope(tmp_path / "model.gguf", entries, factors)
+    with pytest.raises(error, match=word):
+        open_checkpoint(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Engine
 from minilora.chat import encode_chat, render
 from minilora.errors import FormatError, UnsupportedError, UsageError
 from minilora.tokenizer import TextStream, Tokenizer, TokenizerFiles
-from minilora.tokenizer_gguf import GPT4O, LLAMA3, QWEN2, TEKKEN, tokenizer_from_gguf
+from minilora.tokenizer_gguf import GPT4O, LLAMA3, QWEN2, TEKKEN, end_tokens, tokenizer_from_gguf
 
 from .support import SPECIAL, TEMPLATE, make_tokenizer
 
@@ -139,6 +139,23 @@ def test_sentencepiece_from_scores():
             assert ours.decode(ids) == text
             stream = TextStream(ours)
             assert "".join(map(stream.push, ids)) + stream.finish() == text, "tokens are joined as the decoder does"
+
+
+def test_gguf_end_tokens():
+    """Those that are named, and control tokens that end a turn wherever they exist; a text that looks alike does not."""
+    metadata = metadata_of(ORIGINALS["gpt-2"](), "gpt-2")
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    more = {"tokenizer.ggml.tokens": [*tokens, "<|eot_id|>", "<|end|>"], "tokenizer.ggml.token_type": [*kinds, 3, 1]}
+    assert SPECIAL == ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    assert end_tokens({**metadata, **more, "tokenizer.ggml.eot_token_id": 1}) == [0, 1, 2, len(tokens)]
+
+
+@pytest.mark.parametrize("name, kept", [("Phi-3 mini", False), ("Phi3", False), ("SmolLM2", True), (None, True)])
+def test_special_tokens_of_phi3_take_the_space_after_them(name, kept):
+    metadata = metadata_of(ORIGINALS["gpt-2"](), "gpt-2", **{"general.name": name})
+    ours = Tokenizer(tokenizer_from_gguf(metadata))
+    assert (ours.encode("<|im_end|>\n a") == ours.encode("<|im_end|>a")) is not kept
+    assert ours.encode("<|endoftext|>\n a") != ours.encode("<|endoftext|>a")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Models in GGUF files: their metadata as a config.json, their tensors under Hugging Face's names."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from minilora_kernels.pack import Quantized
 from ..config import ModelConfig
 from ..errors import FormatError, UnsupportedError
 from ..tokenizer import TokenizerFiles
-from ..tokenizer_gguf import tokenizer_from_gguf
+from ..tokenizer_gguf import end_tokens, tokenizer_from_gguf
 from .gguf import Gguf, GgufTensor
 
 ARCHITECTURES = {
@@ -45,7 +46,9 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+ROPE_FREQS, ROPE_SHORT, ROPE_LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+NUMBER = (int, float)
 
 # Keys of an architecture that we read, and those that change nothing in the computation.
 READ = frozenset(
@@ -92,7 +95,7 @@ class GgufCheckpoint:
     def _named(self) -> dict[str, GgufTensor]:
         found = {}
         for name, tensor in self._gguf.tensors.items():
-            if name not in ROPE_FACTORS:
+            if name not in (ROPE_FREQS, ROPE_SHORT, ROPE_LONG):
                 found[self._translate(name)] = tensor
         return found
 
@@ -127,7 +130,7 @@ class GgufCheckpoint:
             "use_sliding_window": bool(self._value("attention.sliding_window", int)),
             "head_dim": self._head_dim(),
             "rope_parameters": self._rope(),
-            "eos_token_id": self._ends(),
+            "eos_token_id": end_tokens(self._gguf.metadata),
             "bos_token_id": self._gguf.get("tokenizer.ggml.bos_token_id", int),
             "attention_bias": self._arch == "llama" and "model.layers.0.self_attn.o_proj.bias" in self._tensors,
         }
@@ -162,40 +165,50 @@ class GgufCheckpoint:
         head_dim = self._head_dim() or (width // heads if heads and width else rotated)
         if rotated and head_dim and rotated != head_dim:
             rope["partial_rotary_factor"] = rotated / head_dim
-        kind = self._value("rope.scaling.type", str) or "none"
-        names = {
-            "factor": "factor",
-            "original_context_length": "original_max_position_embeddings",
-            "attn_factor": "attention_factor",
-            "yarn_beta_fast": "beta_fast",
-            "yarn_beta_slow": "beta_slow",
+        return rope | self._rope_scaling()
+
+    def _rope_scaling(self) -> dict[str, Any]:
+        """The rule and its numbers, by llama.cpp's rules where the file is silent: without a type it is linear, divisors
+        stored as tensors count whatever the type, and attn_factor multiplies the rule's own factor."""
+        kind = self._value("rope.scaling.type", str, "linear")
+        if kind not in SCALING_TYPES:
+            raise UnsupportedError(
+                f"{self.path.name}: rope.scaling.type {kind!r}", f"Known: {', '.join(SCALING_TYPES)}."
+            )
+        factor = (self._value("rope.scaling.factor", NUMBER) if kind != "none" else None) or 1.0
+        attention = self._value("rope.scaling.attn_factor", NUMBER, 1.0)
+        divisors = self._rope_divisors(factor)
+        if divisors and kind == "yarn":
+            raise UnsupportedError(f"{self.path.name}: rope scaling 'yarn' together with factors stored as tensors")
+        if divisors:
+            kind = "longrope"
+        elif kind == "none" or (kind == "linear" and factor == 1):
+            kind = "default"
+        if kind == "yarn":
+            attention *= 1 + 0.1 * math.log(max(factor, 1.0))
+        elif kind != "longrope" and attention != 1:
+            raise UnsupportedError(f"{self.path.name}: rope.scaling.attn_factor {attention} with rope scaling {kind!r}")
+        numbers = {
+            "factor": factor,
+            "attention_factor": attention,
+            "original_max_position_embeddings": self._value("rope.scaling.original_context_length", int) or None,
+            "beta_fast": self._value("rope.scaling.yarn_beta_fast", NUMBER),
+            "beta_slow": self._value("rope.scaling.yarn_beta_slow", NUMBER),
         }
-        for key, ours in names.items():
-            value = self._value(f"rope.scaling.{key}", (int, float))
-            if value is not None and kind != "none":
-                rope[ours] = value
-        rope["rope_type"] = "default" if kind == "none" else kind
-        return rope | self._rope_factors()
+        return {"rope_type": kind, **{key: value for key, value in numbers.items() if value is not None}, **divisors}
 
-    def _rope_factors(self) -> dict[str, Any]:
-        """Divisors of the frequencies, stored as tensors: Llama 3's and longrope's."""
+    def _rope_divisors(self, factor: float) -> dict[str, list[float]]:
+        """Divisors of the frequencies, stored as tensors: Llama 3's and longrope's. Those of `factor` come on top."""
         tensors = self._gguf.tensors
-        if "rope_freqs.weight" in tensors:
-            divisors = self._floats(tensors["rope_freqs.weight"]).reshape(-1).tolist()
-            return {"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "attention_factor": 1.0}
-        if "rope_factors_long.weight" in tensors and "rope_factors_short.weight" in tensors:
-            long, short = (self._floats(tensors[f"rope_factors_{kind}.weight"]) for kind in ("long", "short"))
-            return {
-                "rope_type": "longrope",
-                "long_factor": long.reshape(-1).tolist(),
-                "short_factor": short.reshape(-1).tolist(),
-            }
-        return {}
-
-    def _ends(self) -> list[int]:
-        """All tokens that end a turn or a text."""
-        ids = [self._gguf.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
-        return sorted({i for i in ids if i is not None})
+        short, long = (ROPE_FREQS, ROPE_FREQS) if ROPE_FREQS in tensors else (ROPE_SHORT, ROPE_LONG)
+        found = {
+            key: (self._floats(tensors[name]) * factor).reshape(-1).tolist()
+            for key, name in (("short_factor", short), ("long_factor", long))
+            if name in tensors
+        }
+        if len(found) == 1:
+            raise FormatError(f"{self.path.name}: of {short!r} and {long!r} one is missing")
+        return found
 
     # ------------------------------------------------------------ tensors
 
