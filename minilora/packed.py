@@ -25,14 +25,15 @@ import numpy as np
 from minilora_kernels.code_files import cache_root
 
 from .checkpoint import open_checkpoint
-from .checkpoint.folder import INDEX, read_json
+from .checkpoint.folder import INDEX
 from .config import ModelConfig, token_ids
 from .errors import FormatError
+from .files import read_json
 from .memory import HUGE_PAGE, huge_pages
 from .packer import Packer, pack_in_memory
 from .params import SamplingParams
 from .plan import Plan, Target
-from .tokenizer import DEFINITION, SETTINGS, TEMPLATE, Tokenizer, TokenizerFiles
+from .tokenizer import DEFINITION, SETTINGS, SPECIAL_TOKENS, TEMPLATE, Tokenizer, TokenizerFiles
 from .weights import Weights
 
 MANIFEST, ARENA = "minilora.json", "weights.bin"
@@ -121,7 +122,7 @@ def _sources(path: Path) -> list[Path]:
     """The files that a checkpoint may be read from."""
     if path.is_file():
         return [path]
-    names = (INDEX, "config.json", "generation_config.json", DEFINITION, SETTINGS, TEMPLATE)
+    names = (INDEX, "config.json", "generation_config.json", DEFINITION, SETTINGS, SPECIAL_TOKENS, TEMPLATE)
     files = [*sorted(path.glob("*.safetensors")), *(path / name for name in names)]
     return [file for file in files if file.exists()]
 

@@ -15,10 +15,10 @@ import numpy as np
 from minilora_kernels.pack import BLOCK
 
 from .adapters import EMBED, HEAD, Adapter, Pair, check_finite, module_shapes
-from .checkpoint.folder import read_json
 from .checkpoint.safetensors import TensorFile
 from .config import ModelConfig
 from .errors import AdapterError, FormatError, NotFoundError, UnsupportedError
+from .files import read_json
 from .weights import Weights
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -12,10 +12,12 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 from tokenizers.decoders import ByteLevel
 
-from .errors import FormatError, NotFoundError, UsageError
+from .errors import FormatError, UsageError
+from .files import read_json, read_text
 
 DEFINITION = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 
 UNFINISHED = "\ufffd"
@@ -32,21 +34,18 @@ class TokenizerFiles:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TokenizerFiles":
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja. Raises NotFoundError, FormatError."""
-        try:
-            definition = (folder / DEFINITION).read_text(encoding="utf-8")
-            text = (folder / SETTINGS).read_text(encoding="utf-8") if (folder / SETTINGS).exists() else "{}"
-            settings = json.loads(text)
-        except FileNotFoundError:
-            raise NotFoundError(f"{folder / DEFINITION} is missing", "minilora reads fast tokenizers only.") from None
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{folder}: {SETTINGS} or {DEFINITION} is no valid JSON: {error}") from None
-        if not isinstance(settings, dict):
-            raise FormatError(f"{folder / SETTINGS} holds no JSON object")
-        return cls(definition, _template(folder, settings), _names(settings))
+        """Read tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+
+        Raises NotFoundError, FormatError.
+        """
+        definition = read_text(folder / DEFINITION, "minilora reads fast tokenizers only.")
+        settings, special = (
+            read_json(folder / name) if (folder / name).exists() else {} for name in (SETTINGS, SPECIAL_TOKENS)
+        )
+        return cls(definition, _template(folder, settings), _names(special) | _names(settings))
 
     def save(self, folder: Path) -> None:
-        """Write the files that from_folder reads."""
+        """Write a folder that from_folder reads the same from."""
         (folder / DEFINITION).write_text(self.definition, encoding="utf-8")
         (folder / SETTINGS).write_text(json.dumps(dict(self.names), indent=2), encoding="utf-8")
         if self.chat_template is not None:
@@ -55,7 +54,7 @@ class TokenizerFiles:
 
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if (folder / TEMPLATE).exists():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+        return read_text(folder / TEMPLATE)
     value = settings.get("chat_template")
     if isinstance(value, list):
         by_name = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}

@@ -30,6 +30,12 @@ def test_shards_hold_the_same_model(tmp_path):
     assert_same(load_weights(one).floats(), load_weights(three).floats())
 
 
+def test_a_single_file_counts_and_shards_beside_it_are_left_over(tmp_path):
+    make_checkpoint(tmp_path, seed=1, shards=2)
+    make_checkpoint(tmp_path, seed=2)
+    assert_same(load_weights(tmp_path).floats(), load_file(tmp_path / "model.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-bias", "qwen3", "phi3"])
 def test_packing_and_unpacking_change_nothing(tiny, name):
     stored = load_file(tiny(name) / "model.safetensors")
@@ -139,7 +145,7 @@ def test_missing_files_are_named(tmp_path):
     "name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "missing.safetensors"]
 )
 def test_s7_path_traversal_an_index_cannot_name_other_places(tmp_path, name):
-    make_checkpoint(tmp_path)
+    make_checkpoint(tmp_path, shards=2)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises((FormatError, NotFoundError)):
         open_checkpoint(tmp_path)

@@ -19,7 +19,19 @@ KERNELS = ROOT / "kernels" / "minilora_kernels"
 # A module imports from its own row and lower ones only.
 LAYERS = [
     {"minilora_kernels"},
-    {"errors", "memory", "rope", "config", "params", "tokenizer", "tokenizer_gguf", "sandbox", "chat", "checkpoint"},
+    {
+        "errors",
+        "files",
+        "memory",
+        "rope",
+        "config",
+        "params",
+        "tokenizer",
+        "tokenizer_gguf",
+        "sandbox",
+        "chat",
+        "checkpoint",
+    },
     {"plan", "weights", "packer", "packed", "numa"},
     {"adapters", "peft", "pool", "registry", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},

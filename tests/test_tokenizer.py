@@ -183,6 +183,23 @@ def test_broken_tokenizer_json_is_refused(tmp_path):
             Tokenizer(TokenizerFiles.from_folder(tmp_path))
 
 
+def test_names_of_special_tokens(tmp_path):
+    """Those of tokenizer_config.json, and of special_tokens_map.json what is missing there."""
+    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": SPECIAL[2]}))
+    special = {"bos_token": {"content": SPECIAL[0]}, "eos_token": SPECIAL[0]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    assert TokenizerFiles.from_folder(tmp_path).names == {"bos_token": SPECIAL[0], "eos_token": SPECIAL[2]}
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+def test_other_damaged_files_are_named(tmp_path, name):
+    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_bytes(b"[\xff]")
+    with pytest.raises(FormatError, match=name):
+        TokenizerFiles.from_folder(tmp_path)
+
+
 def files(template=TEMPLATE):
     return TokenizerFiles(make_tokenizer().to_str(), template, {"bos_token": SPECIAL[0]})
 

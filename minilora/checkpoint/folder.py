@@ -1,6 +1,5 @@
 """Hugging Face folders: config.json, tokenizer.json, and one or several safetensors files."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..errors import FormatError, NotFoundError, UnsupportedError
+from ..files import read_json
 from ..tokenizer import TokenizerFiles
 from .safetensors import TensorFile
 
@@ -32,13 +32,14 @@ class FolderCheckpoint:
             self._where |= dict.fromkeys(tensors.tensors, tensors)
 
     def _tensor_files(self) -> list[Path]:
+        # As transformers has it: next to a single file, an index and its shards are left over.
+        if (self.path / SINGLE).exists():
+            return [self.path / SINGLE]
         if (self.path / INDEX).exists():
             places = read_json(self.path / INDEX).get("weight_map")
             if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
                 raise FormatError(f"{INDEX} has no weight_map from names to files")
             return [self._inside(name) for name in sorted(set(places.values()))]
-        if (self.path / SINGLE).exists():
-            return [self.path / SINGLE]
         if list(self.path.glob("*.bin")):
             raise UnsupportedError(
                 f"{self.path} holds its weights in .bin files, which can run code when they are read",
@@ -71,16 +72,3 @@ class FolderCheckpoint:
 
     def tokenizer(self) -> TokenizerFiles:
         return TokenizerFiles.from_folder(self.path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises NotFoundError or FormatError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise NotFoundError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} holds no JSON object")
-    return value
