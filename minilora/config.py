@@ -5,43 +5,65 @@ README lists it too. A key of config.json that is neither used nor known to be h
 mathematics.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import FormatError, UnsupportedError
-from .rope import Rope, check_kind
+from .rope import Rope, check_kind, is_positive
 
 
 @dataclass(frozen=True)
 class Arch:
     """How an architecture differs from plain Llama.
 
-    model_type: the name in config.json; qkv_bias, qk_norm: always there (attention_bias in config.json can add
-    the biases to others); fused: q, k, v and gate, up stored as one matrix each. The rest is what holds where
-    config.json does not say: sliding: whether sliding_window counts; window: its size; theta: rope's base;
-    ties: whether input and output embedding are one.
+    model_type: the name in config.json; keys: those of SOME_USE that count; qkv_bias, qk_norm: always there; fused:
+    q, k, v and gate, up stored as one matrix each; partial: whether partial_rotary_factor may rotate a part of a head;
+    no_rope_interval: every so many layers one does not rotate q and k, and only these have windows; longrope_names: how
+    its files also call the rule longrope. The rest is what holds where
+    config.json does not say: sliding: whether sliding_window counts; window: its size; full_layers: layers before the
+    first that has it; theta: rope's base; ties: whether input and output embedding are one.
     """
 
     model_type: str
+    keys: tuple[str, ...] = ()
     qkv_bias: bool = False
     qk_norm: bool = False
     fused: bool = False
+    partial: bool = False
+    no_rope_interval: int = 0
+    longrope_names: tuple[str, ...] = ()
     sliding: bool = False
     window: int = 0
+    full_layers: int = 0
     theta: float = 10000.0
     ties: bool = False
 
 
+_BIASES = ("attention_bias", "mlp_bias")
+_WINDOWS = ("use_sliding_window", "sliding_window", "layer_types")
+
 ARCHITECTURES = {
-    "LlamaForCausalLM": Arch("llama"),
-    "MistralForCausalLM": Arch("mistral", sliding=True, window=4096),
-    "Qwen2ForCausalLM": Arch("qwen2", qkv_bias=True, window=4096),
-    "Qwen3ForCausalLM": Arch("qwen3", qk_norm=True, window=4096),
-    "SmolLM3ForCausalLM": Arch("smollm3", theta=2000000.0, ties=True),
-    "Phi3ForCausalLM": Arch("phi3", fused=True, sliding=True),
+    "LlamaForCausalLM": Arch("llama", _BIASES),
+    "MistralForCausalLM": Arch("mistral", ("sliding_window", "layer_types"), sliding=True, window=4096),
+    "Qwen2ForCausalLM": Arch("qwen2", (*_WINDOWS, "max_window_layers"), qkv_bias=True, window=4096, full_layers=28),
+    "Qwen3ForCausalLM": Arch(
+        "qwen3", (*_WINDOWS, "max_window_layers", "attention_bias"), qk_norm=True, window=4096, full_layers=28
+    ),
+    "SmolLM3ForCausalLM": Arch(
+        "smollm3",
+        (*_BIASES, *_WINDOWS, "no_rope_layers", "no_rope_layer_interval"),
+        no_rope_interval=4,
+        theta=2000000.0,
+        ties=True,
+    ),
+    "Phi3ForCausalLM": Arch(
+        "phi3", ("sliding_window",), fused=True, partial=True, longrope_names=("su", "yarn"), sliding=True
+    ),
 }
+
+# Keys that only some architectures use: the models of the others do not look at them.
+SOME_USE = frozenset(key for arch in ARCHITECTURES.values() for key in arch.keys)
 
 # Keys that describe training, storage or the framework, not the function that the model computes.
 HARMLESS = frozenset(
@@ -64,11 +86,9 @@ HARMLESS = frozenset(
         "is_llama_config",
         "keys_to_ignore_at_inference",
         "label2id",
-        "max_window_layers",
         "mlp_only_layers",
         "model_name",
         "model_type",
-        "no_rope_layer_interval",
         "original_max_position_embeddings",
         "pad_token_id",
         "pretraining_tp",
@@ -103,15 +123,11 @@ HARMLESS = frozenset(
 
 USED = frozenset(
     [
-        "attention_bias",
         "head_dim",
         "hidden_act",
         "hidden_size",
         "intermediate_size",
-        "layer_types",
         "max_position_embeddings",
-        "mlp_bias",
-        "no_rope_layers",
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
@@ -120,9 +136,7 @@ USED = frozenset(
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
-        "sliding_window",
         "tie_word_embeddings",
-        "use_sliding_window",
         "vocab_size",
         "quantization_config",
     ]
@@ -182,32 +196,37 @@ class _Reader:
     def __init__(self, data: Mapping[str, Any]):
         if not isinstance(data, Mapping):
             raise FormatError("config.json holds no JSON object")
-        self.data = data
+        self.source = dict(data)
         self.name = self.architecture()
         self.arch = ARCHITECTURES[self.name]
+        self.data = {key: data[key] for key in data if key not in SOME_USE or key in self.arch.keys}
 
     def architecture(self) -> str:
-        names = self.data.get("architectures") or []
+        names = self.source.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise FormatError(f"config.json: architectures must be a list of names, not {names!r}")
         for name in names:
             if name in ARCHITECTURES:
                 return name
         for name, arch in ARCHITECTURES.items():
-            if not names and arch.model_type == self.data.get("model_type"):
+            if not names and arch.model_type == self.source.get("model_type"):
                 return name
-        found = ", ".join(map(str, names)) or self.data.get("model_type")
+        found = ", ".join(names) or self.source.get("model_type")
         raise UnsupportedError(f"config.json: unknown architecture {found}", f"Known: {', '.join(ARCHITECTURES)}.")
 
-    def integer(self, key: str, default: int | None = None, limit: int = 1 << 24) -> int:
+    def integer(self, key: str, default: int | None = None, limit: int = 1 << 24, least: int = 1) -> int:
         value = self.data.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
-            raise FormatError(f"config.json: {key} must be an integer from 1 to {limit}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limit:
+            raise FormatError(f"config.json: {key} must be an integer from {least} to {limit}, not {value!r}")
         return value
 
-    def number(self, key: str, default: float) -> float:
-        value = self.data.get(key)
+    def number(self, key: str, default: float, inner: Mapping[str, Any] | None = None) -> float:
+        """inner: an object of config.json in which the key counts before one beside it."""
+        value = (inner or {}).get(key)
+        value = self.data.get(key) if value is None else value
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not is_positive(value):
             raise FormatError(f"config.json: {key} must be a positive number, not {value!r}")
         return float(value)
 
@@ -235,7 +254,7 @@ class _Reader:
             if size % step:
                 raise UnsupportedError(f"config.json: {key} {size} is no multiple of {step}")
         length = self.integer("max_position_embeddings", 2048, limit=1 << 30)
-        bias = self.flag("attention_bias")
+        bias, rotary = self.flag("attention_bias"), self.rotary(layers)
         return ModelConfig(
             architecture=self.name,
             hidden_size=width,
@@ -248,8 +267,8 @@ class _Reader:
             rms_norm_eps=self.number("rms_norm_eps", 1e-6),
             max_position_embeddings=length,
             rope=self.rope(head_dim, length),
-            windows=self.windows(layers),
-            rotary=self.rotary(layers),
+            windows=self.windows(rotary),
+            rotary=rotary,
             tie_word_embeddings=self.flag("tie_word_embeddings", self.arch.ties),
             qkv_bias=self.arch.qkv_bias or bias,
             o_bias=bias,
@@ -258,11 +277,13 @@ class _Reader:
             fused=self.arch.fused,
             eos_token_ids=token_ids(self.data.get("eos_token_id"), "eos_token_id"),
             bos_token_id=next(iter(token_ids(self.data.get("bos_token_id"), "bos_token_id")), None),
-            source=dict(self.data),
+            source=self.source,
         )
 
     def check_keys(self) -> None:
-        unknown = sorted(k for k in self.data if k not in USED | HARMLESS and self.data[k] not in (None, False))
+        unknown = sorted(
+            k for k in self.source if k not in USED | SOME_USE | HARMLESS and self.source[k] not in (None, False)
+        )
         if unknown:
             raise UnsupportedError(
                 f"config.json has {', '.join(unknown)}: minilora does not know what this changes",
@@ -283,41 +304,52 @@ class _Reader:
             raise FormatError(f"config.json: rope scaling must be an object, not {scaling!r}")
         if any(isinstance(value, Mapping) for value in scaling.values()):
             raise UnsupportedError("config.json: rope parameters that differ between layers")
-        kind = check_kind(scaling.get("rope_type") or scaling.get("type") or "default")
-        parameters = {
-            k: v for k, v in scaling.items() if v is not None and k not in ("rope_type", "type", "rope_theta")
-        }
+        name = scaling.get("rope_type") or scaling.get("type") or "default"
+        kind = "longrope" if name in self.arch.longrope_names else check_kind(name)
+        own = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+        parameters = {k: v for k, v in scaling.items() if v is not None and k not in own}
         if self.data.get("original_max_position_embeddings") is not None:
             parameters.setdefault("original_max_position_embeddings", self.data["original_max_position_embeddings"])
-        part = parameters.pop("partial_rotary_factor", None) or self.number("partial_rotary_factor", 1.0)
-        dim = int(head_dim * part)
-        if not 0 < dim <= head_dim or dim % 2:
+        dim = self.rotated(head_dim, self.number("partial_rotary_factor", 1.0, scaling))
+        return Rope(self.number("rope_theta", self.arch.theta, scaling), dim, length, kind, parameters)
+
+    def rotated(self, head_dim: int, part: float) -> int:
+        """How many numbers of a head are rotated. Other programs differ where the architecture knows no part."""
+        if part != 1 and not self.arch.partial:
+            raise UnsupportedError(f"config.json: partial_rotary_factor {part!r}: {self.name} rotates whole heads")
+        dim = int(head_dim * part) if part <= 1 else 0
+        if not dim or dim % 2:
             raise FormatError(
                 f"config.json: partial_rotary_factor {part!r} leaves {dim} of {head_dim} numbers to rotate"
             )
-        theta = scaling.get("rope_theta") or self.number("rope_theta", self.arch.theta)
-        return Rope(float(theta), dim, length, kind, parameters)
+        return dim
 
-    def windows(self, layers: int) -> tuple[int, ...]:
-        active = self.flag("use_sliding_window", self.arch.sliding)
+    def windows(self, rotary: tuple[bool, ...]) -> tuple[int, ...]:
+        layers, active = len(rotary), self.flag("use_sliding_window", self.arch.sliding)
         given = self.data.get("sliding_window", self.arch.window or None)
         window = self.integer("sliding_window", given, limit=1 << 30) if given and active else 0
         kinds = self.data.get("layer_types")
         if kinds is None:
-            first = self.data.get("max_window_layers", 28) if self.arch.model_type in ("qwen2", "qwen3") else 0
-            return tuple(window if layer >= first else 0 for layer in range(layers))
+            first = self.integer("max_window_layers", self.arch.full_layers, least=0)
+            # Where some layers do not rotate, these are the ones with a window.
+            return tuple(
+                window if layer >= first and not (self.arch.no_rope_interval and rotates) else 0
+                for layer, rotates in enumerate(rotary)
+            )
         if not isinstance(kinds, list) or len(kinds) != layers:
             raise FormatError(f"config.json: layer_types must list {layers} layers")
-        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-            raise UnsupportedError(f"config.json: layer type {sorted(map(str, unknown))[0]}")
+        if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+            raise UnsupportedError(f"config.json: layer type {unknown[0]}")
+        if "sliding_attention" in kinds and not window:
+            raise FormatError("config.json: layer_types has sliding_attention, but no sliding_window is in use")
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
     def rotary(self, layers: int) -> tuple[bool, ...]:
-        if self.arch.model_type != "smollm3":
+        if not self.arch.no_rope_interval:
             return (True,) * layers
         marks = self.data.get("no_rope_layers")
         if marks is None:
-            interval = self.integer("no_rope_layer_interval", 4)
+            interval = self.integer("no_rope_layer_interval", self.arch.no_rope_interval)
             return tuple((layer + 1) % interval != 0 for layer in range(layers))
         if not isinstance(marks, list) or len(marks) < layers or not all(mark in (0, 1) for mark in marks):
             raise FormatError(f"config.json: no_rope_layers must hold {layers} zeros and ones")

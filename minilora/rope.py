@@ -33,8 +33,8 @@ class Rope:
         Rules that depend on the length of the text (dynamic, longrope) take `length`, the most that this model
         will see, so that a token's rotation never depends on what else is in the batch.
         """
-        frequencies, factor = RULES[self.kind](self, length)
-        angles = np.arange(length, dtype=np.float32)[:, None] * frequencies.astype(np.float32)[None, :]
+        frequencies, factor = self._frequencies(length)
+        angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]
         return (np.cos(angles) * np.float32(factor)).astype(np.float32), (np.sin(angles) * np.float32(factor)).astype(
             np.float32
         )
@@ -51,10 +51,22 @@ class Rope:
             stretched = original * self.number("factor", self.trained_length / original)
         return max(self.trained_length, int(stretched))
 
+    def _frequencies(self, length: int) -> tuple[np.ndarray, float]:
+        """The rule's, float32 [dim / 2]. Raises FormatError where its parameters lead to none."""
+        with np.errstate(all="ignore"):
+            try:
+                exact, factor = RULES[self.kind](self, length)
+            except (ArithmeticError, ValueError):  # a division by zero, the root of a negative number
+                exact, factor = np.array([np.nan]), np.nan
+            frequencies = exact.astype(np.float32)
+            if not np.isfinite([*(frequencies * length), factor]).all():
+                raise FormatError(f"config.json: rope scaling {self.kind!r}: its parameters give no finite frequencies")
+        return frequencies, factor
+
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number among the rule's parameters. Raises FormatError."""
         value = self.scaling.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not is_positive(value):
             raise FormatError(f"config.json: rope scaling {self.kind!r} needs a positive {key}, not {value!r}")
         return float(value)
 
@@ -123,15 +135,15 @@ def _longrope(rope: Rope, length: int) -> tuple[np.ndarray, float]:
     """LongRoPE, arXiv:2402.13753: one list of factors up to the original length, another beyond."""
     original = rope.number("original_max_position_embeddings", rope.trained_length)
     key = "long_factor" if length > original else "short_factor"
-    factors = np.asarray(rope.scaling.get(key), np.float64)
-    if factors.shape != (rope.dim // 2,):
-        raise FormatError(f"config.json: rope scaling 'longrope' needs {rope.dim // 2} numbers in {key}")
+    factors = rope.scaling.get(key)
+    if not isinstance(factors, list) or len(factors) != rope.dim // 2 or not all(map(is_positive, factors)):
+        raise FormatError(f"config.json: rope scaling 'longrope' needs {rope.dim // 2} positive numbers in {key}")
     if rope.scaling.get("attention_factor") is not None:
         attention = rope.number("attention_factor")
     else:
         stretch = rope.number("factor", rope.trained_length / original)
         attention = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-    return _plain(rope.theta, rope.dim) / factors, attention
+    return _plain(rope.theta, rope.dim) / np.array(factors, np.float64), attention
 
 
 RULES = {
@@ -144,8 +156,16 @@ RULES = {
 }
 
 
-def check_kind(kind: str) -> str:
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value read from a file is a number above 0 that float32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LARGEST
+
+
+def check_kind(kind: Any) -> str:
     """`kind` if it is a rule that we have. Raises UnsupportedError."""
-    if kind not in RULES:
+    if not isinstance(kind, str) or kind not in RULES:
         raise UnsupportedError(f"config.json: unknown rope scaling {kind!r}", f"Known: {', '.join(RULES)}.")
     return kind

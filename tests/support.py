@@ -62,7 +62,12 @@ ARCHITECTURES = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 37},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
-    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0], "num_hidden_layers": 2},
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "no_rope_layers": [1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 37,
+    },
     "phi3": {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5, "sliding_window": None},
 }
 

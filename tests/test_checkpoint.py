@@ -210,6 +210,7 @@ def test_damaged_folders_never_crash(tmp_path_factory, data):
 # ---------------------------------------------------------------- config.json
 
 
+QWEN3, PHI3 = {"architectures": ["Qwen3ForCausalLM"]}, {"architectures": ["Phi3ForCausalLM"]}
 BAD_CONFIGS = [
     ({"architectures": ["GPT2LMHeadModel"]}, UnsupportedError, "GPT2LMHeadModel"),
     ({"architectures": None, "model_type": "mamba"}, UnsupportedError, "mamba"),
@@ -232,9 +233,22 @@ BAD_CONFIGS = [
     ({"num_key_value_heads": 3}, FormatError, "multiple"),
     ({"num_hidden_layers": -1}, FormatError, "num_hidden_layers"),
     ({"rms_norm_eps": -1.0}, FormatError, "rms_norm_eps"),
-    ({"layer_types": ["linear_attention", "full_attention"]}, UnsupportedError, "linear_attention"),
-    ({"layer_types": ["full_attention"]}, FormatError, "layer_types"),
-    ({"partial_rotary_factor": 3.0}, FormatError, "partial_rotary_factor"),
+    ({**QWEN3, "layer_types": ["linear_attention", "full_attention"]}, UnsupportedError, "linear_attention"),
+    ({**QWEN3, "layer_types": [["x"], "full_attention"]}, UnsupportedError, "layer type"),
+    ({**QWEN3, "layer_types": ["full_attention"]}, FormatError, "layer_types"),
+    ({**QWEN3, "layer_types": ["sliding_attention"] * 2, "sliding_window": 9}, FormatError, "no sliding_window is in"),
+    ({**QWEN3, "max_window_layers": "a"}, FormatError, "max_window_layers"),
+    ({"partial_rotary_factor": 0.5}, UnsupportedError, "rotates whole heads"),
+    ({**PHI3, "partial_rotary_factor": 3.0}, FormatError, "partial_rotary_factor"),
+    ({"rope_scaling": {"partial_rotary_factor": "x"}}, FormatError, "partial_rotary_factor"),
+    ({"rope_scaling": {"rope_theta": "abc"}}, FormatError, "rope_theta"),
+    ({"rope_theta": -3.0}, FormatError, "rope_theta"),
+    ({"rope_theta": 10**400}, FormatError, "rope_theta"),
+    ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, FormatError, "no finite frequencies"),
+    ({"rope_scaling": {"rope_type": ["x"]}}, UnsupportedError, "unknown rope scaling"),
+    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [0.0] * 8}}, FormatError, "positive numbers in short"),
+    ({"rope_scaling": {"rope_type": "longrope", "short_factor": ["x"] * 8}}, FormatError, "positive numbers in short"),
+    ({"architectures": [["x"]]}, FormatError, "architectures"),
     ({"eos_token_id": "2"}, FormatError, "eos_token_id"),
     ({"attention_bias": "yes"}, FormatError, "attention_bias"),
 ]
@@ -301,8 +315,38 @@ def test_harmless_keys_pass():
             },
             (9, 0),
         ),
+        ({**QWEN3, "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}, (9, 9)),
+        (
+            {
+                "architectures": ["SmolLM3ForCausalLM"],
+                "sliding_window": 9,
+                "use_sliding_window": True,
+                "no_rope_layers": [0, 1],
+            },
+            (9, 0),
+        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 9, "use_sliding_window": False}, (9, 9)),
+        ({**PHI3, "sliding_window": 9, "layer_types": ["full_attention"] * 2}, (9, 9)),
+        ({"sliding_window": 9, "use_sliding_window": True}, (0, 0)),
         ({}, (0, 0)),
     ],
 )
 def test_windows(change, windows):
+    """As in transformers, whose classes look at different keys."""
     assert ModelConfig.from_dict({**BASE_CONFIG, **change}).windows == windows
+
+
+def test_biases_only_where_the_architecture_has_them():
+    """transformers' Mistral has none, whatever config.json says."""
+    biases = {"attention_bias": True, "mlp_bias": True}
+    found = [
+        ModelConfig.from_dict({**BASE_CONFIG, **biases, "architectures": [name]})
+        for name in ("LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+    ]
+    assert [(c.qkv_bias, c.o_bias, c.mlp_bias) for c in found] == [(True,) * 3, (True, True, False), (False,) * 3]
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_phi3_has_more_names_for_longrope(name):
+    scaling = {"type": name, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    assert ModelConfig.from_dict({**BASE_CONFIG, **PHI3, "rope_scaling": scaling}).rope.kind == "longrope"

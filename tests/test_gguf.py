@@ -334,12 +334,19 @@ def test_rope_scaling_that_contradicts_itself_is_refused(tmp_path, entries, fact
         open_checkpoint(tmp_path / "model.gguf")
 
 
+def test_layers_with_windows(tmp_path):
+    """GGUF's llama is Mistral too."""
+    write_llama(tmp_path / "model.gguf", extra=lambda writer: writer.add_sliding_window(9))
+    assert open_checkpoint(tmp_path / "model.gguf").config.windows == (9, 9)
+
+
 @pytest.mark.parametrize(
     "change, word",
     [
         ({"general.architecture": "gptj"}, "gptj"),
         ({"llama.expert_count": 4}, "expert_count"),
         ({"llama.logit_scale": 2.0}, "logit_scale"),
+        ({"llama.rope.dimension_count": 8}, "rotates whole heads"),
     ],
 )
 def test_unknown_mathematics_raises(tmp_path, monkeypatch, change, word):

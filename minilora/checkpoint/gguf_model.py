@@ -115,8 +115,10 @@ class GgufCheckpoint:
 
     def _config(self) -> dict[str, Any]:
         self._check_keys()
+        window = self._value("attention.sliding_window", int)
         config: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[self._arch]],
+            # GGUF's llama is Mistral too, whose layers may have windows.
+            "architectures": ["MistralForCausalLM" if window and self._arch == "llama" else ARCHITECTURES[self._arch]],
             "hidden_size": self._value("embedding_length", int),
             "num_hidden_layers": self._value("block_count", int),
             "num_attention_heads": self._same("attention.head_count"),
@@ -126,8 +128,8 @@ class GgufCheckpoint:
             "rms_norm_eps": self._value("attention.layer_norm_rms_epsilon", float),
             "vocab_size": self._tensor("model.embed_tokens.weight").shape[0],
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            "sliding_window": self._value("attention.sliding_window", int) or None,
-            "use_sliding_window": bool(self._value("attention.sliding_window", int)),
+            "sliding_window": window or None,
+            "use_sliding_window": bool(window),
             "head_dim": self._head_dim(),
             "rope_parameters": self._rope(),
             "eos_token_id": end_tokens(self._gguf.metadata),
