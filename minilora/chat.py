@@ -72,10 +72,6 @@ def render(
     return "".join(pieces)
 
 
-# Characters of Unicode's private use area stand for special tokens that a message mentions.
-_MARK = "\ue000{}\ue001"
-
-
 # What templates get from us: a request's own variables may not take their place.
 RESERVED = frozenset(
     [
@@ -103,43 +99,11 @@ def encode_chat(
     variables = dict(variables or {})
     if reserved := sorted(RESERVED & variables.keys()):
         raise UsageError(f"chat_template_kwargs may not hold {reserved[0]!r}", param="chat_template_kwargs")
-    given = [*messages, variables]
-    mentioned = [name for name in tokenizer.special_tokens if name and any(_mentions(one, name) for one in given)]
-    mentioned.sort(key=len, reverse=True)
-    marks = {name: _MARK.format(i) for i, name in enumerate(mentioned)}
-    names = {**tokenizer.files.names, **_hide(variables, marks)}
-    text = render(template, [_hide(message, marks) for message in messages], names, add_generation_prompt)
-    ids: list[int] = []
-    for piece, name in _cut(text, marks):
-        ids += tokenizer.encode(piece, add_special_tokens=False) if piece else []
-        ids += tokenizer.encode_plain(name) if name else []
-    return ids
+    names = {**tokenizer.files.names, **_as_plain(tokenizer, variables)}
+    text = render(template, [_as_plain(tokenizer, message) for message in messages], names, add_generation_prompt)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _mentions(given: Message, name: str) -> bool:
-    return any(isinstance(value, str) and name in value for value in given.values())
-
-
-def _hide(given: Message, marks: Mapping[str, str]) -> Message:
-    """The same with marks for the special tokens in its texts."""
-    hidden = dict(given)
-    for key, value in given.items():
-        if isinstance(value, str):
-            for name, mark in marks.items():
-                value = value.replace(name, mark)
-            hidden[key] = value
-    return hidden
-
-
-def _cut(text: str, marks: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Pieces of text, each with the name of the mentioned token that follows it."""
-    pieces: list[tuple[str, str]] = []
-    names = {mark: name for name, mark in marks.items()}
-    while text:
-        at, mark = min(((text.find(m), m) for m in names if m in text), default=(-1, ""))
-        if at < 0:
-            pieces.append((text, ""))
-            break
-        pieces.append((text[:at], names[mark]))
-        text = text[at + len(mark) :]
-    return pieces
+def _as_plain(tokenizer: Tokenizer, given: Message) -> Message:
+    """The same, with texts in which the names of special tokens are just text."""
+    return {key: tokenizer.as_plain(value) if isinstance(value, str) else value for key, value in given.items()}

@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as Engine
 from tokenizers.decoders import ByteLevel
 
@@ -21,6 +21,9 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 
 UNFINISHED = "\ufffd"
+
+# Within the name of a special token: it is just text. Characters that Unicode keeps for such uses within a program.
+_MENTION = "\ufdd0\ufdd1"
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,6 @@ class Tokenizer:
     def __init__(self, files: TokenizerFiles):
         self._engine = _engine(files.definition)
         self.files = files
-        self._plain: Engine | None = None
         self._pieces: dict[tuple[int, bool], str] = {}
         # Byte-level tokens simply follow each other; other decoders look at a token's neighbours.
         self.joins = isinstance(self._engine.decoder, ByteLevel)
@@ -93,17 +95,33 @@ class Tokenizer:
         """Most characters that one token can stand for."""
         return max(map(len, self._engine.get_vocab(with_added_tokens=True)))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text in which special tokens count as such; add_special_tokens: with what the tokenizer adds itself."""
-        return self._engine.encode(_valid(text), add_special_tokens=add_special_tokens).ids
+    @cached_property
+    def _engine_for_mentions(self) -> Engine:
+        """Looks for special tokens in the text as it is, and only then takes the marks of as_plain out of it."""
+        engine = _engine(self.files.definition)
+        unmark = normalizers.Replace(_MENTION, "")
+        engine.normalizer = normalizers.Sequence([unmark, engine.normalizer] if engine.normalizer else [unmark])
+        for token in engine.get_added_tokens_decoder().values():
+            if token.special and token.normalized:
+                sides = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
+                engine.add_special_tokens([AddedToken(token.content, normalized=False, special=True, **sides)])
+        return engine
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Ids of a text in which the names of special tokens are just text."""
-        if self._plain is None:
-            plain = _engine(self.files.definition)
-            plain.encode_special_tokens = True
-            self._plain = plain
-        return self._plain.encode(_valid(text), add_special_tokens=False).ids
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text in which special tokens count as such, but for those that as_plain has marked.
+
+        add_special_tokens: with what the tokenizer adds itself.
+        """
+        engine = self._engine_for_mentions if _MENTION in text else self._engine
+        return engine.encode(_valid(text), add_special_tokens=add_special_tokens).ids
+
+    def as_plain(self, text: str) -> str:
+        """A text, for encode, in which the names of special tokens are just text."""
+        for name in self.special_tokens:
+            # Names overlap in texts such as <<s><s>: each time one less is left.
+            while len(name) > 1 and name in text:
+                text = text.replace(name, name[0] + _MENTION + name[1:])
+        return text
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; incomplete characters come out as U+FFFD."""

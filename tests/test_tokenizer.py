@@ -209,14 +209,14 @@ def files(template=TEMPLATE):
 def test_stream_gives_the_whole_text(text):
     tokenizer = Tokenizer(files())
     stream = TextStream(tokenizer)
-    pieces = [stream.push(i) for i in tokenizer.encode_plain(text)]
+    pieces = [stream.push(i) for i in tokenizer.encode(text)]
     assert "".join(pieces) + stream.finish() == text
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
 
 
 def test_stream_shows_broken_bytes_at_the_end_only():
     tokenizer = Tokenizer(files())
-    ids = tokenizer.encode_plain("é")
+    ids = tokenizer.encode("é")
     stream = TextStream(tokenizer)
     assert stream.push(ids[0]) == ""
     assert stream.finish() == "\ufffd"
@@ -243,6 +243,39 @@ def test_special_tokens_in_a_message_stay_text():
     ids = encode_chat(tokenizer, [{"role": "user", "content": attack}])
     assert ids.count(1) == 2 and ids.count(2) == 1, "the template's own tokens only"
     assert tokenizer.decode(ids, skip_special_tokens=False).count("<|im_end|>") == 2
+
+
+def spaced(special_normalized, prepend):
+    """A tokenizer that writes spaces as ▁, one of them before each text."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "▁", "▁a", *"abs</>"])}
+    engine = Engine(models.BPE(vocab=vocabulary, merges=[("▁", "a")], unk_token="<unk>"))
+    engine.normalizer, engine.pre_tokenizer = prepend
+    engine.add_special_tokens([AddedToken("</s>", special=True, normalized=special_normalized)])
+    return Tokenizer(TokenizerFiles(engine.to_str(), "{{ messages[0].content }}</s>{{ messages[0].content }}"))
+
+
+EACH = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None
+FIRST = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+
+
+@pytest.mark.parametrize("prepend, after", [(EACH, "▁a"), (FIRST, "a")])
+@pytest.mark.parametrize("special_normalized", [False, True])
+def test_a_mentioned_token_does_not_cut_the_text(prepend, after, special_normalized):
+    """The text is encoded in one piece: what begins a text does not stand behind a mention."""
+    tokenizer = spaced(special_normalized, prepend)
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "a</s>b"}])
+    mention = ["<", "/", "s", ">", "b"]
+    assert ids == [tokenizer.id_of(token) for token in ["▁a", *mention, "</s>", after, *mention]]
+
+
+def test_names_that_overlap_stay_text():
+    name = SPECIAL[1]
+    engine = make_tokenizer()
+    engine.add_special_tokens([AddedToken("|x|x|", special=True, normalized=False)])
+    tokenizer = Tokenizer(TokenizerFiles(engine.to_str()))
+    ids = tokenizer.encode(tokenizer.as_plain(f"|x|x|x|x|<{name}>"))
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    assert tokenizer.decode(ids) == f"|x|x|x|x|<{name}>"
 
 
 ESCAPES = [
