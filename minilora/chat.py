@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from .errors import UsageError
+from .errors import MiniloraError, UsageError
 from .sandbox import LONGEST_TEXT, Sandbox
 from .tokenizer import Tokenizer
 
@@ -65,9 +65,9 @@ def render(
                 raise UsageError("the chat template's output is too long")
     except jinja2.TemplateError as error:
         raise UsageError(f"the chat template failed: {error}") from None
-    except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except MiniloraError:
+        raise
+    except Exception as error:  # filters and methods raise whatever their arguments make them
         raise UsageError(f"the chat template failed: {type(error).__name__}") from None
     return "".join(pieces)
 

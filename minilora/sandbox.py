@@ -18,7 +18,7 @@ import jinja2.filters
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.visitor import NodeTransformer
 
 from .errors import FormatError, UsageError
@@ -80,7 +80,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "replace": self._replace,
             "indent": self._indent,
             "string": _text,
-            "tojson": _to_json,
+            "tojson": self._to_json,
         }
         found = {name: self.filters[name] for name in FILTERS} | own
         self.filters = {name: self._bounded(function) for name, function in found.items()}
@@ -132,10 +132,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 return __self._join(args[0], text)
             if name == "replace":
                 _check_replaced(text, *args[:2])
-            if name in ("format", "format_map") and _WIDE_FIELD.search(text):
-                raise SecurityError("a field of a format is too wide")
-            if name in ("expandtabs", "translate"):
+            if name == "format":
+                return _Formatter(__self).vformat(text, args, kwargs)
+            if name == "format_map" and args:
+                return _Formatter(__self).vformat(text, (), args[0])
+            if name in ("encode", "expandtabs", "translate"):
                 raise SecurityError(f"{name} is not available")
+        if isinstance(text, bytes):
+            raise SecurityError("methods of bytes are not available")
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -196,6 +200,49 @@ class Sandbox(ImmutableSandboxedEnvironment):
         _check_size(len(text) + (text.count("\n") + 1) * len(one))
         return jinja2.filters.do_indent(text, one, first, blank)
 
+    def _to_json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """As in transformers, for which templates are written; piece by piece, as indents multiply."""
+        encoder = json.JSONEncoder(
+            ensure_ascii=ensure_ascii,
+            indent=None if indent is None else min(indent, WIDEST_INDENT),
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+        pieces, size = [], 0
+        for piece in self._watched(encoder.iterencode(_finite(value))):
+            size += len(piece)
+            _check_size(size)
+            pieces.append(piece)
+        return "".join(pieces)
+
+
+class _Formatter(SandboxedFormatter):
+    """str.format, whose fields together are bounded."""
+
+    def __init__(self, sandbox: Sandbox):
+        super().__init__(sandbox)
+        self.sandbox, self.size = sandbox, 0
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        value, first = super().get_field(field_name, args, kwargs)
+        return _finite(value), first
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        self.sandbox.check()
+        if _WIDE_FIELD.search(format_spec):
+            raise SecurityError("a field of a format is too wide")
+        text = super().format_field(value, format_spec)
+        self.size += len(text)
+        _check_size(self.size)
+        return text
+
 
 def _finite(value: Any) -> Any:
     """The value, if writing it comes to an end: lists can hold one list many times, and that one as well."""
@@ -214,10 +261,6 @@ def _finite(value: Any) -> Any:
 
 def _text(value: Any) -> str:
     return str(_finite(value))
-
-
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, indent=None if indent is None else min(indent, WIDEST_INDENT))
 
 
 def _check_size(size: int) -> None:

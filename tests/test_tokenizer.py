@@ -332,6 +332,11 @@ def test_a_template_may_refuse():
         render("{{ raise_exception('roles must alternate') }}", [{"role": "user", "content": "x"}], {})
 
 
+def test_a_template_may_fail():
+    with pytest.raises(UsageError, match="failed: AttributeError"):
+        render("{{ messages | dictsort }}", [{"role": "user", "content": "x"}], {})
+
+
 def test_no_template_no_chat():
     with pytest.raises(UsageError, match="no chat template"):
         encode_chat(Tokenizer(files(None)), [{"role": "user", "content": "x"}])
