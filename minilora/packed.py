@@ -12,8 +12,8 @@ import hashlib
 import json
 import mmap
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,9 +84,12 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
     the packed weights in memory.
     """
     target = target or Target()
-    if (path / MANIFEST).exists():
-        return read_packed(path, name)
-    folder = cache_root() / "packed" / f"{path.name}-{_key(path, target)}"
+    try:
+        if (path / MANIFEST).exists():
+            return read_packed(path, name)
+        folder = cache_root() / "packed" / f"{path.name}-{_key(path, target)}"
+    except PermissionError as error:
+        raise FormatError(f"{error.filename or path} may not be read by this user", "Change its permissions.") from None
     try:
         return read_packed(folder, name)
     except (FormatError, LookupError, OSError):
@@ -95,15 +98,27 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
     report(f"packing {name} ({target.dtype})")
     plan = Plan(checkpoint, target)
     tokenizer = checkpoint.tokenizer()
+    if (kept := _keep(folder, name, plan, tokenizer, report)) is not None:
+        return kept
+    return Model(name, pack_in_memory(plan), tokenizer, checkpoint.generation, None)
+
+
+def _keep(folder: Path, name: str, plan: Plan, tokenizer: TokenizerFiles, report: Report) -> Model | None:
+    """The model, written into the cache and read from there; None, and a report, where that is not possible."""
     try:
         write_packed(folder, plan, tokenizer)
-        return read_packed(folder, name)
     except OSError as error:
         report(
             f"cannot keep the packed model in {folder.parent} ({error.strerror}): it is packed anew at each start. "
             "Set MINILORA_CACHE to a folder with room."
         )
-    return Model(name, pack_in_memory(plan), tokenizer, checkpoint.generation, None)
+        return None
+    try:
+        return read_packed(folder, name)
+    except (FormatError, LookupError, OSError) as error:
+        # Another process, that saw a damaged folder in this place, may be replacing it just now.
+        report(f"cannot read what was just packed, which is kept in memory: {error}")
+        return None
 
 
 def _key(path: Path, target: Target) -> str:
@@ -111,7 +126,7 @@ def _key(path: Path, target: Target) -> str:
 
     It is known without reading a checkpoint, which a start from the cache can do without.
     """
-    digest = hashlib.sha256(repr((VERSION, target.dtype, target.group)).encode())
+    digest = hashlib.sha256(repr((VERSION, *target.key)).encode())
     for file in _sources(path):
         status = file.stat()
         digest.update(repr((str(file.resolve()), status.st_size, status.st_mtime_ns)).encode())
@@ -136,7 +151,9 @@ def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles) -> None:
     Raises OSError where there is no room or no permission.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    # Whom the umask lets read other files may read this folder too, which a temporary one would not allow.
+    building = folder.parent / f".{folder.name}-{secrets.token_hex(8)}"
+    building.mkdir()
     try:
         _write_arena(building / ARENA, Packer(plan).chunks())
         tokenizer.save(building)

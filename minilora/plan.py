@@ -187,6 +187,11 @@ class Target:
         if self.group not in GROUPS:
             raise UsageError(f"group size {self.group} is not known", f"Known: {', '.join(map(str, GROUPS))}.")
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What the packed bytes depend on: the group counts for int8 and int4 only."""
+        return self.dtype, self.group if self.dtype in ("int8", "int4") else 0
+
     def of(self, natural: int, columns: int, is_head: bool) -> tuple[int, int]:
         """(format, group) for a matrix that the checkpoint holds in format `natural`."""
         if self.dtype == "auto":

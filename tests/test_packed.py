@@ -69,6 +69,43 @@ def test_formats_have_folders_of_their_own(cache, model):
     assert len(list(cache.iterdir())) == 3
 
 
+def test_a_group_size_without_effect_needs_no_folder_of_its_own(cache, model):
+    for dtype in ("auto", "int4"):
+        for group in (32, 64):
+            load_model(model, "m", Target(dtype, group))
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_others_may_read_it_as_the_umask_says(cache, model):
+    before = os.umask(0o022)
+    try:
+        load(model)
+    finally:
+        os.umask(before)
+    assert folder_of(cache).stat().st_mode & 0o777 == 0o755
+
+
+def test_a_packed_folder_that_may_not_be_read_is_named(cache, model, monkeypatch):
+    load(model)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("minilora.packed.read_json", refuse)
+    with pytest.raises(FormatError, match=rf"{MANIFEST} may not be read"):
+        load_model(folder_of(cache), "m")
+
+
+def test_a_folder_replaced_while_it_is_read_is_done_without(cache, model, monkeypatch):
+    def replaced(folder, *given):
+        write_packed(folder, *given)
+        (folder / MANIFEST).unlink()
+
+    monkeypatch.setattr("minilora.packed.write_packed", replaced)
+    loaded, said = load(model)
+    assert loaded.folder is None and any("cannot read what was just packed" in message for message in said)
+
+
 def damage_arena(folder):
     raw = bytearray((folder / ARENA).read_bytes())
     raw[len(raw) // 2] ^= 1
