@@ -2,11 +2,15 @@
 
 Types are strict (no text or boolean for a number), numbers finite, lists and texts of bounded length; the ranges of
 sampling parameters are checked by SamplingParams. Unknown fields are errors; null is as if a field were not given.
+
+Pydantic makes an error of everything that is wrong, a kilobyte each, while all other clients wait. Therefore lists are
+fail_fast, dicts are counted before their items are looked at, and unknown fields are told by the first of them.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..errors import UsageError
 from ..params import LONGEST_STOP, MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STOPS
@@ -24,10 +28,29 @@ ModelName = Annotated[str, StringConstraints(max_length=512)]
 Prompt = str | list[int]
 
 
+def _at_most(items: int) -> BeforeValidator:
+    """Refuses a dict of more items."""
+
+    def count(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > items:
+            raise PydanticCustomError("too_long", "Dictionary should have at most {most} items", {"most": items})
+        return value
+
+    return BeforeValidator(count)
+
+
 class Strict(BaseModel):
     """Base of all requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown(cls, data: Any) -> Any:
+        unknown = [name for name in data if name not in cls.model_fields] if isinstance(data, dict) else []
+        if len(unknown) < 2:
+            return data
+        return {name: value for name, value in data.items() if name in cls.model_fields or name == unknown[0]}
 
 
 class StreamOptions(Strict):
@@ -50,25 +73,32 @@ class Sampling(Strict):
 
     model: ModelName | None = Field(None, description="The base model, an adapter, or base:adapter.")
     lora: list[LoraUse] | None = Field(
-        None, max_length=MOST_USES, description="Adapters with scales, applied together; model is the base model then."
+        None,
+        max_length=MOST_USES,
+        fail_fast=True,
+        description="Adapters with scales, applied together; model is the base model then.",
     )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MOST_SEQUENCES)
     seed: int | None = None
     stop: (
-        str | Annotated[list[Annotated[str, StringConstraints(max_length=LONGEST_STOP)]], Field(max_length=MOST_STOPS)]
+        str
+        | Annotated[
+            list[Annotated[str, StringConstraints(max_length=LONGEST_STOP)]],
+            Field(max_length=MOST_STOPS, fail_fast=True),
+        ]
     ) | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MOST_BIASES)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MOST_BIASES), _at_most(MOST_BIASES)] | None = None
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MOST_BIASES)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MOST_BIASES, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
@@ -127,7 +157,7 @@ class ChatMessage(Strict):
     and must be empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_PARTS)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
     name: Label | None = None
     refusal: None = None
     audio: None = None
@@ -159,7 +189,7 @@ class ChatTemplateOptions(Strict):
     """What a request may say about the rendering of its messages."""
 
     add_generation_prompt: bool | None = Field(None, description="True if not given.")
-    chat_template_kwargs: Annotated[dict[Label, Scalar], Field(max_length=16)] | None = Field(
+    chat_template_kwargs: Annotated[dict[Label, Scalar], Field(max_length=16), _at_most(16)] | None = Field(
         None, description="Variables for the model's chat template, as enable_thinking."
     )
 
@@ -167,7 +197,7 @@ class ChatTemplateOptions(Strict):
 class ChatRequest(Sampling, ChatTemplateOptions):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = None
     max_tokens: int | None = Field(None, description="Older name of max_completion_tokens.")
     logprobs: bool | None = None
@@ -227,7 +257,7 @@ class TokenizeRequest(ChatTemplateOptions):
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(None, description="Of a prompt; true if not given.")
     return_token_strs: bool | None = False
 
@@ -247,7 +277,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: ModelName | None = None
-    tokens: list[int] = Field(max_length=1 << 20)
+    tokens: list[int] = Field(max_length=1 << 20, fail_fast=True)
 
 
 class LoadRequest(Strict):

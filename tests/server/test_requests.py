@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+from pydantic import ValidationError
 
 from minilora.server.fields import REFUSED, WITHOUT_EFFECT
 from minilora.server.protocol import (
@@ -351,6 +352,27 @@ def test_s15_fanout_caps(server, post, field):
         refused(post(path, content), field)
     assert time.process_time() - started < 3 * 0.5
     assert process.memory_info().rss - before < (20 << 20) + len(content) * 10
+
+
+WRONG_MANY_TIMES = [
+    (DetokenizeRequest, {"tokens": [""] * 10_000}),
+    (ChatRequest, {**CHAT, **{f"x{i}": 1 for i in range(10_000)}}),
+    (ChatRequest, {**CHAT, "lora": [{f"x{i}": 1 for i in range(10_000)}]}),
+    (ChatRequest, {**CHAT, "messages": [0] * 2000}),
+    (TokenizeRequest, {"messages": [0] * 2000}),
+    (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": [0] * 200}] * 2000}),
+    (ChatRequest, {**CHAT, "stop_token_ids": [""] * 1000}),
+    (ChatRequest, {**CHAT, "logit_bias": {str(i): "" for i in range(10_000)}}),
+    (ChatRequest, {**CHAT, "chat_template_kwargs": {str(i): [] for i in range(10_000)}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), WRONG_MANY_TIMES)
+def test_s15_one_error_of_many_is_made(kind, fields):
+    """Each costs a kilobyte and some microseconds, in which nobody else is served."""
+    with pytest.raises(ValidationError) as found:
+        kind.model_validate(fields)
+    assert found.value.error_count() <= 3
 
 
 def test_s15_texts_that_can_not_fit(server, post):
