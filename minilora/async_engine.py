@@ -77,26 +77,29 @@ class AsyncEngine:
         tenant: str | None = None,
         salt: bytes = b"",
         start_within: float | None = None,
+        together: list[Request] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """What a prompt's texts grow by, step by step; the last one is `finished`.
 
         Leaving the iteration early, or cancelling the task, ends the request. priority: lower ones go first; tenant:
         who shares fairly with others, None for the adapter; salt: cached prefixes are shared within one salt only;
-        start_within: seconds after which a request that still waits for its turn ends with a QueueTimeoutError.
+        start_within: seconds after which a request that still waits for its turn ends with a QueueTimeoutError;
+        together: an empty list that several calls share: once one of their requests has begun, none waits in vain.
         Raises UsageError and NotFoundError at once, RequestError where the request fails.
         """
         loras = as_loras(lora_request)
         text, tokens = await asyncio.to_thread(self._llm.encode, prompt)
         await self._register_paths(loras)
-        stream = _Stream(asyncio.get_running_loop())
+        stream, group = _Stream(asyncio.get_running_loop()), [] if together is None else together
         if start_within is not None:
-            stream.timer = stream.loop.call_later(start_within, self._post, partial(self._expire, stream))
+            stream.timer = stream.loop.call_later(start_within, self._post, partial(self._expire, stream, group))
         params = SamplingParams() if sampling_params is None else sampling_params
         order = {"priority": priority, "tenant": tenant, "salt": salt}
 
         def submit() -> None:
             stream.request = self._llm.add_request(text, tokens, params, loras, None, request_id, **order)
             self._streams[stream.request] = stream
+            group.append(stream.request)
 
         submitted = self._order(submit)
         try:
@@ -141,8 +144,8 @@ class AsyncEngine:
             self._streams.pop(stream.request, None)
             self._llm.abort_request(stream.request)
 
-    def _expire(self, stream: _Stream) -> None:
-        if stream.request in self._streams and not stream.request.started:
+    def _expire(self, stream: _Stream, group: list[Request]) -> None:
+        if stream.request in self._streams and not any(request.started for request in group):
             self._abort(stream)
             _call(stream.loop, [(stream, QueueTimeoutError("the request waited too long for its turn"))])
 

@@ -150,12 +150,14 @@ async def make_job(
     )
     log_id = state["request_id"]
     identity = body.request_id or log_id
-    order = {
+    order: dict[str, Any] = {
         "request_id": identity,
         "priority": priority,
         "tenant": key if len(config.api_keys) > 1 else None,
         "salt": _salt(key if config.isolate_cache_per_key else "", body.cache_salt),
         "start_within": config.queue_timeout,
+        # Its later prompts may well wait for its first ones.
+        "together": [],
     }
     return Job(server, chosen.name, identity, log_id, param, encode, prompts, params, chosen.loras, key, order)
 

@@ -31,7 +31,7 @@ class ServerConfig:
     never leaves it. isolate_cache_per_key: API keys share no cached prefixes.
 
     max_num_queued_reqs: texts that wait beside those that run, for all; max_queued_per_key: texts of one key, waiting
-    or running. queue_timeout: seconds until a request must have begun; request_timeout: until it must be
+    or running. queue_timeout: seconds until one of a request's prompts must have begun; request_timeout: until it must be
     done; shutdown_timeout: for running requests when the server is told to end. keep_alive: of an idle connection;
     sse_ping_seconds: between two signs of life in a stream. header_timeout, body_timeout: until a request's headers
     and its body must be here; write_timeout: that a client may leave an answer unread. max_body_bytes,

@@ -111,6 +111,15 @@ def test_a_request_that_waits_too_long(serve):
     assert_idle(running)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_behind_others_of_their_request_do_not_wait_too_long(serve, stream):
+    running = serve(queue_timeout=0.2, engine={"max_num_seqs": 1, "max_model_len": 60_000, "debug_checks": False})
+    body = {**LONG, "n": 1, "prompt": ["a", "b"], "max_tokens": 3000, "stream": stream}
+    answer = running.client.post("/v1/completions", json=body)
+    assert answer.status_code == 200 and answer.text.count('"length"') == 2 and "queue_timeout" not in answer.text
+    assert_idle(running)
+
+
 def test_no_packet_waits_for_another(server):
     """Connections are without Nagle's algorithm, which holds the second piece of an answer back for 40 ms."""
     assert server.client.get("/health").status_code == 200
