@@ -1,9 +1,9 @@
 """POST /tokenize and /detokenize."""
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
 
 from ..errors import UsageError
 from .answers import FAILURES, Detokenized, Tokenized
@@ -16,12 +16,18 @@ router = APIRouter()
 
 
 @router.post("/tokenize", response_model=Tokenized, responses=FAILURES)
-async def tokenize(body: TokenizeRequest, server: ServerDep) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, server: ServerDep) -> Response:
     """The tokens of a text or a conversation."""
     await server.names.resolve(body.model)
-    tokens = await asyncio.to_thread(_encode, body, server)
-    names = [server.engine.tokenizer.token(token) for token in tokens] if body.return_token_strs else None
-    return {"count": len(tokens), "max_model_len": server.engine.max_model_len, "tokens": tokens, "token_strs": names}
+    return await asyncio.to_thread(_tokenized, body, server)
+
+
+def _tokenized(body: TokenizeRequest, server: Server) -> Response:
+    """The answer, which may be of millions of tokens: all of it is made in a thread, while others are served."""
+    engine, tokens = server.engine, _encode(body, server)
+    names = [engine.tokenizer.token(token) for token in tokens] if body.return_token_strs else None
+    found = {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens, "token_strs": names}
+    return JSONResponse(found)
 
 
 def _encode(body: TokenizeRequest, server: Server) -> list[int]:
@@ -35,10 +41,14 @@ def _encode(body: TokenizeRequest, server: Server) -> list[int]:
 
 
 @router.post("/detokenize", response_model=Detokenized, responses=FAILURES)
-async def detokenize(body: DetokenizeRequest, server: ServerDep) -> dict[str, Any]:
+async def detokenize(body: DetokenizeRequest, server: ServerDep) -> Response:
     """The text of tokens, special ones included."""
     await server.names.resolve(body.model)
+    return await asyncio.to_thread(_detokenized, body, server)
+
+
+def _detokenized(body: DetokenizeRequest, server: Server) -> Response:
     size = server.engine.model.weights.config.vocab_size
     if wrong := [token for token in body.tokens if not 0 <= token < size]:
         raise UsageError(f"tokens holds {str(wrong[0])[:40]}, the vocabulary has {size} tokens", param="tokens")
-    return {"prompt": await asyncio.to_thread(server.engine.tokenizer.decode, body.tokens, False)}
+    return JSONResponse({"prompt": server.engine.tokenizer.decode(body.tokens, False)})

@@ -1,6 +1,7 @@
 """POST /v1/completions, /tokenize and /detokenize, beside LLM's answers."""
 
 import json
+import threading
 
 import openai
 import pytest
@@ -138,6 +139,24 @@ def test_tokenize_and_back(server, llm):
         answer = client.post("/tokenize", content=json.dumps(body), headers={"Content-Type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == param
     assert client.post("/detokenize", json={"tokens": [263]}).json()["error"]["param"] == "tokens"
+
+
+@pytest.fixture
+def token_threads(server, monkeypatch):
+    """The names of the threads that made texts of tokens; the event loop's is "web"."""
+    names, token = set(), server.engine.tokenizer.token
+
+    def noted(token_id):
+        names.add(threading.current_thread().name)
+        return token(token_id)
+
+    monkeypatch.setattr(server.engine.tokenizer, "token", noted)
+    return names
+
+
+def test_others_are_served_while_tokens_are_shown(server, token_threads):
+    server.client.post("/tokenize", json={"prompt": PROMPT, "return_token_strs": True}).raise_for_status()
+    assert token_threads and "web" not in token_threads
 
 
 def test_token_bytes(llm):
