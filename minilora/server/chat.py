@@ -1,5 +1,6 @@
 """POST /v1/chat/completions."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -90,7 +91,7 @@ async def _events(job: Job, body: ChatRequest) -> AsyncGenerator[bytes, None]:
     async for _, delta in job.deltas():
         tally.add(0, delta)
         usage = tally.of_chunk(body)
-        extras = {} if begun else _prompt_extras(body, delta)
+        extras = {} if begun else await asyncio.to_thread(_prompt_extras, body, delta)
         for text in delta.outputs:
             data = b""
             if text.index not in begun:

@@ -1,5 +1,6 @@
 """POST /v1/completions."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..outputs import CompletionOutput, LogprobsAt, RequestOutput
+from ..outputs import CompletionOutput, RequestOutput
 from . import logprobs
 from .answers import FAILURES, Completion
 from .chat import FINGERPRINT
@@ -47,75 +48,91 @@ def _head(job: Job) -> dict[str, Any]:
     }
 
 
+class _Prompt:
+    """What all texts of a prompt share, and which may be long: made once, in a thread.
+
+    echo: the text that they begin with; echoed: its log-probabilities, None where they are not wanted; logprobs:
+    vLLM's prompt_logprobs.
+    """
+
+    def __init__(self, job: Job, body: CompletionRequest, index: int, output: RequestOutput):
+        tokenizer, given, found = job.server.engine.tokenizer, body.prompt[index], output.prompt_logprobs
+        self.tokens = output.prompt_token_ids
+        self.echo, self.echoed = "", None
+        if body.echo:
+            self.echo = given if isinstance(given, str) else tokenizer.decode(self.tokens, False)
+        if body.echo and body.logprobs is not None:
+            self.echoed = logprobs.TextLogprobs(tokenizer).add(self.tokens, found or [])
+        self.logprobs = None if body.prompt_logprobs is None else logprobs.for_prompt(found)
+
+
 class _Choice:
     """One text of one prompt, as it grows or whole. number: its index among all texts of the request."""
 
-    def __init__(self, job: Job, body: CompletionRequest, number: int, output: RequestOutput):
-        self._body, self._number, self._prompt = body, number, output.prompt_token_ids
-        self._tokenizer = job.server.engine.tokenizer
+    def __init__(self, job: Job, body: CompletionRequest, number: int, prompt: _Prompt):
+        self._body, self._number, self._prompt = body, number, prompt
         # Max_tokens 0 is done with one token, which is dropped.
         self._empty = body.max_tokens == 0
-        self._echo = self._echoed(job, output) if body.echo else ""
         self._first = True
-        self._logprobs = logprobs.TextLogprobs(self._tokenizer)
+        self._logprobs = logprobs.TextLogprobs(job.server.engine.tokenizer, len(prompt.echo))
 
-    def _echoed(self, job: Job, output: RequestOutput) -> str:
-        given = self._body.prompt[self._number // job.params.n]
-        return given if isinstance(given, str) else self._tokenizer.decode(output.prompt_token_ids, False)
-
-    def add(self, output: RequestOutput, text: CompletionOutput) -> dict[str, Any] | None:
+    def add(self, text: CompletionOutput) -> dict[str, Any] | None:
         """The choice with what is new of it; None where nothing is."""
         if self._empty:
             text = replace(text, text="", token_ids=[], logprobs=[] if text.logprobs is not None else None)
             text.finish_reason = text.finish_reason and "length"
         first, self._first = self._first, False
-        body, shown = self._body, (self._echo if first else "") + text.text
+        body, prompt = self._body, self._prompt
+        shown = (prompt.echo if first else "") + text.text
         if not (first or shown or text.finish_reason or text.logprobs or body.return_token_ids):
             return None
         choice = {
             "index": self._number,
             "text": shown,
-            "logprobs": self._logprobs_of(output, text, first),
+            "logprobs": self._logprobs_of(text, first),
             "finish_reason": text.finish_reason,
             "stop_reason": text.stop_reason,
         }
         if body.prompt_logprobs is not None and first:
-            choice["prompt_logprobs"] = logprobs.for_prompt(output.prompt_logprobs)
+            choice["prompt_logprobs"] = prompt.logprobs
         if body.return_token_ids:
-            choice |= {"token_ids": text.token_ids, "prompt_token_ids": self._prompt if first else None}
+            choice |= {"token_ids": text.token_ids, "prompt_token_ids": prompt.tokens if first else None}
         return choice
 
-    def _logprobs_of(self, output: RequestOutput, text: CompletionOutput, first: bool) -> dict[str, Any] | None:
+    def _logprobs_of(self, text: CompletionOutput, first: bool) -> dict[str, Any] | None:
         if text.logprobs is None:
             return None
         count = 0 if self._empty else logprobs.in_text(text)
-        tokens, found = text.token_ids[:count], list[LogprobsAt | None](text.logprobs[:count])
-        if self._body.echo and first:
-            tokens, found = [*self._prompt, *tokens], [*(output.prompt_logprobs or []), *found]
-        return self._logprobs.add(tokens, found)
+        new = self._logprobs.add(text.token_ids[:count], text.logprobs[:count])
+        echoed = self._prompt.echoed if first else None
+        return new if echoed is None else {name: echoed[name] + new[name] for name in new}
 
 
 def _answer(job: Job, body: CompletionRequest, outputs: list[RequestOutput]) -> dict[str, Any]:
     tally, choices = Tally(generates=body.max_tokens != 0), []
-    for prompt, output in enumerate(outputs):
-        tally.add(prompt, output)
+    for index, output in enumerate(outputs):
+        tally.add(index, output)
+        prompt = _Prompt(job, body, index, output)
         for text in output.outputs:
-            choices.append(_Choice(job, body, prompt * job.params.n + text.index, output).add(output, text))
+            choices.append(_Choice(job, body, index * job.params.n + text.index, prompt).add(text))
     return {**_head(job), "choices": choices, "usage": tally.usage()}
 
 
 async def _events(job: Job, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
     """Chunks with new text of one choice each; at the end the usage, for who asks for it."""
     head, tally = _head(job), Tally(generates=body.max_tokens != 0)
+    prompts: dict[int, _Prompt] = {}
     choices: dict[int, _Choice] = {}
-    async for prompt, delta in job.deltas():
-        tally.add(prompt, delta)
+    async for index, delta in job.deltas():
+        tally.add(index, delta)
         usage = tally.of_chunk(body)
         for text in delta.outputs:
-            number = prompt * job.params.n + text.index
+            number = index * job.params.n + text.index
+            if index not in prompts:
+                prompts[index] = await asyncio.to_thread(_Prompt, job, body, index, delta)
             if number not in choices:
-                choices[number] = _Choice(job, body, number, delta)
-            if choice := choices[number].add(delta, text):
+                choices[number] = _Choice(job, body, number, prompts[index])
+            if choice := choices[number].add(text):
                 yield event({**head, "choices": [choice], **usage})
     if body.usage_at_end:
         yield event({**head, "choices": [], "usage": tally.usage()})

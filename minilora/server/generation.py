@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..outputs import LoRARequest, RequestOutput
 from ..params import SamplingParams
 from .failures import ApiError, about
 from .protocol import Sampling
 from .state import Server
-from .stream import CLIENT_LEFT, EventStream, attended
+from .stream import CLIENT_LEFT, EventStream, attended, document
 
 Tokens = list[int]
 
@@ -83,7 +83,10 @@ class Job:
     async def answered(self, request: Request, answer: Callable[[list[RequestOutput]], dict[str, Any]]) -> Response:
         """The answer made of all outputs, unless its client leaves, which ends it."""
         outputs = await attended(request.receive, self.whole(), self.server.config.request_timeout)
-        return Response(status_code=CLIENT_LEFT) if outputs is None else JSONResponse(answer(outputs))
+        if outputs is None:
+            return Response(status_code=CLIENT_LEFT)
+        # With log-probabilities it may be of millions of numbers.
+        return await asyncio.to_thread(lambda: document(answer(outputs)))
 
     async def whole(self) -> list[RequestOutput]:
         """The outputs of all prompts. Leaving early ends them."""

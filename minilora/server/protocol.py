@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import PydanticCustomError
 
 from ..errors import UsageError
-from ..params import LONGEST_STOP, MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STOPS
+from ..params import LONGEST_STOP, MOST_BIASES, MOST_SEQUENCES, MOST_STOPS
 from ..runner import MOST_USES
 from .fields import WITHOUT_EFFECT, without_refused
 
@@ -103,7 +103,7 @@ class Sampling(Strict):
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     priority: int | None = Field(
         None, ge=-(1 << 31), lt=1 << 31, description="Lower goes first, 0 if not given; below 0 needs an admin key."
     )

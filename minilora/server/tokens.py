@@ -3,7 +3,7 @@
 import asyncio
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..errors import UsageError
 from .answers import FAILURES, Detokenized, Tokenized
@@ -11,6 +11,7 @@ from .chat import encode
 from .failures import about
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .state import Server, ServerDep
+from .stream import document
 
 router = APIRouter()
 
@@ -27,7 +28,7 @@ def _tokenized(body: TokenizeRequest, server: Server) -> Response:
     engine, tokens = server.engine, _encode(body, server)
     names = [engine.tokenizer.token(token) for token in tokens] if body.return_token_strs else None
     found = {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens, "token_strs": names}
-    return JSONResponse(found)
+    return document(found)
 
 
 def _encode(body: TokenizeRequest, server: Server) -> list[int]:
@@ -51,4 +52,4 @@ def _detokenized(body: DetokenizeRequest, server: Server) -> Response:
     size = server.engine.model.weights.config.vocab_size
     if wrong := [token for token in body.tokens if not 0 <= token < size]:
         raise UsageError(f"tokens holds {str(wrong[0])[:40]}, the vocabulary has {size} tokens", param="tokens")
-    return JSONResponse({"prompt": server.engine.tokenizer.decode(body.tokens, False)})
+    return document({"prompt": server.engine.tokenizer.decode(body.tokens, False)})

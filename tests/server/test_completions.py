@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from minilora import SamplingParams
+from minilora.server import logprobs
 
 from .conftest import MODEL
 
@@ -157,6 +158,21 @@ def token_threads(server, monkeypatch):
 def test_others_are_served_while_tokens_are_shown(server, token_threads):
     server.client.post("/tokenize", json={"prompt": PROMPT, "return_token_strs": True}).raise_for_status()
     assert token_threads and "web" not in token_threads
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompt_logprobs_are_made_once_while_others_are_served(server, monkeypatch, stream):
+    """They are the same for each text; of a long prompt they are a hundred thousand numbers."""
+    threads, for_prompt = [], logprobs.for_prompt
+
+    def noted(found):
+        threads.append(threading.current_thread().name)
+        return for_prompt(found)
+
+    monkeypatch.setattr(logprobs, "for_prompt", noted)
+    body = {"prompt": PROMPT, "prompt_logprobs": 2, "n": 3, "max_tokens": 2, "stream": stream}
+    assert server.client.post("/v1/completions", json=body).text.count('"prompt_logprobs"') == 3
+    assert len(threads) == 1 and threads != ["web"]
 
 
 def test_token_bytes(llm):

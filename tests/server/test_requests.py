@@ -310,6 +310,7 @@ def test_s14_nonfinite_elsewhere(post):
         "model": [5, [], True],
         "chat_template_kwargs": [[], "x", {"x": []}, {"x": {}}, {"": 1}, {"x": "y" * 2000}],
         "top_logprobs": [-1, 21, 1.5, True, 5],
+        "prompt_logprobs": [-1, 21, 1.5, True],
         "max_completion_tokens": [0, -1, 1.5, "1", True, 10**30],
     }.items():
         for value in values:
