@@ -430,7 +430,9 @@ class Engine:
                 for page in sequence.pages[:full]:
                     self.pool.share(page)
                 sibling.pages, sibling.computed = sequence.pages[:full] + copies, sequence.computed
-            sibling.cached, sibling.prompt_logprobs = sequence.computed, sequence.prompt_logprobs
+            # Copies began with the prompt that they share, and found of it in the cache what that did.
+            sibling.times.started, sibling.cached = sequence.times.started, sequence.cached
+            sibling.prompt_logprobs = sequence.prompt_logprobs
             self.scheduler.start_copy(sibling)
         sequence.siblings = []
 

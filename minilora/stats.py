@@ -226,9 +226,7 @@ class Recorder:
                 traffic.time_to_first_token.add(now - times.submitted)
             else:
                 traffic.inter_token_time.add(now - times.last_token)
-        if times.first_token is None:
-            # A text that began as a copy of another started with its first token.
-            times.first_token, times.started = now, now if times.started is None else times.started
+        times.first_token = now if times.first_token is None else times.first_token
         times.last_token = now
 
     def finished(self, sequence: Sequence, now: float) -> None:

@@ -196,6 +196,16 @@ def test_n_texts_differ_and_equal_their_own_seeds(weights):
     assert engine.pool.held == 0
 
 
+def test_n_texts_share_the_start_and_the_cached_part_of_their_prompt(weights):
+    engine, params = make_engine(weights), SamplingParams(n=4, max_tokens=2, ignore_eos=True)
+    for found in (0, 64):
+        several = engine.submit(list(range(1, 71)), params)
+        run(engine)
+        assert [sequence.cached for sequence in several] == [found] * 4
+        assert {sequence.times.started for sequence in several} == {several[0].times.started}
+    assert engine.stats().total.cached_tokens == 4 * 64 and engine.stats().total.prompt_tokens == 8 * 70
+
+
 def test_n_texts_with_hardly_any_pages(weights):
     params = SamplingParams(n=3, seed=5, max_tokens=30, ignore_eos=True)
     plenty = make_engine(weights)
