@@ -24,7 +24,7 @@ from .wire import BACKLOG, make_protocol
 MOST_HEADERS = 100
 MOST_HEADER_BYTES = 32 << 10
 
-OPEN_PATHS = {"/health", "/ready"}
+PROBES = {"/health", "/ready"}
 PAGE = re.compile(r"/|/page/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 ADMIN_PATHS = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 
@@ -92,7 +92,8 @@ class Guard:
         unread = has_body(scope["headers"])
         try:
             check_headers(scope)
-            self._hosts.check(scope)
+            if not _is_probe(get_route_path(scope), scope["method"]):
+                self._hosts.check(scope)
             self._identify(scope)
             if unread:
                 body = await self._bodies.read(scope["headers"], receive)
@@ -124,9 +125,8 @@ class Guard:
         scope.setdefault("state", {}).update(key=key, admin=admin)
 
     def _is_open(self, path: str, method: str) -> bool:
-        if method not in ("GET", "HEAD"):
-            return False
-        return path in OPEN_PATHS or (self.config.enable_page and PAGE.fullmatch(path) is not None)
+        page = self.config.enable_page and method in ("GET", "HEAD") and PAGE.fullmatch(path) is not None
+        return page or _is_probe(path, method)
 
     def _counted(self, scope: Scope, send: Send) -> Send:
         if self._count is None:
@@ -140,6 +140,11 @@ class Guard:
             await send(message)
 
         return counting
+
+
+def _is_probe(path: str, method: str) -> bool:
+    """Whether a request asks no more than whether the server lives: by any name, as Kubernetes uses its address."""
+    return path in PROBES and method in ("GET", "HEAD")
 
 
 async def refuse(refusal: ApiError, unread: bool, receive: Receive, send: Send) -> None:

@@ -27,6 +27,7 @@ def check_alive(server: Server) -> None:
         raise EngineDeadError("a step of the engine does not end")
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", response_class=Response, responses=FAILURES)
 async def health(server: ServerDep) -> Response:
     """200 while the engine lives, else 503: the process is to be started anew."""
@@ -34,6 +35,7 @@ async def health(server: ServerDep) -> Response:
     return Response()
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", response_class=Response, responses=FAILURES)
 async def ready(server: ServerDep) -> Response:
     """200 while new requests are welcome, 503 when the server drains or its engine is dead."""

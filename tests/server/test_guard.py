@@ -235,7 +235,7 @@ MALFORMED = ("", "a b", "localhost@evil.example", "localhost/health", "localhost
 
 @pytest.mark.parametrize("host", [*FOREIGN, *MALFORMED])
 def test_s22_foreign_hosts_are_refused(host):
-    for path in ("/version", "/health", "/"):
+    for path in ("/version", "/metrics", "/"):
         answer = ask(guarded(), path=path, headers=((b"host", host.encode("latin-1")),))
         assert answer.status == 400 and answer.error["code"] == "invalid_host"
 
@@ -257,6 +257,14 @@ def test_s22_hosts_by_configuration():
         200,
         400,
     ]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_probes_come_by_any_name(method):
+    """Kubernetes asks a pod by its address; of a web page with a name of its own this tells no more than time does."""
+    named = guarded(allowed_hosts=("models.example",))
+    for path, status in (("/health", 200), ("/ready", 200), ("/metrics", 400), ("/", 400)):
+        assert ask(named, method, path, headers=((b"host", b"10.1.2.3:8000"),)).status == status
 
 
 def test_what_loopback_is():

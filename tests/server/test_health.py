@@ -256,6 +256,10 @@ def test_ready_is_over_before_health(model):
         assert answer.json()["error"]["code"] == "draining"
 
 
+def test_head_is_as_good_as_get(running):
+    assert [running.client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
+
+
 def test_health_tells_strangers_nothing(model):
     engine = AsyncEngine(model, **SIZES)
     try:
