@@ -44,6 +44,9 @@ class Ending:
         if gate.active:
             self._say(f"{gate.active} texts are dropped")
             self.exit_code = 1
+        if (dead := self._server.engine.dead) is not None:
+            self._say(f"error: {dead.cause}")
+            self.exit_code = 1
         # Clients of what still runs are told so: their requests end with an error.
         await asyncio.to_thread(self._server.engine.close)
         self._web.should_exit = True

@@ -190,6 +190,26 @@ def test_s17_a_dead_engine_ends_the_process(serve, monkeypatch):
     assert web.should_exit and ending.exit_code == 1 and "division by zero" in said[0]
 
 
+def test_s17_an_engine_that_dies_while_the_server_drains_is_told(serve, monkeypatch):
+    running = serve()
+    said, web = [], SimpleNamespace(should_exit=False)
+    ending = drain.Ending(web, running.app.state.server, said.append)
+    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True}
+
+    async def main():
+        request = asyncio.ensure_future(asyncio.to_thread(running.client.post, "/v1/completions", json=body))
+        while not running.app.state.server.gate.active:
+            await asyncio.sleep(0.01)
+        ending.signal()
+        monkeypatch.setattr(running.engine._llm.engine.scheduler, "schedule", lambda: 1 / 0)
+        assert (await request).status_code == 503
+        while not web.should_exit:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert ending.exit_code == 1 and "division by zero" in said[-1]
+
+
 def test_configuration_goes_before_by_rank(start, tmp_path):
     """The command line before the environment before the file before the default."""
     config = tmp_path / "server.toml"
