@@ -60,9 +60,12 @@ class _Prompt:
         self.tokens = output.prompt_token_ids
         self.echo, self.echoed = "", None
         if body.echo:
-            self.echo = given if isinstance(given, str) else tokenizer.decode(self.tokens, False)
-        if body.echo and body.logprobs is not None:
-            self.echoed = logprobs.TextLogprobs(tokenizer).add(self.tokens, found or [])
+            text = tokenizer.decode(self.tokens, False)
+            self.echo = given if isinstance(given, str) else text
+            if body.logprobs is not None:
+                # The tokenizer may have put special tokens before what was given.
+                before = len(self.echo) - len(text)
+                self.echoed = logprobs.TextLogprobs(tokenizer, before, False).add(self.tokens, found or [])
         self.logprobs = None if body.prompt_logprobs is None else logprobs.for_prompt(found)
 
 
@@ -74,7 +77,9 @@ class _Choice:
         # Max_tokens 0 is done with one token, which is dropped.
         self._empty = body.max_tokens == 0
         self._first = True
-        self._logprobs = logprobs.TextLogprobs(job.server.engine.tokenizer, len(prompt.echo))
+        self._logprobs = logprobs.TextLogprobs(
+            job.server.engine.tokenizer, len(prompt.echo), job.params.skip_special_tokens
+        )
 
     def add(self, text: CompletionOutput) -> dict[str, Any] | None:
         """The choice with what is new of it; None where nothing is."""

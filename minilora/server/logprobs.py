@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..outputs import CompletionOutput, Logprob, LogprobsAt
-from ..tokenizer import UNFINISHED, Tokenizer
+from ..tokenizer import UNFINISHED, TextStream, Tokenizer
 
 # Probability 0 has no logarithm that JSON can say; OpenAI's answers use this number for it.
 LOWEST = -9999.0
@@ -37,17 +37,20 @@ def for_chat(output: CompletionOutput, top: int, tokenizer: Tokenizer) -> dict[s
 
 
 class TextLogprobs:
-    """The text route's, piece by piece. tokens: the texts of tokens; offset: where the next one begins in the text."""
+    """The text route's, piece by piece. offset: where the first token begins in the text, below 0 for tokens that stand
+    before it; skip_special_tokens: they are not in the text."""
 
-    def __init__(self, tokenizer: Tokenizer, offset: int = 0):
+    def __init__(self, tokenizer: Tokenizer, offset: int, skip_special_tokens: bool):
         self._tokenizer, self._offset = tokenizer, offset
+        self._stream = TextStream(tokenizer, skip_special_tokens)
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[LogprobsAt | None]) -> dict[str, Any]:
         """The next tokens; without log-probabilities for one that nothing comes before."""
         offsets = []
         for token in token_ids:
-            offsets.append(self._offset)
-            self._offset += len(self._tokenizer.token(token))
+            offsets.append(max(0, self._offset))
+            # Of tokens that make one character together, the last one makes the text longer.
+            self._offset += len(self._stream.push(token))
         return {
             "tokens": [self._shown(token) for token in token_ids],
             "token_logprobs": [

@@ -73,8 +73,8 @@ def test_logprobs(create, complete):
     assert all(
         a == b or (b == "\ufffd" and a.startswith("bytes:\\x")) for a, b in zip(found.tokens, shown, strict=True)
     )
-    assert all(len(at) == 2 for at in found.top_logprobs) and found.text_offset[0] == 0
-    assert found.text_offset == [len("".join(shown[:i])) for i in range(8)]
+    assert all(len(at) == 2 for at in found.top_logprobs)
+    assert found.text_offset[0] == 0 and found.text_offset == sorted(found.text_offset)
     parts = [chunk.choices[0].logprobs for chunk in create(max_tokens=8, logprobs=2, stream=True)]
     assert [value for part in parts for value in part.token_logprobs] == found.token_logprobs
     assert [value for part in parts for value in part.text_offset] == found.text_offset
@@ -98,6 +98,21 @@ def test_echo(create, complete, llm, limit):
         assert join(chunks)[0] == PROMPT + text
         assert [value for c in chunks for value in c.choices[0].logprobs.token_logprobs] == wanted
     assert create(max_tokens=limit, echo=True).choices[0].text == PROMPT + text
+
+
+def test_text_offset_is_where_a_token_begins(create):
+    """A part of a character begins where the character does."""
+    text = "I 💖🦙 you and 你好𓀀 <|im_end|> ok"
+    [choice] = create(prompt=text, max_tokens=0, echo=True, logprobs=0).choices
+    found = list(zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True))
+    assert all(token.startswith("bytes:") or text.startswith(token, offset) for offset, token in found)
+    assert len(found) > len(dict(found)) and found[-1] == (len(text) - 1, "k")
+
+
+def test_tokens_before_the_text_begin_with_it(llm):
+    ids = llm.tokenizer.encode("<|endoftext|>Hi")
+    found = logprobs.TextLogprobs(llm.tokenizer, -len("<|endoftext|>"), False).add(ids, [None] * 3)
+    assert found["text_offset"] == [0, 0, 1]
 
 
 def test_the_prefix_cache_shows(create):
