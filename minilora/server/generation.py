@@ -60,7 +60,7 @@ class Job:
 
     model: the name for the answer; id: of the request, for the answer, may be the client's choice; log_id: our own;
     param: the field that holds its prompts; encode: makes their tokens, in a thread; prompts: how many there are;
-    order: what AsyncEngine.generate takes beside the prompt.
+    limit: the field that says how many tokens a text may have, and what it says, None for nothing; order: what AsyncEngine.generate takes beside the prompt.
     """
 
     server: Server
@@ -70,6 +70,7 @@ class Job:
     param: str
     encode: Callable[[], list[Tokens]]
     prompts: int
+    limit: tuple[str, int | None]
     params: SamplingParams
     loras: tuple[LoRARequest, ...]
     key: str
@@ -112,7 +113,10 @@ class Job:
     async def _tokens(self) -> list[Tokens]:
         with about(self.param):
             prompts = await asyncio.to_thread(self.encode)
-        self.server.check_tokens(max(map(len, prompts)), self.param)
+        longest, (name, limit) = max(map(len, prompts)), self.limit
+        self.server.check_tokens(longest, self.param)
+        if limit is not None:
+            self.server.check_limit(longest, limit, name)
         return prompts
 
     def _arguments(self, tokens: Tokens) -> tuple[Any, ...]:
@@ -162,7 +166,10 @@ async def make_job(
         # Its later prompts may well wait for its first ones.
         "together": [],
     }
-    return Job(server, chosen.name, identity, log_id, param, encode, prompts, params, chosen.loras, key, order)
+    return Job(
+        *(server, chosen.name, identity, log_id, param, encode, prompts),
+        *(body.limit, params, chosen.loras, key, order),
+    )
 
 
 def _salt(key: str, salt: str | None) -> bytes:

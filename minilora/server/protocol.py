@@ -80,6 +80,7 @@ class Sampling(Strict):
     )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
     n: int | None = Field(None, ge=1, le=MOST_SEQUENCES)
     seed: int | None = None
     stop: (
@@ -130,6 +131,11 @@ class Sampling(Strict):
         if self.stream_options is not None and not self.stream:
             raise UsageError("stream_options needs stream: true", param="stream_options")
         return self
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """The field that says how many tokens a text may have, and what it says."""
+        return "max_tokens", self.max_tokens
 
     @property
     def usage_at_end(self) -> bool:
@@ -211,6 +217,13 @@ class ChatRequest(Sampling, ChatTemplateOptions):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise UsageError("max_tokens and max_completion_tokens differ", param="max_completion_tokens")
         return self
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """See Sampling."""
+        if self.max_completion_tokens is None:
+            return "max_tokens", self.max_tokens
+        return "max_completion_tokens", self.max_completion_tokens
 
 
 # ---------------------------------------------------------------- completions

@@ -30,14 +30,14 @@ COMPLETION_TOKENS = 16
 
 def for_chat(request: ChatRequest, model: Model) -> SamplingParams:
     """A chat's parameters; without a limit the answer may be as long as fits. Raises UsageError."""
-    limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    name, limit = request.limit
     try:
         return model.default_params(
             **_given(request), max_tokens=limit, logprobs=(request.top_logprobs or 0) if request.logprobs else None
         )
     except UsageError as error:
-        if error.param == "max_tokens" and request.max_completion_tokens is not None:
-            error.param = "max_completion_tokens"
+        if error.param == "max_tokens":
+            error.param = name
         raise
 
 

@@ -47,6 +47,12 @@ class Server:
         if tokens > most:
             raise too_long(param, f"the prompt has {tokens} tokens, the model takes {most} and one of its own")
 
+    def check_limit(self, tokens: int, limit: int, param: str) -> None:
+        """Raise ApiError where a text of so many tokens could not follow a prompt of so many."""
+        if tokens + limit > (most := self.engine.max_model_len):
+            asked = f"the prompt has {tokens} and {param} is {limit}"
+            raise too_long(param, f"this model's maximum context length is {most} tokens, but {asked}")
+
 
 def too_long(param: str, message: str) -> ApiError:
     """The error that OpenAI's clients know for a prompt that does not fit."""

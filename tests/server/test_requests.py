@@ -388,6 +388,28 @@ def test_s15_texts_that_can_not_fit(server, post):
     assert answer.status_code == 400 and "at most" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [
+        ("/v1/completions", "max_tokens"),
+        ("/v1/chat/completions", "max_tokens"),
+        ("/v1/chat/completions", "max_completion_tokens"),
+    ],
+)
+def test_a_limit_that_the_context_has_no_room_for(post, path, limit):
+    base = {key: value for key, value in ROUTES[path].items() if key != "max_tokens"}
+    error = refused(post(path, base=base, **{limit: 511}), limit)
+    assert error["code"] == "context_length_exceeded" and "maximum context length is 512 tokens" in error["message"]
+    prompt = post(path, base=base, **{limit: 1}).json()["usage"]["prompt_tokens"]
+    usage = post(path, base=base, ignore_eos=True, **{limit: 512 - prompt}).json()["usage"]
+    assert usage["total_tokens"] == 512
+
+
+def test_a_text_without_a_limit_ends_where_the_context_does(post):
+    answer = post("/v1/completions", base={"prompt": [5] * 500, "ignore_eos": True}).json()
+    assert answer["usage"]["completion_tokens"] == 12
+
+
 # ---------------------------------------------------------------- S16
 
 

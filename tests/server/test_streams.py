@@ -64,7 +64,7 @@ def test_leaving_frees_within_two_steps(slow, monkeypatch):
     async def main():
         from minilora.server.generation import Job
 
-        job = Job(server, MODEL, "x", "x", "prompt", lambda: [[5, 6]], 1, _params(), (), "", {})
+        job = Job(server, MODEL, "x", "x", "prompt", lambda: [[5, 6]], 1, ("max_tokens", None), _params(), (), "", {})
         deltas = job.deltas()
         await anext(deltas)
         assert not told
