@@ -90,8 +90,9 @@ class TextBuilder:
         if logprobs is not None and output.logprobs is not None:
             output.logprobs.append(logprobs_at(logprobs, self._tokenizer))
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs.logprob
-        # A token that ended the text is not part of it.
-        if not (last and self.sequence.finish_reason == "stop"):
+        # A token that ended the text is not part of it, unless it is one of the request's own and wanted.
+        ended = last and self.sequence.finish_reason == "stop"
+        if not ended or (self._keep_stop and self.sequence.stop_token is not None):
             output.text += self._stream.push(token)
         if last:
             output.text += self._stream.finish()

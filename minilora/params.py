@@ -52,11 +52,12 @@ class SamplingParams:
     below min_p times the best one's probability are out. repetition_penalty: divides the logits of tokens seen in
     prompt or text (CTRL, arXiv:1909.05858); presence_penalty, frequency_penalty: subtracted from those of tokens
     in the text, once, or for each occurrence. seed: None draws one. stop: strings that end the text; stop_token_ids:
-    tokens that do. ignore_eos: go on after the model's own end. max_tokens: None for as many as fit. min_tokens: no
-    end before. logprobs, prompt_logprobs: how many of the best tokens' log-probabilities to return at each place,
-    None for none. logit_bias: token id -> number added to its logit. logits_processors: called in order before a
-    token is chosen, with the prompt's tokens, the text's so far, and the logits, a float32 array [V] to change in
-    place or to replace by what is returned; an exception ends that request only.
+    tokens that do; include_stop_str_in_output: the text keeps what ended it, but for the model's own end. ignore_eos: go
+    on after that. max_tokens: None for as many as fit. min_tokens: no end before. logprobs, prompt_logprobs: how many
+    of the best tokens' log-probabilities to return at each place, None for none. logit_bias: token id -> number added
+    to its logit. logits_processors: called in order before a token is chosen, with the prompt's tokens, the text's so
+    far, and the logits, a float32 array [V] to change in place or to replace by what is returned; an exception ends
+    that request only.
     """
 
     n: int = 1

@@ -50,3 +50,18 @@ def build(tokenizer, text, streamed, **params):
 )
 def test_a_stop_string_counts_from_the_minimum_on(tokenizer, least, expected, streamed):
     assert build(tokenizer, "abSTOPcdSTOPef", streamed, stop=["STOP"], min_tokens=least) == expected
+
+
+@pytest.mark.parametrize(
+    ("keep", "own", "expected"), [(False, True, "ab"), (True, True, "abX"), (False, False, "ab"), (True, False, "ab")]
+)
+def test_a_stop_token_is_kept_where_it_is_wanted(tokenizer, keep, own, expected):
+    """The request's own, that is: the model's end of text never is."""
+    sequence = Sequence(1, [5], 1, SamplingParams(include_stop_str_in_output=keep), 0)
+    builder = TextBuilder(sequence, 0, tokenizer)
+    *tokens, end = tokenizer.encode("abX")
+    for token in tokens:
+        builder.add(token, None, False)
+    sequence.finish_reason, sequence.stop_token = "stop", end if own else None
+    builder.add(end, None, True)
+    assert builder.output.text == expected

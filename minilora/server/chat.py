@@ -66,8 +66,9 @@ def _answer(job: Job, body: ChatRequest, output: RequestOutput) -> dict[str, Any
 def _ending(text: CompletionOutput, body: ChatRequest, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a choice and a chunk of one say beside the text."""
     extras = {"token_ids": text.token_ids} if body.return_token_ids else {}
+    top, keep_stop = body.top_logprobs or 0, bool(body.include_stop_str_in_output)
     return {
-        "logprobs": logprobs.for_chat(text, body.top_logprobs or 0, tokenizer),
+        "logprobs": logprobs.for_chat(text, top, keep_stop, tokenizer),
         "finish_reason": text.finish_reason,
         "stop_reason": text.stop_reason,
         **extras,

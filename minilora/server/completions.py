@@ -107,7 +107,7 @@ class _Choice:
     def _logprobs_of(self, text: CompletionOutput, first: bool) -> dict[str, Any] | None:
         if text.logprobs is None:
             return None
-        count = 0 if self._empty else logprobs.in_text(text)
+        count = 0 if self._empty else logprobs.in_text(text, bool(self._body.include_stop_str_in_output))
         new = self._logprobs.add(text.token_ids[:count], text.logprobs[:count])
         echoed = self._prompt.echoed if first else None
         return new if echoed is None else {name: echoed[name] + new[name] for name in new}

@@ -14,14 +14,18 @@ def _number(logprob: float) -> float:
     return max(logprob, LOWEST)
 
 
-def in_text(output: CompletionOutput) -> int:
-    """How many of an output's tokens belong to its text: not the one that ended it, as the model's end of text."""
+def in_text(output: CompletionOutput, keep_stop: bool) -> int:
+    """How many of an output's tokens belong to its text: not the one that ended it, as the model's end of text.
+
+    keep_stop: whether one of the request's stop_token_ids does, as include_stop_str_in_output says.
+    """
     ended = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
-    return len(output.token_ids) - ended
+    kept = keep_stop and output.stop_reason is not None
+    return len(output.token_ids) - (ended and not kept)
 
 
-def for_chat(output: CompletionOutput, top: int, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The chat route's: each token with the `top` best at its place."""
+def for_chat(output: CompletionOutput, top: int, keep_stop: bool, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The chat route's: each token with the `top` best at its place. keep_stop: see in_text."""
     if output.logprobs is None:
         return None
 
@@ -30,7 +34,7 @@ def for_chat(output: CompletionOutput, top: int, tokenizer: Tokenizer) -> dict[s
         return {"token": found.decoded_token, "logprob": _number(found.logprob), "bytes": list(data)}
 
     content = []
-    for token, at in list(zip(output.token_ids, output.logprobs, strict=True))[: in_text(output)]:
+    for token, at in list(zip(output.token_ids, output.logprobs, strict=True))[: in_text(output, keep_stop)]:
         best = sorted((found.rank or 0, other, found) for other, found in at.items() if (found.rank or 0) <= top)
         content.append({**entry(token, at[token]), "top_logprobs": [entry(other, found) for _, other, found in best]})
     return {"content": content, "refusal": None}

@@ -145,6 +145,15 @@ def test_the_end_of_text_is_in_no_logprobs(create, llm):
     assert len(stopped.choices[0].logprobs.content) == 2 and stopped.choices[0].message.content == ""
 
 
+def test_logprobs_are_of_the_tokens_in_the_text(create, say):
+    """A stop token's are there where the text has it."""
+    token = say().outputs[0].token_ids[-1]
+    for keep in (False, True):
+        extra = {"stop_token_ids": [token], "include_stop_str_in_output": keep, "return_token_ids": True}
+        [choice] = create(max_completion_tokens=12, temperature=0, logprobs=True, extra_body=extra).choices
+        assert choice.stop_reason == token and len(choice.logprobs.content) == len(choice.token_ids) - (not keep)
+
+
 def test_prompt_logprobs_and_token_ids(create, say):
     expected = say(prompt_logprobs=2, max_tokens=3)
     extra = {"prompt_logprobs": 2, "return_token_ids": True}
