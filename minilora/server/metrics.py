@@ -5,9 +5,11 @@ Everything is made from the engine's Stats when it is asked for. Labels come fro
 the registered adapters, never from a request: nobody can make the document grow.
 """
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,6 +27,8 @@ LABELS = ("model_name", "engine")
 # vLLM numbers the engines of one server; here there is one.
 ENGINE = "0"
 FINISHED = ("stop", "length", "abort", "error")
+# Seconds that the engine has for telling, between two of its steps.
+LONGEST_WAIT = 2.0
 
 
 class Row(NamedTuple):
@@ -112,13 +116,10 @@ class Metrics:
         self._answers[route, status] += 1
 
     async def render(self) -> bytes:
-        """The document. Of a dead engine it tells the last that is known."""
-        try:
-            self._last = await self._engine.stats()
-        except EngineDeadError:
-            alive = 0
-        else:
-            alive = 1
+        """The document. Of an engine that is dead, or in a step that does not end, it tells the last that is known."""
+        with suppress(EngineDeadError, TimeoutError):
+            self._last = await asyncio.wait_for(self._engine.stats(), LONGEST_WAIT)
+        alive = int(self._engine.dead is None)
         return generate_latest(_Families([*self._server(alive), *(self._engine_families(self._last))]))
 
     # ------------------------------------------------------------ what the server knows

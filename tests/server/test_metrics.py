@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from minilora import AsyncEngine
-from minilora.server import ServerConfig, create_app
+from minilora.server import ServerConfig, create_app, metrics
 from minilora.server.metrics import Metrics
 from minilora.stats import FIRST_TOKEN_SECONDS, REQUEST_SECONDS, TOKEN_SECONDS
 
@@ -318,3 +318,18 @@ def test_a_dead_engine_still_tells_what_it_did(model):
     state = app.state.server
     fresh = asyncio.run(Metrics(engine, state.gate, "tiny").render()).decode()
     assert Document(fresh)["minilora:engine_up"] == 0
+
+
+def test_an_engine_in_a_step_without_end_still_tells_what_it_did(model, monkeypatch):
+    monkeypatch.setattr(metrics, "LONGEST_WAIT", 0.1)
+    engine, go_on, ended = AsyncEngine(model, **SIZES), threading.Event(), []
+    app = create_app(engine, ServerConfig(served_model_name=("tiny",)))
+    before = Document(ask(app, path="/metrics").body.decode())
+    engine._post(lambda: ended.append(go_on.wait(5)))
+    try:
+        stuck = Document(ask(app, path="/metrics").body.decode())
+        assert not ended
+    finally:
+        go_on.set()
+        engine.close()
+    assert stuck.series >= before.series and stuck["minilora:engine_up"] == 1
