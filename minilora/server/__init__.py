@@ -5,7 +5,7 @@ app, state                          the application, and what its routes share
 wire, guard, body, admission        what is let in: connections, requests, their bodies; how many requests at once
 chat, completions, tokens, models, health, page    the routes
 protocol, fields, sampling, names   requests: their fields, those that have no effect; parameters; adapters
-generation, stream, logprobs        what both generation routes do; answers that take long; log-probabilities
+generation, stream, logprobs        what both generation routes do; how answers are sent; log-probabilities
 answers, failures                   the shapes of answers and of errors
 metrics, board                      what Prometheus and the page's dashboard read
 """

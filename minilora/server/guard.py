@@ -9,7 +9,6 @@ import hmac
 import ipaddress
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 from starlette._utils import get_route_path
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .body import BodyReader, Gone, check_json, has_body, linger, replay, values
 from .failures import ApiError, failure_of
 from .settings import ServerConfig
-from .wire import BACKLOG, make_protocol
+from .wire import BACKLOG, OTHER, Count, make_protocol
 
 MOST_HEADERS = 100
 MOST_HEADER_BYTES = 32 << 10
@@ -30,9 +29,6 @@ ADMIN_PATHS = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-
-# Called with each answer's route, as it is written in the program, and status.
-Count = Callable[[str, int], None]
 
 
 def protect(app: ASGIApp, config: ServerConfig, count: Count | None = None) -> ASGIApp:
@@ -53,10 +49,10 @@ def protect(app: ASGIApp, config: ServerConfig, count: Count | None = None) -> A
     )
 
 
-def uvicorn_options(config: ServerConfig) -> dict[str, Any]:
-    """How uvicorn must be set up so that what reaches the guard is bounded too."""
+def uvicorn_options(config: ServerConfig, count: Count) -> dict[str, Any]:
+    """How uvicorn must be set up so that what reaches the guard is bounded too. count: of answers to what does not."""
     return {
-        "http": make_protocol(config),
+        "http": make_protocol(config, count),
         "ws": "none",
         "lifespan": "off",
         "server_header": False,
@@ -136,7 +132,7 @@ class Guard:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Only routes of the program have names here: clients must not be able to make new ones.
-                count(getattr(scope.get("route"), "path", "other"), message["status"])
+                count(getattr(scope.get("route"), "path", OTHER), message["status"])
             await send(message)
 
         return counting

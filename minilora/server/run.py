@@ -103,7 +103,7 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     """How uvicorn serves the application."""
     return uvicorn.Config(
         app,
-        **uvicorn_options(config),
+        **uvicorn_options(config, app.state.server.metrics.count),
         # Logging is set up by `serve`: all of it goes to stderr.
         log_config=None,
         access_log=config.log_requests,

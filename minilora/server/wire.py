@@ -6,6 +6,7 @@ forever for a client that does not read.
 
 import asyncio
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import httptools
@@ -26,13 +27,18 @@ MORE_CONNECTIONS = 256
 # Files that a process has open beside connections: the model's, adapters that are being read, the event loop's.
 OTHER_FILES = 256
 
+# Called with each answer's route, as it is written in the program, and status; for what no route answers it is OTHER.
+Count = Callable[[str, int], None]
+OTHER = "other"
+
 MALFORMED = ApiError(400, "the request is not valid HTTP", None, "invalid_http")
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. limits: set by `make_protocol`."""
+    """One connection. limits, count: set by `make_protocol`."""
 
     limits: ServerConfig
+    count: Count
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -139,7 +145,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_headers = self._begun = False
         self._stop("headers")
         if len(self.connections) > self.limits.max_connections:
-            self.app = crowded
+            self.app = self._crowded
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -162,9 +168,17 @@ class BoundedProtocol(HttpToolsProtocol):
             response = failure_of(self._fault).response()
             head = [STATUS_LINE[self._fault.status], *(b"%s: %s\r\n" % pair for pair in response.raw_headers)]
             self.transport.write(b"".join([*head, b"connection: close\r\n\r\n", bytes(response.body)]))
+            self.count(OTHER, self._fault.status)
         if cycle is not None:
             cycle.disconnected = True
         self.transport.close()
+
+    async def _crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application for connections above the limit."""
+        response = ApiError(503, "too many connections", None, "overloaded", retry_after=1).response()
+        response.headers["connection"] = "close"
+        self.count(OTHER, response.status_code)
+        await response(scope, receive, send)
 
     def pause_writing(self) -> None:
         """The client does not read as fast as we write."""
@@ -177,9 +191,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop("writing")
 
 
-def make_protocol(config: ServerConfig) -> type[BoundedProtocol]:
+def make_protocol(config: ServerConfig, count: Count) -> type[BoundedProtocol]:
     """The protocol for uvicorn's option `http`."""
-    return type("Protocol", (BoundedProtocol,), {"limits": config})
+    return type("Protocol", (BoundedProtocol,), {"limits": config, "count": staticmethod(count)})
 
 
 def allow_connections(config: ServerConfig) -> None:
@@ -194,11 +208,3 @@ def allow_connections(config: ServerConfig) -> None:
             "Lower --max-connections, or raise the limit (ulimit -n).",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-async def crowded(scope: Scope, receive: Receive, send: Send) -> None:
-    """The application for connections above the limit."""
-    failure = ApiError(503, "too many connections", None, "overloaded", retry_after=1)
-    response = failure.response()
-    response.headers["connection"] = "close"
-    await response(scope, receive, send)

@@ -98,9 +98,12 @@ async def echo(scope, receive, send):
 
 
 @contextmanager
-def listening(app, config):
-    """The port of a real server for an application, with the options that `config` wants."""
-    web = uvicorn.Server(uvicorn.Config(app, log_level="warning", **uvicorn_options(config)))
+def listening(app, config, counted=None):
+    """The port of a real server for an application, with the options that `config` wants. counted: a list for
+    (route, status) of what the protocol answers by itself."""
+    note = [] if counted is None else counted
+    options = uvicorn_options(config, lambda *answer: note.append(answer))
+    web = uvicorn.Server(uvicorn.Config(app, log_level="warning", **options))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=web.run, args=([listener],), name="web")
         thread.start()

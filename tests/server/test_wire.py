@@ -394,6 +394,18 @@ def test_too_many_connections_are_told_so(monkeypatch):
         assert statuses(talk(port, GOOD)) == [200]
 
 
+def test_answers_that_no_route_gives_are_counted():
+    config, counted = ServerConfig(**LIMITS, max_connections=1), []
+    with listening(protect(echo, config), config, counted) as port:
+        talk(port, GOOD)
+        talk(port, b"nonsense\r\n\r\n")
+        talk(port, GOOD[:20])
+        talk(port, b"GET / HTTP/1.1\r\n" + b"X: 1\r\n" * 300)
+        with connect(port):
+            talk(port, GOOD)
+    assert counted == [("other", status) for status in (400, 408, 431, 503)]
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "expected"),
     [(1024, 4096, (1536, 4096)), (1024, -1, (1536, -1)), (1536, 4096, None), (-1, -1, None), (256, 1000, "error")],
