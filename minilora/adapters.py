@@ -64,11 +64,20 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's content. pairs: by module name, as in "model.layers.0.self_attn.q_proj"."""
+    """An adapter's content. pairs: by module name, as in "model.layers.0.self_attn.q_proj".
+
+    Raises AdapterError where a number is not finite.
+    """
 
     pairs: Mapping[str, Pair]
     source: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for module, pair in self.pairs.items():
+            for half, numbers in zip("AB", pair, strict=True):
+                if not np.isfinite(numbers).all():
+                    raise AdapterError(f"{module}: lora_{half} holds a number that is not finite")
 
     @property
     def rank(self) -> int:
@@ -194,9 +203,9 @@ def _most_bytes(adapter: Adapter, fmt: int) -> int:
 def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapter:
     """An adapter in the form that the step reads, its numbers as FLOAT32, FLOAT16 or INT8.
 
-    Raises AdapterError where it does not fit the base model, or a number is not finite or too large for float16.
+    Raises AdapterError where it does not fit the base model, or a number is too large for float16.
     """
-    _check_pairs(adapter, config)
+    _check_shapes(adapter, config)
     arena = _Arena(fmt, _most_bytes(adapter, fmt))
     inputs = np.zeros((config.layers + 1, 4, 2), np.int64)
     outputs = np.zeros((config.layers + 1, 7, 3), np.int64)
@@ -215,26 +224,17 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, fmt: int) -> PackedAdapt
     return PackedAdapter(data, inputs, outputs, embed, digest.hexdigest())
 
 
-def check_finite(module: str, pair: Pair) -> None:
-    """Raise AdapterError where a pair holds a number that is not finite."""
-    for half, numbers in zip("AB", pair, strict=True):
-        if not np.isfinite(numbers).all():
-            raise AdapterError(f"{module}: lora_{half} holds a number that is not finite")
-
-
-def _check_pairs(adapter: Adapter, config: ModelConfig) -> None:
+def _check_shapes(adapter: Adapter, config: ModelConfig) -> None:
     shapes = module_shapes(config)
-    for name, pair in adapter.pairs.items():
+    for name, (a, b) in adapter.pairs.items():
         if name not in shapes:
             raise AdapterError(f"the base model has no module {name!r} that adapters can change")
-        (rows, columns), (a, b) = shapes[name], pair
-        rank = len(a)
+        (rows, columns), rank = shapes[name], len(a)
         if a.shape != (rank, columns) or b.shape != (rows, rank):
             raise AdapterError(
                 f"{name}: A {a.shape} and B {b.shape} do not fit the base model's {rows} x {columns}",
                 "The adapter was made for another base model.",
             )
-        check_finite(name, pair)
 
 
 def _pack_ends(

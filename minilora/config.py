@@ -20,9 +20,9 @@ class Arch:
     model_type: the name in config.json; keys: those of SOME_USE that count; qkv_bias, qk_norm: always there; fused:
     q, k, v and gate, up stored as one matrix each; partial: whether partial_rotary_factor may rotate a part of a head;
     no_rope_interval: every so many layers one does not rotate q and k, and only these have windows; longrope_names: how
-    its files also call the rule longrope. The rest is what holds where
-    config.json does not say: sliding: whether sliding_window counts; window: its size; full_layers: layers before the
-    first that has it; theta: rope's base; ties: whether input and output embedding are one.
+    its files also call the rule longrope. The rest is what holds where config.json does not say: sliding: whether
+    sliding_window counts; window: its size; full_layers: layers before the first that has it; theta: rope's base; ties:
+    whether input and output embedding are one.
     """
 
     model_type: str

@@ -14,7 +14,7 @@ import numpy as np
 
 from minilora_kernels.pack import BLOCK
 
-from .adapters import EMBED, HEAD, Adapter, Pair, check_finite, module_shapes
+from .adapters import EMBED, HEAD, Adapter, Pair, module_shapes
 from .checkpoint.safetensors import TensorFile
 from .config import ModelConfig
 from .errors import AdapterError, FormatError, NotFoundError, UnsupportedError
@@ -264,9 +264,7 @@ def _pair(module: str, halves: Mapping[str, np.ndarray], shape: tuple[int, int],
                 f"{module}: lora_{name} has shape {half.shape}, rank {rank} on this base model needs {wanted}",
                 "The adapter was made for another base model, or its config names another rank.",
             )
-    pair = Pair(a, b * np.float32(settings.scaling(module, rank)))
-    check_finite(module, pair)
-    return pair
+    return Pair(a, b * np.float32(settings.scaling(module, rank)))
 
 
 def _check_targets(settings: Mapping[str, Any], adapter: Adapter, config: ModelConfig) -> None:
