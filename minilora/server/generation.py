@@ -60,7 +60,8 @@ class Job:
 
     model: the name for the answer; id: of the request, for the answer, may be the client's choice; log_id: our own;
     param: the field that holds its prompts; encode: makes their tokens, in a thread; prompts: how many there are;
-    limit: the field that says how many tokens a text may have, and what it says, None for nothing; order: what AsyncEngine.generate takes beside the prompt.
+    limit: the field that says how many tokens a text may have, and what it says, None for nothing; order: what
+    AsyncEngine.generate takes beside the prompt.
     """
 
     server: Server

@@ -25,7 +25,8 @@ class ServerConfig:
 
     api_keys: that let a request in, none for an open server; admin_keys: that also let adapters be loaded and
     unloaded. allowed_hosts: names in the Host header beside the ones that `host` implies, /health and /ready take
-    any; allowed_origins: web pages of other origins that may use the server. served_model_name: names of the base model, the first in answers.
+    any; allowed_origins: web pages of other origins that may use the server. served_model_name: names of the base
+    model, the first in answers.
 
     lora_dir: the folder whose PEFT folders are found on first use; run-time loading, off without enable_runtime_lora,
     never leaves it. isolate_cache_per_key: API keys share no cached prefixes.
