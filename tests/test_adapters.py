@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from safetensors.numpy import load_file
 
-from minilora.adapters import pack_adapter
+from minilora.adapters import Adapter, pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
 from minilora.peft import load_adapter
 from minilora.pool import AdapterPool
-from minilora_kernels.pack import FLOAT16, FLOAT32, INT8
+from minilora_kernels.pack import FLOAT16, FLOAT32
 
 from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
 
@@ -107,10 +107,10 @@ def test_numbers_too_large_for_float16_are_refused():
 @pytest.mark.parametrize("half", ["a", "b"])
 def test_numbers_that_are_not_finite_are_refused(half, bad):
     """In int8, NaN would become 0."""
-    adapter = make_adapter(CONFIG, modules=("up_proj",))
-    getattr(adapter.pairs["model.layers.1.mlp.up_proj"], half)[3, 2] = bad
+    pairs = make_adapter(CONFIG, modules=("up_proj",)).pairs
+    getattr(pairs["model.layers.1.mlp.up_proj"], half)[3, 2] = bad
     with pytest.raises(AdapterError, match=f"layers.1.mlp.up_proj: lora_{half.upper()}.*not finite"):
-        pack_adapter(adapter, CONFIG, INT8)
+        Adapter(pairs)
 
 
 BAD_SETTINGS = [
