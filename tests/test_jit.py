@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from numba.core.errors import TypingError
 
-from minilora_kernels import simd
 from minilora_kernels.code_files import read_code
 from minilora_kernels.jit import kernel, program
+from minilora_kernels.simd import splat_i32
+from minilora_kernels.simd_memory import load_f32
 
 MODULE = """
 import sys
@@ -165,7 +166,7 @@ def test_a_call_that_has_no_overload_is_an_error_each_time():
 
     @kernel
     def one_vector_too_many(x):
-        return simd.load_f32(x, 0) + simd.splat_i32(np.int32(1))
+        return load_f32(x, 0) + splat_i32(np.int32(1))
 
     for _ in range(2):
         with pytest.raises(TypingError, match=r"f32x16.*i32x16"):
