@@ -121,7 +121,7 @@ class TextBuilder:
         if self.output.stop_reason is None:
             self.output.stop_reason = self.sequence.stop_token
 
-    def fresh(self) -> str:
+    def _fresh(self) -> str:
         """The text since the last call that no stop string can still take back."""
         text, end = self.output.text, len(self.output.text)
         if self._stops and self.output.finish_reason is None:
@@ -130,7 +130,7 @@ class TextBuilder:
         return text[start:end]
 
     def delta(self) -> CompletionOutput | None:
-        """What is new since the last call of this or of `fresh`, in an object of its own; None if there is nothing."""
+        """What is new since the last call, in an object of its own; None if there is nothing."""
         output, start = self.output, self._given
         self._given = len(output.token_ids)
         if self._ended or (start == self._given and output.finish_reason is None):
@@ -138,7 +138,7 @@ class TextBuilder:
         self._ended = output.finish_reason is not None
         return CompletionOutput(
             output.index,
-            self.fresh(),
+            self._fresh(),
             output.token_ids[start:],
             output.cumulative_logprob,
             None if output.logprobs is None else output.logprobs[start:],

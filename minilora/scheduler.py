@@ -16,7 +16,7 @@ from .fairness import GENERATED_COST, FairQueue
 from .registry import AHEAD
 from .sequence import Sequence, State
 
-# Of one tenant, texts that can't start now: after so many a step looks at others only.
+# How many texts that can't start now a step looks at, in numbers of running ones; after that, how many of each tenant.
 LOOKED_AT = 4
 
 
@@ -207,7 +207,8 @@ class Scheduler:
         full = adapters_full = False
         unread = 0
         stuck: Counter[str] = Counter()
-        queue = self.waiting.in_order(lambda tenant: full or stuck[tenant] >= LOOKED_AT)
+        most = LOOKED_AT * self.most_sequences
+        queue = self.waiting.in_order(lambda tenant: full or (stuck[tenant] >= LOOKED_AT and stuck.total() >= most))
         # Those that were preempted hold adapters that others may wait for: they are looked at wherever they stand.
         for sequence in chain(queue, sorted(self._preempted, key=_rank)):
             if room <= 0 or self._places_left <= 0:

@@ -170,7 +170,7 @@ def test_failures_are_exit_code_1(model, tmp_path):
         (["generate", "x", "-m", model, "--lora", f"a={tmp_path}"], "adapter_config.json"),
         (["generate", "x", "-m", tmp_path], "config.json"),
         (["show", "nothing-here"], "nothing-here"),
-        (["show", "x" * 300], "xxx"),
+        (["show", "n" * 300], "nnn"),
         (["pull", "piratt"], "'pirate'"),
         (["show", "telegran"], "'telegram'"),
         (["quantize", model, broken / "below"], "File exists"),

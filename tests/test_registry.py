@@ -241,14 +241,20 @@ def test_unloading_while_it_is_read(store, folders):
     assert version.packed is None and store.registry.pool.used == 0
 
 
-def test_cancelled_while_it_is_read_leaves_no_bytes_behind(store, folders):
+def cancelled_while_it_is_read(store, folder):
+    """The version of an adapter whose only request left before it was read."""
     store.gate.clear()
-    version = store.registry.add("a", folders[0])
+    version = store.registry.add("a", folder)
     store.registry.enter([version])
     store.registry.is_ready([version])
     store.registry.leave([version])
     store.gate.set()
     store.settle()
+    return version
+
+
+def test_cancelled_while_it_is_read_leaves_no_bytes_behind(store, folders):
+    version = cancelled_while_it_is_read(store, folders[0])
     assert version.packed is None
     store.start(version)
     store.end(version)
@@ -285,13 +291,7 @@ def test_a_broken_folder_is_one_requests_trouble(store, folders):
 
 def test_an_error_that_nobody_waited_for_is_not_the_next_requests(store, folders):
     (folders[0] / "adapter_model.safetensors").write_bytes(b"nonsense")
-    store.gate.clear()
-    version = store.registry.add("a", folders[0])
-    store.registry.enter([version])
-    store.registry.is_ready([version])
-    store.registry.leave([version])
-    store.gate.set()
-    store.settle()
+    version = cancelled_while_it_is_read(store, folders[0])
     assert store.registry.counts.failures == 1
     shutil.copytree(folders[2], folders[0], dirs_exist_ok=True)
     store.start(version)

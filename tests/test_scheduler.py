@@ -242,6 +242,19 @@ def test_a_long_queue_for_adapters_that_are_read_lets_others_pass():
     world.run()
 
 
+def test_those_of_one_tenant_pass_each_other_too():
+    """As far as a step looks at all: the tenant's other requests do not wait for an adapter that is read."""
+    world = World(running=2)
+    world.shelf.missing = {world.versions[0]}
+    waiting = [world.submit(adapter=0, tenant="key") for _ in range(7)]
+    other = world.submit(adapter=1, tenant="key")
+    for _ in range(10):
+        world.step()
+    assert other.state is State.FINISHED and all(sequence.state is State.WAITING for sequence in waiting)
+    world.shelf.missing.clear()
+    world.run()
+
+
 def test_a_long_queue_for_adapters_room_lets_those_without_pass():
     world = World(room=1, running=2)
     world.submit(adapter=0, generate=60)

@@ -47,10 +47,10 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keep_one_unknown(cls, data: Any) -> Any:
-        unknown = [name for name in data if name not in cls.model_fields] if isinstance(data, dict) else []
-        if len(unknown) < 2:
+        fields = cls.model_fields
+        if not isinstance(data, dict) or (first := next((name for name in data if name not in fields), None)) is None:
             return data
-        return {name: value for name, value in data.items() if name in cls.model_fields or name == unknown[0]}
+        return {first: data[first], **{name: data[name] for name in fields if name in data}}
 
 
 class StreamOptions(Strict):
