@@ -46,6 +46,8 @@ class Bench:
             max_loras=max(*options.adapters, 1),
             max_lora_rank=options.rank,
             enable_prefix_caching=False,
+            # Steps are measured, not texts that repeat themselves.
+            num_speculative_tokens=0,
             kv_cache_dtype=options.kv_cache_dtype,
             lora_dtype=options.lora_dtype,
         )

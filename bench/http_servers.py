@@ -17,7 +17,9 @@ import psutil
 from workload import Arrival
 
 # Options that `minilora serve` and bench/serving.py have under the same names.
-ENGINE = ("dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "lora_memory", "threads")
+ENGINE = (
+    *("dtype", "max_model_len", "max_num_seqs", "num_speculative_tokens", "kv_cache_dtype", "lora_memory", "threads"),
+)
 WORKLOAD = ("requests", "concurrency", "rate", "burstiness", "trace", "adapters", "popularity", "seed")
 
 
@@ -71,9 +73,9 @@ class OwnServer:
 
 
 def flags(options: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
-    """Options that were given, as a command line."""
-    given = [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
-    return [part for name, value in given for part in (f"--{name.replace('_', '-')}", str(value))]
+    """Options that there are and that were given, as a command line."""
+    given = [(name, getattr(options, name, None)) for name in names]
+    return [part for name, value in given if value is not None for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def wait_until_ready(url: str, seconds: float, process: subprocess.Popen | None = None) -> None:

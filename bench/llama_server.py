@@ -180,6 +180,7 @@ def main() -> None:
         "dtype": "auto",
         "max_num_seqs": 16,
         "max_step_ms": 100,
+        "num_speculative_tokens": 0,
         "kv_cache_dtype": "auto",
     }
     options = argparse.Namespace(**defaults, **vars(options), lora_memory=None)

@@ -194,6 +194,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--num-speculative-tokens", type=int, default=0, help="random prompts give texts that loop")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--lora-memory", type=int, help="bytes")
     parser.add_argument("--threads", type=int)

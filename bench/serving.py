@@ -108,6 +108,7 @@ async def measure(options: argparse.Namespace) -> dict:
         max_num_seqs=options.max_num_seqs,
         max_loras=max(options.max_num_seqs, 1),
         max_step_ms=options.max_step_ms,
+        num_speculative_tokens=options.num_speculative_tokens,
         kv_cache_dtype=options.kv_cache_dtype,
         lora_memory=options.lora_memory,
         threads=options.threads,
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--max-step-ms", type=int, default=100)
+    parser.add_argument("--num-speculative-tokens", type=int, default=0, help="random prompts give texts that loop")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--lora-memory", type=int, help="bytes")
     parser.add_argument("--threads", type=int)

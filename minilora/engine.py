@@ -230,6 +230,7 @@ class Engine:
         """Run one step; returns the new tokens, in each text's order, and the sequences that ended without one."""
         self._news.clear()
         self.adapters.collect()
+        self._look_up()
         self.scheduler.chunk = self._pace.chunk()
         plan = self.scheduler.schedule()
         self._note_stall(plan)
@@ -246,6 +247,16 @@ class Engine:
             self.check_integrity()
         return outputs
 
+    def _look_up(self) -> None:
+        """Propose what is likely to follow in texts that decode."""
+        most = self.config.num_speculative_tokens
+        texts = [s for s in self.scheduler.running if s.generated and s.decodes] if most else []
+        price = self._pace.guess_price(len(texts))
+        for sequence in texts if price < 1 else ():
+            # Logits processors may remember what they are called with: it is to be the text.
+            if not sequence.proposed and not sequence.params.logits_processors:
+                self.propose(sequence, sequence.lookup.guesses(sequence.tokens, most, price))
+
     def _note_stall(self, plan: list[Work]) -> None:
         self.stalled = not plan
         stuck = (
@@ -257,12 +268,13 @@ class Engine:
 
     def _run(self, plan: list[Work]) -> list[Output]:
         plan.sort(key=lambda work: ([use.content for use in work.sequence.uses], work.sequence.number))
-        decodes = prompt_rows = 0
+        decodes = guesses = prompt_rows = 0
         started = time.perf_counter()
         for sequence, length in plan:
             self._recorder.started(sequence, started)
             if sequence.decodes:
                 decodes += 1
+                guesses += sequence.proposed
             else:
                 prompt_rows += length
         self._computing = True
@@ -284,8 +296,8 @@ class Engine:
         finally:
             self._computing = False
         seconds = time.perf_counter() - started
-        self._recorder.step(seconds, decodes * len(tokens), prompt_rows)
-        self._pace.observe(decodes, prompt_rows, seconds / len(tokens))
+        self._recorder.step(seconds, decodes * len(tokens) + guesses, prompt_rows)
+        self._pace.observe(decodes, prompt_rows, seconds / len(tokens), guesses)
         return outputs
 
     def _rounds(self, plan: list[Work]) -> int:
@@ -401,8 +413,10 @@ class Engine:
                 break
             # The step went on with this token, so it is computed already.
             self.scheduler.computed(sequence, 1)
-        if answer.guesses and sequence.state is State.RUNNING:
-            self.scheduler.roll_back(sequence)
+        if answer.guesses:
+            self._recorder.drafted(len(answer.guesses), i)
+            if sequence.state is State.RUNNING:
+                self.scheduler.roll_back(sequence)
 
     def _draw(self, answer: _Answer, i: int) -> Draw:
         """What the draw after the first i guesses depends on."""
@@ -483,6 +497,9 @@ class Engine:
             prefix_hits=self.pool.hits,
             prefix_lookups=self.pool.lookups,
             preemptions=self.scheduler.preemptions,
+            drafts=recorder.drafts,
+            draft_tokens=recorder.draft_tokens,
+            accepted_tokens=recorder.accepted_tokens,
             total=recorder.total.copy(),
             course=recorder.course.copy(),
             step_times={kind: times.copy() for kind, times in recorder.step_times.items()},

@@ -167,6 +167,7 @@ NUMA_MODES = ("off", "interleave", "replicate")
 _VLLM_HINTS = {
     "enable_lora": "LoRA is always on: leave it out.",
     "lora_modules": "Name adapters with lora={name: path}, on the command line with --lora NAME=PATH.",
+    "speculative_config": "Guesses come from the text itself (ngram): set num_speculative_tokens, or 0 for none.",
 }
 
 
@@ -183,7 +184,8 @@ class EngineConfig:
     trained on. max_num_seqs: sequences that run at once; max_num_batched_tokens: rows of a step; max_step_ms:
     milliseconds that a step with prompts in it should take at most while texts decode, None for any.
     num_scheduler_steps: tokens in a row that a step may give each text where all do nothing but decode; no more than
-    take 20 ms. kv_cache_dtype: "auto" is float32 for float32 weights, else float16. kv_cache_memory: bytes of pages,
+    take 20 ms. num_speculative_tokens: most tokens of a text that a step guesses from what the text holds already, where
+    that pays; the text is the same. kv_cache_dtype: "auto" is float32 for float32 weights, else float16. kv_cache_memory: bytes of pages,
     None for as many as max_num_seqs long texts need, at most half of the free memory. block_size: tokens of a page.
     max_loras: adapters in use at once; max_cpu_loras: adapters in memory, None for 256 or max_loras; max_lora_rank:
     highest rank; lora_dtype: "auto" is float32 for float32 weights, else int8 with a scale for each row of A and B;
@@ -198,6 +200,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_step_ms: int | None = 100
     num_scheduler_steps: int = 8
+    num_speculative_tokens: int = 8
     kv_cache_dtype: str = "auto"
     kv_cache_memory: int | None = None
     block_size: int = 32
@@ -216,6 +219,7 @@ class EngineConfig:
             ("max_num_seqs", 1, 4096),
             ("max_num_batched_tokens", 1, 1 << 20),
             ("num_scheduler_steps", 1, 1024),
+            ("num_speculative_tokens", 0, 64),
             ("max_loras", 1, 4096),
             ("max_lora_rank", 1, 256),
             ("block_size", 32, 1024),

@@ -6,6 +6,7 @@ from enum import Enum
 from hashlib import blake2b
 from typing import NamedTuple
 
+from .lookup import PromptLookup
 from .params import SamplingParams
 from .registry import AdapterVersion
 
@@ -58,7 +59,7 @@ class Sequence:
     values are in `pages`; cached: how many of them were found, not computed. proposed: how many of the last tokens
     are guesses that the next step checks. siblings: other texts of the same prompt that start as copies of this one
     when the prompt is done. holds_adapters: from the first start on. served: number of the last step that it took
-    part in; charged: tokens that its tenant was charged for.
+    part in; charged: tokens that its tenant was charged for. lookup: what may follow, from what it holds.
     """
 
     number: int
@@ -86,6 +87,7 @@ class Sequence:
     served: int = 0
     charged: int = 0
     times: Times = field(default_factory=Times)
+    lookup: PromptLookup = field(default_factory=PromptLookup)
     _keys: list[bytes] = field(default_factory=list)
 
     @property

@@ -155,7 +155,8 @@ class Stats:
     """An engine at one moment; counters since its start.
 
     waiting_for_adapters: of those waiting, whose adapters are being read. pages_cached: not held, kept for texts that
-    begin alike. by_adapter, load_by_adapter: by name, "" for requests without one; load_by_adapter has those that
+    begin alike. drafts: how often a text's next tokens were guessed; draft_tokens, accepted_tokens: how many were, and how
+    many of them were right. by_adapter, load_by_adapter: by name, "" for requests without one; load_by_adapter has those that
     run or wait only. step_times: by STEP_KINDS.
     """
 
@@ -171,6 +172,9 @@ class Stats:
     prefix_hits: int
     prefix_lookups: int
     preemptions: int
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
     total: Traffic
     course: Course
     step_times: dict[str, Histogram]
@@ -194,6 +198,7 @@ class Recorder:
         self._ledgers: dict[int, list[Traffic]] = {}
         self.steps = 0
         self.step_seconds = 0.0
+        self.drafts = self.draft_tokens = self.accepted_tokens = 0
         self.step_times = {kind: Histogram(STEP_SECONDS) for kind in STEP_KINDS}
 
     def asked(self, params: SamplingParams, max_tokens: int) -> None:
@@ -257,6 +262,12 @@ class Recorder:
         self.course.step_tokens.add(decodes + prompt_rows)
         kind = "decode" if not prompt_rows else "mixed" if decodes else "prefill"
         self.step_times[kind].add(seconds)
+
+    def drafted(self, guesses: int, right: int) -> None:
+        """Note that a text's next tokens were guessed, and how many of the guesses were right."""
+        self.drafts += 1
+        self.draft_tokens += guesses
+        self.accepted_tokens += right
 
     def forget(self, name: str) -> None:
         """Drop an adapter's own counters: its name is gone."""

@@ -45,6 +45,15 @@ def test_serving(tiny, mode):
     assert found["ratios"][other] > 0
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_lookup(tiny, tmp_path, suffix):
+    text = "All that is said here is said here once more, and here is all that is said. " * 9
+    file = tmp_path / f"prompts.{suffix}"
+    file.write_text(json.dumps({"turns": [text, "And then?"]}) if suffix == "jsonl" else f"Short.\n{text}\n")
+    found = last_line("lookup.py", file, "--model", tiny("llama"), "--generate", 20, "--pairs", 1, "--batch", "1,2")
+    assert [row["batch"] for row in found["rows"]] == [1, 2] and all(row["plain"] > 0 for row in found["rows"])
+
+
 def test_soak(tiny):
     found = last_line(
         "soak.py", "--model", tiny("llama"), "--requests", 60, "--short", "--checks", "--check", 5, "--adapters", 4

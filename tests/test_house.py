@@ -25,6 +25,7 @@ LAYERS = [
         "memory",
         "rope",
         "config",
+        "lookup",
         "params",
         "tokenizer",
         "tokenizer_gguf",

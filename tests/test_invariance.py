@@ -156,6 +156,7 @@ def test_any_mix_gives_what_each_gives_alone(world, data):
         "max_num_batched_tokens": data.draw(st.sampled_from([3, 16, 200])),
         "threads": data.draw(st.sampled_from([1, 2])),
         "num_scheduler_steps": data.draw(st.sampled_from([1, 3, 8])),
+        "num_speculative_tokens": data.draw(st.sampled_from([0, 8])),
     }
 
     def tokens_of(groups):

@@ -105,6 +105,7 @@ engine_options = _options(
     click.option("--max-num-batched-tokens", type=int, help="Rows of a step."),
     click.option("--max-step-ms", type=int, help="Longest step beside running texts, for pieces of prompts."),
     click.option("--num-scheduler-steps", type=int, help="Most tokens in a row for each text, within 20 ms."),
+    click.option("--num-speculative-tokens", type=int, help="Most tokens that a step guesses of a text; 0 for none."),
     click.option("--kv-cache-dtype", type=click.Choice(ENGINE_DTYPES), help="Format of pages."),
     click.option("--kv-cache-memory", type=Size(), help="Bytes of pages, as 512M; half of the free memory at most."),
     click.option("--block-size", type=int, help="Tokens of a page."),

@@ -1,0 +1,97 @@
+"""Guesses from the text itself (prompt lookup): tokens per second with and without them, in turn, for real prompts.
+
+    python bench/lookup.py questions.jsonl [--model M] [--dtype float32] [--batch 1,8] [--temperature 0]
+    python bench/lookup.py article.txt --ask "Sum up this text in three sentences:"
+
+Prompts: of each line of a JSON Lines file the text, or first of the texts, called prompt, question or turns; of any other
+file its paragraphs of 600 characters and more. Both ways must give the same texts. Last line: one JSON document.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+from minilora import LLM, SamplingParams
+
+NAMES = ("prompt", "question", "turns")
+LONG = 600
+
+
+def prompts(path: Path):
+    for line in path.read_text().splitlines():
+        if path.suffix == ".jsonl":
+            row = json.loads(line)
+            text = next(row[name] for name in NAMES if name in row)
+            yield text if isinstance(text, str) else text[0]
+        elif len(line) >= LONG:
+            yield line.strip()
+
+
+def run(llm: LLM, texts: list[str], options: argparse.Namespace, batch: int) -> tuple[list[list[int]], float]:
+    """(the answers' tokens, tokens per second), `batch` texts at once."""
+    params = SamplingParams(temperature=options.temperature, seed=1, max_tokens=options.generate)
+    answers, seconds = [], 0.0
+    for i in range(0, len(texts), batch):
+        chats = [[{"role": "user", "content": f"{options.ask}\n\n{text}".strip()}] for text in texts[i : i + batch]]
+        started = time.perf_counter()
+        found = llm.chat(chats, params)
+        seconds += time.perf_counter() - started
+        answers += [list(answer.outputs[0].token_ids) for answer in found]
+    return answers, sum(map(len, answers)) / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--ask", default="", help="what stands before each prompt")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch", type=lambda text: [int(part) for part in text.split(",")], default=[1])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--generate", type=int, default=128, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--num-speculative-tokens", type=int, default=8)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print the JSON document only")
+    options = parser.parse_args()
+    texts = list(islice(prompts(options.file), options.prompts))
+    if not texts:
+        sys.exit(f"{options.file} holds no prompt")
+    common = {"dtype": options.dtype, "max_num_seqs": max(options.batch), "enable_prefix_caching": False}
+    plain, guessing = (
+        LLM(options.model, threads=options.threads, num_speculative_tokens=count, **common)
+        for count in (0, options.num_speculative_tokens)
+    )
+    rows = []
+    for batch in options.batch:
+        for llm in (plain, guessing):
+            run(llm, texts[:batch], options, batch)
+        before, pairs = guessing.stats(), []
+        for _ in range(options.pairs):
+            (expected, one), (found, other) = (run(llm, texts, options, batch) for llm in (plain, guessing))
+            if found != expected:
+                sys.exit("guesses changed a text")
+            pairs.append((one, other))
+        after = guessing.stats()
+        row = {"batch": batch, "plain": statistics.median(p for p, _ in pairs)}
+        row |= {"guessing": statistics.median(g for _, g in pairs), "ratios": sorted(g / p for p, g in pairs)}
+        row |= {name: getattr(after, name) - getattr(before, name) for name in ("draft_tokens", "accepted_tokens")}
+        rows.append(row)
+        if not options.json:
+            print(
+                f"batch {batch:3} {row['plain']:8.1f} tokens/s, guessing {row['guessing']:8.1f}:"
+                f" {statistics.median(row['ratios']):.2f} ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f}),"
+                f" {row['accepted_tokens']} of {row['draft_tokens']} guesses right",
+                flush=True,
+            )
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    print(json.dumps({"settings": settings, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Guesses from the text itself: found where they are, weighed, and without a trace in what comes out."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.lookup import SHARES, PromptLookup
+from minilora.pace import FIRST_PRICE, MARGIN, Pace
+from minilora.params import SamplingParams
+from minilora.sequence import AdapterUse
+
+from .support import load_weights, make_adapter, make_engine, random_tokens
+
+# Numbers whose bytes, put together, hold each other at wrong places.
+CONFUSING = st.sampled_from([0, 1, 256, 65536, 1 << 24, 257])
+
+
+def naive(tokens, most):
+    """What followed the latest earlier occurrence of the longest end that has one."""
+    for count in SHARES:
+        for start in range(len(tokens) - 1, count - 1, -1):
+            if count < len(tokens) and tokens[start - count : start] == tokens[-count:]:
+                grown = list(tokens)
+                for i in range(most):
+                    grown.append(grown[start + i])
+                return grown[len(tokens) :]
+    return []
+
+
+@given(st.lists(CONFUSING, min_size=1, max_size=40), st.lists(CONFUSING, max_size=12), st.integers(1, 9))
+def test_what_followed_before_is_expected_again(tokens, more, most):
+    lookup = PromptLookup()
+    for end in range(len(tokens), len(tokens) + len(more) + 1):
+        text = (tokens + more)[:end]
+        assert lookup.guesses(text, most, 0) == naive(text, most)
+
+
+def test_a_loop_goes_on():
+    assert PromptLookup().guesses([9, 1, 2, 3, 1, 2, 3, 1], 7, 0) == [2, 3, 1, 2, 3, 1, 2]
+
+
+def test_as_many_as_pay():
+    """Four tokens agree: each further guess is 0.8 times as likely as the one before."""
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
+    for price, count in ((0.0, 6), (0.5, 3), (0.63, 2), (0.65, 1), (0.81, 0)):
+        assert PromptLookup().guesses(text, 6, price) == [5, 6, 7, 8, 9, 0][:count]
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_text_that_goes_its_own_way_is_guessed_less(used):
+    """Whether its guesses are checked or only compared with what came."""
+    rng, lookup, text, counts = np.random.default_rng(2), PromptLookup(), [1, 2], []
+    for _ in range(40):
+        text += [int(rng.integers(3, 1000)), 1, 2]
+        counts.append(len(lookup.guesses(text, 8, 0.3 if used else 0.99)))
+    if used:
+        assert counts[1] > 0 and not any(counts[20:])
+    assert not lookup.guesses([*text, 7, 1, 2], 8, 0.3)
+
+
+def test_a_text_that_repeats_itself_is_guessed_more():
+    lookup, text = PromptLookup(), [1, 2, 3, 4, 5, 6]
+    first = len(lookup.guesses(text + text[:3], 64, 0.4))
+    for _ in range(30):
+        text += [1, 2, 3, 4, 5, 6]
+        lookup.guesses(text, 64, 0.4)
+    assert len(lookup.guesses(text + text[:3], 64, 0.4)) > 4 * first
+
+
+def test_what_a_guess_costs_is_learned():
+    pace = Pace(None, 512, 8)
+    assert pace.guess_price(1) == FIRST_PRICE
+    pace.observe(2, 0, 0.010)
+    assert pace.guess_price(2) == FIRST_PRICE
+    for _ in range(30):
+        pace.observe(2, 0, 0.014, guesses=4)
+    # A millisecond each, in which two texts get a fifth of a token.
+    assert pace.guess_price(2) == pytest.approx(MARGIN * 0.2)
+    assert pace.guess_price(1) == pytest.approx(MARGIN * 0.1)
+
+
+def test_one_slow_step_does_not_end_guesses_for_good():
+    pace = Pace(None, 512, 8)
+    pace.observe(1, 0, 0.01)
+    pace.observe(1, 0, 5.0, guesses=1)
+    assert pace.guess_price(1) >= 1
+    for _ in range(1000):
+        pace.observe(1, 0, 0.01)
+    assert pace.guess_price(1) < 1
+
+
+def test_steps_with_prompts_say_nothing_of_guesses():
+    pace = Pace(None, 512, 8)
+    pace.observe(1, 0, 0.01)
+    pace.observe(1, 100, 0.2, guesses=3)
+    assert pace.guess_price(1) == FIRST_PRICE
+
+
+# ---------------------------------------------------------------- in the engine
+
+RNG = np.random.default_rng(4)
+LINE = random_tokens(RNG, 12)
+PROMPTS = [LINE * 4, random_tokens(RNG, 40), LINE + random_tokens(RNG, 9) + LINE, LINE * 2, LINE * 3, LINE * 6, LINE]
+PARAMS = [
+    SamplingParams(max_tokens=60, temperature=0, ignore_eos=True),
+    SamplingParams(max_tokens=60, temperature=0, stop_token_ids=tuple(range(0, 250, 40))),
+    SamplingParams(max_tokens=40, temperature=0.3, seed=3, logprobs=2, ignore_eos=True),
+    SamplingParams(max_tokens=40, temperature=0, repetition_penalty=1.02, min_tokens=20, logprobs=0),
+    SamplingParams(max_tokens=33, temperature=0.2, seed=4, n=2, frequency_penalty=0.01, ignore_eos=True),
+    SamplingParams(max_tokens=50, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True),
+    SamplingParams(max_tokens=90, temperature=0, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tiny):
+    return load_weights(tiny("llama"), "int4")
+
+
+def texts(weights, guesses, params=PARAMS, **config):
+    """(all that the texts are, the engine's counters), guessing wherever something is found."""
+    engine = make_engine(weights, eos=[7], num_speculative_tokens=guesses, debug_checks=True, **config)
+    engine._pace.guess_price = lambda texts: 0.0
+    use = AdapterUse(engine.add_adapter(make_adapter(weights.config, rank=4)), 0.5)
+    sequences, outputs = [], {}
+    for i, (prompt, one) in enumerate(zip(PROMPTS, params, strict=True)):
+        sequences += engine.submit(prompt, one, (use,) if i % 2 else ())
+    while engine.busy:
+        for output in engine.step():
+            outputs.setdefault(output.sequence, []).append((output.token, output.logprobs, output.last))
+    stats = engine.stats()
+    engine.close()
+    assert engine.pool.held == 0
+    return [(s.tokens, s.finish_reason, s.stop_token, s.prompt_logprobs, outputs[s]) for s in sequences], stats
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"threads": 2, "max_num_seqs": 3}, {"kv_cache_dtype": "int8", "max_num_batched_tokens": 20}],
+    ids=["one thread", "few places", "few rows"],
+)
+def test_the_texts_are_the_same(weights, config):
+    plain, without = texts(weights, 0, num_scheduler_steps=1, **config)
+    found, stats = texts(weights, 8, num_scheduler_steps=1, **config)
+    assert found == plain
+    assert without.drafts == without.draft_tokens == 0
+    assert 0 < stats.drafts < stats.accepted_tokens < stats.draft_tokens
+    assert stats.total.generated_tokens == without.total.generated_tokens
+
+
+def test_a_text_that_repeats_itself_takes_few_steps(weights):
+    engine = make_engine(weights, num_speculative_tokens=8, num_scheduler_steps=1)
+    engine._pace.guess_price = lambda texts: 0.0
+    [sequence] = engine.submit(LINE, SamplingParams(max_tokens=60, temperature=0, logit_bias={5: 100}))
+    while engine.busy:
+        engine.step()
+    stats = engine.stats()
+    engine.close()
+    assert sequence.tokens[len(LINE) :] == [5] * 60
+    # Two tokens until the first loop is seen, then nine a step.
+    assert stats.steps <= 3 + 58 // 9 + 1 and stats.accepted_tokens == stats.draft_tokens == 60 - stats.steps
+
+
+def test_pages_that_run_out(weights):
+    """Guesses make nobody lose pages for good, and texts that begin again are the same."""
+    plain, _ = texts(weights, 0)
+    found, stats = texts(weights, 64, kv_cache_memory=14 * 2 * 2 * 2 * 32 * 16 * 2)
+    assert found == plain and stats.preemptions > 0 and stats.drafts > 0
+
+
+def test_logits_processors_see_the_text_only(weights):
+    """Guesses would call them with what may not come."""
+    seen = []
+    watching = SamplingParams(
+        max_tokens=40, temperature=0, ignore_eos=True, logits_processors=[lambda _, text, __: seen.append(list(text))]
+    )
+    found, stats = texts(weights, 8, [watching, *PARAMS[1:]])
+    assert stats.drafts > 0
+    assert seen == [found[0][0][len(PROMPTS[0]) :][:i] for i in range(40)]
