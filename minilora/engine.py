@@ -249,10 +249,14 @@ class Engine:
 
     def _look_up(self) -> None:
         """Propose what is likely to follow in texts that decode."""
-        most = self.config.num_speculative_tokens
-        texts = [s for s in self.scheduler.running if s.generated and s.decodes] if most else []
+        texts = [s for s in self.scheduler.running if s.generated and s.decodes]
+        # Half of a step's rows and logits are for others.
+        rows = min(self.config.max_num_batched_tokens, PROMPT_LOGITS) // 2
+        most = min(self.config.num_speculative_tokens, rows // max(1, len(texts)))
         price = self._pace.guess_price(len(texts))
-        for sequence in texts if price < 1 else ():
+        if most < 1 or price >= 1:
+            return
+        for sequence in texts:
             # Logits processors may remember what they are called with: it is to be the text.
             if not sequence.proposed and not sequence.params.logits_processors:
                 self.propose(sequence, sequence.lookup.guesses(sequence.tokens, most, price))

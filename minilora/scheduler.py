@@ -153,18 +153,27 @@ class Scheduler:
 
     def _grant(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of a running sequence the step takes, with pages for them; 0 if it must pause or go."""
-        if sequence.proposed and (sequence.pending > budget or sequence.proposed > self._logits_left):
+        if sequence.proposed and not self._has_room_for_guesses(sequence, budget):
             sequence.withdraw()
         count = min(sequence.pending, budget)
         if sequence.wants_prompt_logprobs:
             count = min(count, self._logits_left)
             self._logits_left -= count
         self._logits_left -= sequence.proposed
-        needed = -(-(sequence.computed + count) // self.page) - len(sequence.pages)
+        needed = self._missing(sequence, count)
         if needed > 0 and not self._take_pages(sequence, needed):
             return 0
         sequence.served = self._step
         return count
+
+    def _has_room_for_guesses(self, sequence: Sequence, budget: int) -> bool:
+        """Whether rows, logits and pages are left for them: nobody loses any for guesses."""
+        pages = self._missing(sequence, sequence.pending) <= self.pool.available
+        return pages and sequence.pending <= budget and sequence.proposed <= self._logits_left
+
+    def _missing(self, sequence: Sequence, count: int) -> int:
+        """Pages that it lacks for the next `count` tokens."""
+        return -(-(sequence.computed + count) // self.page) - len(sequence.pages)
 
     def _take_pages(self, sequence: Sequence, count: int) -> bool:
         """Give it more pages, if need be those of others behind it; False if it had to give up its own."""
@@ -183,7 +192,7 @@ class Scheduler:
         Returns for how many.
         """
         while count > 1:
-            needed = [-(-(sequence.computed + count) // self.page) - len(sequence.pages) for sequence in sequences]
+            needed = [self._missing(sequence, count) for sequence in sequences]
             if sum(max(0, pages) for pages in needed) <= self.pool.available:
                 for sequence, pages in zip(sequences, needed, strict=True):
                     sequence.pages += [self.pool.take(sequence.pages[-1]) for _ in range(pages)]

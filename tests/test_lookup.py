@@ -145,14 +145,25 @@ def test_the_texts_are_the_same(weights, config):
     found, stats = texts(weights, 8, num_scheduler_steps=1, **config)
     assert found == plain
     assert without.drafts == without.draft_tokens == 0
-    assert 0 < stats.drafts < stats.accepted_tokens < stats.draft_tokens
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
     assert stats.total.generated_tokens == without.total.generated_tokens
 
 
-def test_a_text_that_repeats_itself_takes_few_steps(weights):
-    engine = make_engine(weights, num_speculative_tokens=8, num_scheduler_steps=1)
+PAGE = 2 * 2 * 2 * 32 * 16 * 2
+# A text that says one token again and again.
+LOOP = {"temperature": 0, "logit_bias": {5: 100}, "ignore_eos": True}
+
+
+def free_guesses(weights, **config):
+    """An engine on a machine where checking a guess costs nothing."""
+    engine = make_engine(weights, **{"num_scheduler_steps": 1, "debug_checks": True, **config})
     engine._pace.guess_price = lambda texts: 0.0
-    [sequence] = engine.submit(LINE, SamplingParams(max_tokens=60, temperature=0, logit_bias={5: 100}))
+    return engine
+
+
+def test_a_text_that_repeats_itself_takes_few_steps(weights):
+    engine = free_guesses(weights)
+    [sequence] = engine.submit(LINE, SamplingParams(max_tokens=60, **LOOP))
     while engine.busy:
         engine.step()
     stats = engine.stats()
@@ -162,10 +173,41 @@ def test_a_text_that_repeats_itself_takes_few_steps(weights):
     assert stats.steps <= 3 + 58 // 9 + 1 and stats.accepted_tokens == stats.draft_tokens == 60 - stats.steps
 
 
+def test_nobody_loses_pages_for_guesses(weights):
+    engine = free_guesses(weights, num_speculative_tokens=0, kv_cache_memory=3 * PAGE)
+    [longest] = engine.submit(random_tokens(RNG, 29), SamplingParams(max_tokens=6, **LOOP))
+    others = [engine.submit(random_tokens(RNG, 20), SamplingParams(max_tokens=2, **LOOP))[0] for _ in range(2)]
+    engine.step()
+    engine.propose(longest, [5, 5, 5, 5])
+    engine.step()
+    # The guesses wanted a second page while each text had one of three.
+    assert longest.generated == 2 and all(other.finish_reason == "length" for other in others)
+    while engine.busy:
+        engine.step()
+    engine.close()
+    assert engine.scheduler.preemptions == 0
+
+
+def test_guesses_leave_rows_and_logits_to_others(weights):
+    """A prompt whose log-probabilities are wanted goes on beside texts that could be guessed far ahead."""
+    engine = free_guesses(weights, num_speculative_tokens=64, max_num_seqs=10, max_num_batched_tokens=64)
+    loops = [engine.submit(LINE * 2, SamplingParams(max_tokens=400, **LOOP))[0] for _ in range(8)]
+    while not all(sequence.generated > 10 for sequence in loops):
+        engine.step()
+    asked = SamplingParams(max_tokens=1, prompt_logprobs=0, **LOOP)
+    [prompt] = engine.submit(random_tokens(RNG, 60), asked)
+    for _ in range(5):
+        before = [sequence.generated for sequence in loops]
+        engine.step()
+        assert all(sequence.generated > count for sequence, count in zip(loops, before, strict=True))
+    assert prompt.finish_reason == "length" and engine.stats().drafts > 0
+    engine.close()
+
+
 def test_pages_that_run_out(weights):
-    """Guesses make nobody lose pages for good, and texts that begin again are the same."""
+    """Texts that begin again are the same."""
     plain, _ = texts(weights, 0)
-    found, stats = texts(weights, 64, kv_cache_memory=14 * 2 * 2 * 2 * 32 * 16 * 2)
+    found, stats = texts(weights, 64, kv_cache_memory=14 * PAGE)
     assert found == plain and stats.preemptions > 0 and stats.drafts > 0
 
 
