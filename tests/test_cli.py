@@ -1,5 +1,6 @@
 """The command line: exit codes, what goes to stdout and stderr, and one golden text through every door."""
 
+import gc
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from minilora.cli.opening import keeping
 from minilora.config import ModelConfig
 
 from .support import BASE_CONFIG, make_checkpoint, save_adapter
@@ -61,6 +63,13 @@ def test_help_is_light():
     ):
         run = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
         assert run.returncode == 0 and run.stdout.rstrip().endswith("[]") and "Usage" in run.stdout
+
+
+def test_garbage_is_looked_for_again_after_imports():
+    with pytest.raises(ImportError), keeping():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
 
 
 def test_all_doors_give_one_text(model):

@@ -1,6 +1,8 @@
 """From options to what a run needs: the model, its adapters, sampling parameters, the prompt's tokens."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -16,11 +18,23 @@ if TYPE_CHECKING:
     Model = LLM | PlainLLM
 
 
+@contextmanager
+def keeping() -> Iterator[None]:
+    """What is imported here stays: it is not looked through for garbage, now or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def open_model(
     reporter: Reporter, model: str, dtype: str, group_size: str, threads: int | None, **engine: Any
 ) -> "LLM":
     """The model with an engine. engine: EngineConfig's other fields."""
-    from ..llm import LLM
+    with keeping():
+        from ..llm import LLM
 
     announce_compiling(reporter)
     return LLM(model, dtype=dtype, group_size=int(group_size), threads=threads, report=reporter, **engine)

@@ -12,6 +12,7 @@ import click
 from ..errors import UsageError, did_you_mean
 from ..params import vllm_hint
 from ..server.settings import ServerConfig
+from .opening import keeping
 from .options import Size, engine_options, long_names, model_options, split_engine, split_lora
 from .report import Reporter, announce_compiling
 
@@ -119,8 +120,9 @@ def serve(model: str, dtype: str, group_size: str, threads: int | None, **rest: 
     loras = [split_lora(text) for text in options.pop("loras")]
     config = _config(options)
     _check_extra()
-    from ..server.run import Lora
-    from ..server.run import serve as run
+    with keeping():
+        from ..server.run import Lora
+        from ..server.run import serve as run
 
     reporter = Reporter()
     announce_compiling(reporter)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -77,6 +78,9 @@ async def _serve(
     for lora in loras:
         await server.names.register(*lora)
     await engine.warm_up()
+    # What is there now stays: to look through it for garbage would hold up all texts for a tenth of a second.
+    gc.collect()
+    gc.freeze()
     web = _Web(uvicorn_config(app, config))
     ending = Ending(web, server, say)
     loop = asyncio.get_running_loop()
