@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .adapters import Adapter, pack_adapter
-from .batch import Chunk, Draw, Use
+from .asked import Answer, Question, chunk_of, draws_of, ends_of, expected
+from .batch import Draw
 from .cache import PagePool
 from .errors import RequestError, UnloadedError, UsageError
 from .pace import Pace
@@ -39,22 +40,6 @@ class Output(NamedTuple):
     token: int | None
     logprobs: TokenLogprobs | None = None
     last: bool = False
-
-
-class _Answer(NamedTuple):
-    """A row of logits from which a sequence's next token comes, if its guesses up to here are right."""
-
-    sequence: Sequence
-    row: int
-    guesses: list[int]
-
-
-class _Question(NamedTuple):
-    """A row of logits, asked for the log-probability of the prompt's token at `place`."""
-
-    sequence: Sequence
-    row: int
-    place: int
 
 
 class Engine:
@@ -286,10 +271,11 @@ class Engine:
             for sequence, _ in plan:
                 for use in sequence.uses:
                     self.runner.make_room(use.adapter.rank)
-            answers, questions = self._expect(plan)
-            draws = [self._draw(answer, i) for answer in answers for i in range(1 + len(answer.guesses))]
+            answers, questions = expected(plan)
+            draws = [draw for answer in answers for draw in draws_of(answer, self.eos)]
+            chunks = [chunk_of(work, self._number) for work in plan]
             rounds = self._rounds(plan)
-            tokens = self.runner.run([self._chunk(work) for work in plan], draws, rounds, self._ends(plan, rounds))
+            tokens = self.runner.run(chunks, draws, rounds, ends_of(plan, self.eos) if rounds > 1 else set())
             # All that can fail comes before the first token is kept: what a text was given is also told.
             logprobs = self._logprobs(draws, tokens[0])
             self._note_computed(plan, questions)
@@ -304,6 +290,9 @@ class Engine:
         self._pace.observe(decodes, prompt_rows, seconds / len(tokens), guesses)
         return outputs
 
+    def _number(self, use: AdapterUse) -> int:
+        return self.runner.adapters.number(use.adapter.digest or "")
+
     def _rounds(self, plan: list[Work]) -> int:
         """How many tokens the step gives each text: several where all do nothing but decode, with pages for them."""
         sequences = [work.sequence for work in plan]
@@ -315,13 +304,6 @@ class Engine:
         room = self.length - max(len(sequence.tokens) for sequence in sequences)
         return self.scheduler.take_ahead(sequences, min(self._pace.rounds(), useful, room))
 
-    def _ends(self, plan: list[Work], rounds: int) -> set[int]:
-        """Tokens that end texts, for a step of several rounds."""
-        ends: set[int] = set()
-        for sequence, _ in plan if rounds > 1 else ():
-            ends.update(sequence.params.stop_token_ids or (), () if sequence.params.ignore_eos else self.eos)
-        return ends
-
     def _give_up(self, plan: list[Work], error: Exception) -> None:
         """End the sequences of a step that failed; nothing of what it computed is kept."""
         cause = RequestError(f"the step that computed this request failed: {error!r}")
@@ -330,38 +312,7 @@ class Engine:
         for sequence in [*(work.sequence for work in plan), *copies]:
             self.scheduler.fail(sequence, cause)
 
-    def _chunk(self, work: Work) -> Chunk:
-        sequence, length = work
-        start = sequence.computed
-        end = start + length
-        uses = tuple([Use(self.runner.adapters.number(use.adapter.digest or ""), use.scale) for use in sequence.uses])
-        first = end - 1 - sequence.proposed if end == len(sequence.tokens) else end
-        if sequence.wants_prompt_logprobs:
-            first = start
-        return Chunk(sequence.tokens, start, length, sequence.pages, uses, first)
-
-    def _expect(self, plan: list[Work]) -> tuple[list[_Answer], list[_Question]]:
-        """What the step's rows of logits will be for."""
-        row = 0
-        answers: list[_Answer] = []
-        questions: list[_Question] = []
-        for sequence, length in plan:
-            start = sequence.computed
-            done = start + length == len(sequence.tokens)
-            if sequence.wants_prompt_logprobs:
-                end = min(start + length, sequence.prompt_length - 1)
-                # Some are known already where it was preempted.
-                new = range(max(start, len(sequence.prompt_logprobs)), end)
-                questions += [_Question(sequence, row + place - start, place + 1) for place in new]
-                row += length - done
-            if done:
-                guesses = sequence.guesses
-                answers.append(_Answer(sequence, row, guesses))
-                answers += [_Answer(s, row, []) for s in sequence.siblings if s.state is not State.FINISHED]
-                row += 1 + len(guesses)
-        return answers, questions
-
-    def _note_computed(self, plan: list[Work], questions: list[_Question]) -> None:
+    def _note_computed(self, plan: list[Work], questions: list[Question]) -> None:
         """Note what was computed, log-probabilities of prompts too, and start copies."""
         for sequence, length in plan:
             done = sequence.computed + length == len(sequence.tokens)
@@ -373,7 +324,7 @@ class Engine:
             question.sequence.prompt_logprobs.append(found)
 
     def _answer(
-        self, answers: list[_Answer], tokens: list[list[int | Exception]], logprobs: list[TokenLogprobs | None]
+        self, answers: list[Answer], tokens: list[list[int | Exception]], logprobs: list[TokenLogprobs | None]
     ) -> list[Output]:
         """Keep what was drawn, round after round. tokens: of each round, one for each draw; logprobs: of the first."""
         outputs: list[Output] = []
@@ -397,11 +348,7 @@ class Engine:
         return [None if question is None else next(found) for question in wanted]
 
     def _keep(
-        self,
-        answer: _Answer,
-        tokens: list[int | Exception],
-        logprobs: list[TokenLogprobs | None],
-        outputs: list[Output],
+        self, answer: Answer, tokens: list[int | Exception], logprobs: list[TokenLogprobs | None], outputs: list[Output]
     ) -> None:
         """Append the drawn tokens that count, up to the text's end or the first wrong guess, to the text and to outputs."""
         sequence = answer.sequence
@@ -421,17 +368,6 @@ class Engine:
             self._recorder.drafted(len(answer.guesses), i)
             if sequence.state is State.RUNNING:
                 self.scheduler.roll_back(sequence)
-
-    def _draw(self, answer: _Answer, i: int) -> Draw:
-        """What the draw after the first i guesses depends on."""
-        sequence = answer.sequence
-        cut, params, guessed = sequence.prompt_length, sequence.params, answer.guesses[:i]
-        end = len(sequence.tokens) - sequence.proposed
-        barred = (*self.eos, *(params.stop_token_ids or ())) if params.min_tokens else ()
-        if not params.changes_logits:
-            return Draw(answer.row + i, params, sequence.seed, end + i, [], [], barred)
-        text = sequence.tokens[cut:end] + guessed
-        return Draw(answer.row + i, params, sequence.seed, end + i, sequence.tokens[:cut], text, barred)
 
     def _start_copies(self, sequence: Sequence) -> None:
         """Siblings share the full pages of a finished prompt and copy the last one."""

@@ -9,7 +9,7 @@ from array import array
 
 # How many of the last tokens must agree, longest first, and how often the next guess is right then: a first estimate,
 # which each text corrects with this weight.
-SHARES = {8: 0.9, 4: 0.8, 2: 0.6}
+SHARES = {8: 0.9, 4: 0.8, 2: 0.6, 1: 0.3}
 NEWEST = 1 / 16
 
 

@@ -180,19 +180,19 @@ def vllm_hint(name: str) -> str:
 class EngineConfig:
     """Sizes of an engine. Raises UsageError for values that make no sense.
 
-    max_model_len: tokens of prompt and text together, no more than the model's positions reach; None for what it was
-    trained on. max_num_seqs: sequences that run at once; max_num_batched_tokens: rows of a step; max_step_ms:
+    max_model_len: tokens of prompt and text together, no more than the model's positions reach; None for what it
+    was trained on. max_num_seqs: sequences that run at once; max_num_batched_tokens: rows of a step; max_step_ms:
     milliseconds that a step with prompts in it should take at most while texts decode, None for any.
-    num_scheduler_steps: tokens in a row that a step may give each text where all do nothing but decode; no more than
-    take 20 ms. num_speculative_tokens: most tokens of a text that a step guesses from what the text holds already, where
-    that pays; the text is the same. kv_cache_dtype: "auto" is float32 for float32 weights, else float16. kv_cache_memory: bytes of pages,
-    None for as many as max_num_seqs long texts need, at most half of the free memory. block_size: tokens of a page.
-    max_loras: adapters in use at once; max_cpu_loras: adapters in memory, None for 256 or max_loras; max_lora_rank:
-    highest rank; lora_dtype: "auto" is float32 for float32 weights, else int8 with a scale for each row of A and B;
-    lora_memory: bytes for adapters in memory, None for a quarter of the free memory. threads: None for all cores that
-    the process may use. numa: what to do on machines with several memory nodes, see numa.py. enable_prefix_caching:
-    keep pages of finished texts for others that begin alike. debug_checks: check all books after each step and fill
-    freed pages with NaN; slow.
+    num_scheduler_steps: tokens in a row that a step may give each text where all do nothing but decode; no more
+    than take 20 ms. num_speculative_tokens: most tokens of a text that a step guesses from what the text holds
+    already, where that pays; the text is the same. kv_cache_dtype: "auto" is float32 for float32 weights, else
+    float16. kv_cache_memory: bytes of pages, None for as many as max_num_seqs long texts need, at most half of the
+    free memory. block_size: tokens of a page. max_loras: adapters in use at once; max_cpu_loras: adapters in
+    memory, None for 256 or max_loras; max_lora_rank: highest rank; lora_dtype: "auto" is float32 for float32
+    weights, else int8 with a scale for each row of A and B; lora_memory: bytes for adapters in memory, None for a
+    quarter of the free memory. threads: None for all cores that the process may use. numa: what to do on machines
+    with several memory nodes, see numa.py. enable_prefix_caching: keep pages of finished texts for others that
+    begin alike. debug_checks: check all books after each step and fill freed pages with NaN; slow.
     """
 
     max_model_len: int | None = None

@@ -36,7 +36,7 @@ LAYERS = [
     {"plan", "weights", "packer", "packed", "numa"},
     {"adapters", "peft", "pool", "registry", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
-    {"fairness", "scheduler", "engine"},
+    {"fairness", "scheduler", "asked", "engine"},
     {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},
     {"server"},
     {"cli", "__main__"},
