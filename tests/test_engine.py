@@ -421,14 +421,50 @@ def test_high_ranks_are_refused_by_name(weights):
 # ---------------------------------------------------------------- the machine
 
 
-def test_limits_of_a_control_group_are_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(limits, "CONTROL_GROUP", tmp_path)
+@pytest.fixture
+def groups(monkeypatch, tmp_path):
+    """A function that writes files of control groups: path -> text; the process is in those that `own` tells."""
+    monkeypatch.setattr(limits, "TREES", tmp_path / "trees")
+    monkeypatch.setattr(limits, "OWN_GROUPS", tmp_path / "own")
+
+    def write(own, files):
+        (tmp_path / "own").write_text(own)
+        for name, text in files.items():
+            (tmp_path / "trees" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "trees" / name).write_text(f"{text}\n")
+
+    return write
+
+
+def test_limits_of_a_control_group_are_kept(groups):
+    groups("0::/\n", {})
     count, memory = limits.usable_cores(), runner.free_memory()
-    for name, text in (("cpu.max", "max 100000\n"), ("memory.max", "max\n"), ("memory.current", "5\n")):
-        (tmp_path / name).write_text(text)
+    groups("0::/\n", {"cpu.max": "max 100000", "memory.max": "max", "memory.current": "5"})
     assert limits.usable_cores() == count and runner.free_memory() > memory // 2
-    for name, text in (("cpu.max", "150000 100000\n"), ("memory.max", "1000000\n"), ("memory.current", "400000\n")):
-        (tmp_path / name).write_text(text)
+    groups("0::/\n", {"cpu.max": "150000 100000", "memory.max": "1000000", "memory.current": "400000"})
     assert limits.usable_cores() == 1 and runner.free_memory() == 600000
-    (tmp_path / "memory.stat").write_text("anon 100000\nfile 300000\ninactive_file 200000\nactive_file 50000\n")
+    groups("0::/\n", {"memory.stat": "anon 100000\nfile 300000\ninactive_file 200000\nactive_file 50000"})
     assert runner.free_memory() == 850000, "files in memory give way"
+
+
+def test_limits_of_version_1(groups):
+    own = "5:cpuacct,cpu:/job\n4:memory:/job\n1:name=systemd:/\n0::/\n"
+    cpu, memory = "cpuacct,cpu/job/cpu.cfs", "memory/job/memory"
+    groups(own, {f"{cpu}_quota_us": "-1", f"{cpu}_period_us": "100000"})
+    count = limits.usable_cores()
+    groups(own, {f"{cpu}_quota_us": "120000"})
+    assert limits.usable_cores() == 1 <= count
+    assert limits.memory_left() is None
+    groups(own, {f"{memory}.limit_in_bytes": "9000", f"{memory}.usage_in_bytes": "4000"})
+    assert limits.memory_left() == 5000
+    groups(own, {f"{memory}.stat": "inactive_file 1\ntotal_inactive_file 600\ntotal_active_file 70"})
+    assert limits.memory_left() == 5670
+
+
+@pytest.mark.parametrize("path", ["/a/b", "/elsewhere/outside", "/../up"])
+def test_what_limits_a_group_limits_those_below(groups, path):
+    """The root counts too where the path is not there, as in containers that see their own group as the root."""
+    groups(f"0::{path}\n", {"cpu.max": "100000 100000", "memory.max": "700", "memory.current": "100"})
+    groups(f"0::{path}\n", {"a/memory.max": "500", "a/memory.current": "50", "a/b/memory.max": "max"})
+    assert limits.usable_cores() == 1
+    assert limits.memory_left() == (450 if path == "/a/b" else 600)

@@ -1,42 +1,82 @@
-"""How much of the machine this process may use."""
+"""How much of the machine this process may use: the cores of its affinity, and what its control groups leave it.
+
+Version 2 has one tree of groups, version 1 one for each controller. What limits a group limits those below it too, so all
+from the process's own up to the root count. Inside a container the root often is the container's own group, whatever
+path /proc tells: what is not found there limits nothing.
+"""
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")
+TREES = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores that this process may really use: its affinity, and its control group's quota."""
+    """Cores that this process may really use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _limits("cpu.max")
-    return min(cores, max(1, quota[0] // quota[1])) if quota else cores
+    return min([cores, *(max(1, quota // period) for quota, period in _quotas())])
 
 
 def memory_left() -> int | None:
-    """Bytes that its control group still lets this process take, in place of files in memory where these must go; None
-    where it sets no limit."""
-    limit, used = _limits("memory.max"), _limits("memory.current")
-    return max(0, limit[0] - used[0] + _file_bytes()) if limit and used else None
+    """Bytes that its control groups still let this process take, in place of files in memory where these must go; None
+    where they set no limit."""
+    return min((max(0, limit - used + files) for limit, used, files in _memory()), default=None)
 
 
-def _limits(name: str) -> list[int]:
-    """The numbers in a file of the control group; empty where there is no limit."""
+def _quotas() -> Iterator[tuple[int, int]]:
+    """(microseconds of all cores together, in so many) for each group that limits them."""
+    for group in _groups("cpu"):
+        match _numbers(group / "cpu.max") or _numbers(group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"):
+            case [quota, period] if quota > 0 and period > 0:
+                yield quota, period
+
+
+def _memory() -> Iterator[tuple[int, int, int]]:
+    """(limit, bytes used, of these such as only hold what is in files too) for each group that limits them."""
+    for group in _groups("memory"):
+        for limit, used, below in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
+            if numbers := _numbers(group / limit, group / used):
+                words = _words(group / "memory.stat")
+                kinds = zip(words[::2], words[1::2], strict=True)
+                wanted = (f"{below}inactive_file", f"{below}active_file")
+                yield numbers[0], numbers[1], sum(int(size) for kind, size in kinds if kind in wanted)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """The groups of this process that may limit what the controller distributes, and all above them."""
+    for line in _lines(OWN_GROUPS):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            roots = [TREES, TREES / "unified"]
+        elif controller in controllers.split(","):
+            roots = [TREES / name for name in {controllers, controller}]
+        else:
+            continue
+        relative = PurePosixPath(path.lstrip("/"))
+        for root in roots:
+            yield from (root / part for part in (relative, *relative.parents) if ".." not in part.parts)
+
+
+def _numbers(*files: Path) -> list[int]:
+    """The numbers in these files; empty where one is missing or says that there is no limit."""
+    words = [_words(file) for file in files]
     try:
-        return [int(word) for word in _words(name)]
+        return [int(word) for some in words for word in some] if all(words) else []
     except ValueError:
         return []
 
 
-def _file_bytes() -> int:
-    """Bytes of the group's memory that only hold what is in files too."""
-    words = _words("memory.stat")
-    kinds = zip(words[::2], words[1::2], strict=True)
-    return sum(int(size) for kind, size in kinds if kind in ("inactive_file", "active_file"))
+def _words(file: Path) -> list[str]:
+    return " ".join(_lines(file)).split()
 
 
-def _words(name: str) -> list[str]:
+def _lines(file: Path) -> list[str]:
     try:
-        return (CONTROL_GROUP / name).read_text().split()
+        return file.read_text().splitlines()
     except OSError:
         return []
