@@ -173,6 +173,20 @@ def test_a_text_that_repeats_itself_takes_few_steps(weights):
     assert stats.steps <= 3 + 58 // 9 + 1 and stats.accepted_tokens == stats.draft_tokens == 60 - stats.steps
 
 
+def test_a_sliding_window(tiny):
+    weights, found = load_weights(tiny("mistral"), "int4"), []
+    params = SamplingParams(max_tokens=150, temperature=0.5, seed=1, ignore_eos=True)
+    for guesses in (0, 8):
+        engine = free_guesses(weights, num_speculative_tokens=guesses)
+        sequences = [engine.submit(LINE * count, params)[0] for count in (1, 4, 12)]
+        while engine.busy:
+            engine.step()
+        found.append([sequence.tokens for sequence in sequences])
+        assert (engine.stats().accepted_tokens > 0) == (guesses > 0)
+        engine.close()
+    assert found[0] == found[1]
+
+
 def test_nobody_loses_pages_for_guesses(weights):
     engine = free_guesses(weights, num_speculative_tokens=0, kv_cache_memory=3 * PAGE)
     [longest] = engine.submit(random_tokens(RNG, 29), SamplingParams(max_tokens=6, **LOOP))
