@@ -8,28 +8,12 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 # Known failures have their tests under their names, S1 to S28 and L1 to L11.
-KNOWN = re.compile(r"^def (test_[sl]\d+_\w+)", re.MULTILINE)
-# Files of which all tests are about what others send, and what becomes of it.
-WHOLE = [
+KNOWN = re.compile(r"^def test_[sl]\d+_", re.MULTILINE)
+FILES = [path for path in sorted(TESTS.rglob("test_*.py")) if KNOWN.search(path.read_text())]
+MORE = [
     TESTS / f"{name}.py"
-    for name in (
-        *(
-            "server/test_guard",
-            "server/test_wire",
-            "server/test_isolation",
-            "server/test_requests",
-            "server/test_streams",
-        ),
-        *("server/test_admission", "test_sandbox", "test_checkpoint", "crowd/test_faults", "crowd/test_counters"),
-    )
+    for name in ("server/test_streams", "server/test_admission", "crowd/test_faults", "crowd/test_counters")
 ]
-
-
-def chosen() -> list[str]:
-    """The command line for these files, and for known failures' tests in all others."""
-    files = {path: KNOWN.findall(path.read_text()) for path in sorted(TESTS.rglob("test_*.py"))}
-    names = [path.stem for path in WHOLE] + [name for found in files.values() for name in found]
-    return [*(str(path) for path, found in files.items() if found or path in WHOLE), "-k", " or ".join(names)]
 
 
 def test_security_without_asserts():
@@ -37,7 +21,7 @@ def test_security_without_asserts():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     options = ["-W", "ignore::pytest.PytestConfigWarning"]
     run = subprocess.run(
-        [*command, *options, *chosen()],
+        [*command, *options, *FILES, *MORE],
         cwd=TESTS.parent,
         env={**os.environ, "PYTHONOPTIMIZE": "1"},
         capture_output=True,
