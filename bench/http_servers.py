@@ -18,7 +18,13 @@ from workload import Arrival
 
 # Options that `minilora serve` and bench/serving.py have under the same names.
 ENGINE = (
-    *("dtype", "max_model_len", "max_num_seqs", "num_speculative_tokens", "kv_cache_dtype", "lora_memory", "threads"),
+    "dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "kv_cache_dtype",
+    "lora_memory",
+    "num_speculative_tokens",
+    "threads",
 )
 WORKLOAD = ("requests", "concurrency", "rate", "burstiness", "trace", "adapters", "popularity", "seed")
 

@@ -44,7 +44,28 @@ def run(llm: LLM, texts: list[str], options: argparse.Namespace, batch: int) -> 
     return answers, sum(map(len, answers)) / seconds
 
 
-def main() -> None:
+def compare(plain: LLM, guessing: LLM, texts: list[str], options: argparse.Namespace, batch: int) -> dict:
+    """Both ways in turn, after one batch to warm up. Raises SystemExit where they give different texts."""
+    for llm in (plain, guessing):
+        run(llm, texts[:batch], options, batch)
+    before, pairs = guessing.stats(), []
+    for _ in range(options.pairs):
+        (expected, one), (found, other) = (run(llm, texts, options, batch) for llm in (plain, guessing))
+        if found != expected:
+            sys.exit("guesses changed a text")
+        pairs.append((one, other))
+    after = guessing.stats()
+    return {
+        "batch": batch,
+        "plain": statistics.median(one for one, _ in pairs),
+        "guessing": statistics.median(other for _, other in pairs),
+        "ratios": sorted(other / one for one, other in pairs),
+        "draft_tokens": after.draft_tokens - before.draft_tokens,
+        "accepted_tokens": after.accepted_tokens - before.accepted_tokens,
+    }
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--ask", default="", help="what stands before each prompt")
@@ -58,7 +79,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     texts = list(islice(prompts(options.file), options.prompts))
     if not texts:
         sys.exit(f"{options.file} holds no prompt")
@@ -69,18 +94,7 @@ def main() -> None:
     )
     rows = []
     for batch in options.batch:
-        for llm in (plain, guessing):
-            run(llm, texts[:batch], options, batch)
-        before, pairs = guessing.stats(), []
-        for _ in range(options.pairs):
-            (expected, one), (found, other) = (run(llm, texts, options, batch) for llm in (plain, guessing))
-            if found != expected:
-                sys.exit("guesses changed a text")
-            pairs.append((one, other))
-        after = guessing.stats()
-        row = {"batch": batch, "plain": statistics.median(p for p, _ in pairs)}
-        row |= {"guessing": statistics.median(g for _, g in pairs), "ratios": sorted(g / p for p, g in pairs)}
-        row |= {name: getattr(after, name) - getattr(before, name) for name in ("draft_tokens", "accepted_tokens")}
+        row = compare(plain, guessing, texts, options, batch)
         rows.append(row)
         if not options.json:
             print(
