@@ -11,12 +11,32 @@ from minilora.checkpoint.lock import resolve_model
 from minilora.packed import load_model
 from minilora_kernels.code_files import cache_root
 
+from .side_runs import SideRuns, is_side_run
 from .support import ARCHITECTURES, make_checkpoint
 
 
 def pytest_sessionstart():
     """In the background a shell has its programs ignore interrupts, and they their children: not those that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that wait for a run beside the others come last."""
+    items.sort(key=is_side_run)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _side_runs(request):
+    """The long runs of the tests that were chosen, from the first test on."""
+    runs = SideRuns(request.session.items)
+    yield runs
+    runs.end()
+
+
+@pytest.fixture
+def side_run(request, _side_runs):
+    """The process, once it has ended, that the test's mark `side_run(*arguments, **environment)` asks for."""
+    return _side_runs.result(request.node)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,16 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from llvmlite import binding
 
 from minilora_kernels import cpu
-from minilora_kernels.limits import usable_cores
 
-ROOT = Path(__file__).resolve().parent.parent
 AVX2 = "+avx2,+avx,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt,+sse4.2,+sse4.1,+ssse3,+sse3,+movbe,+cx16"
 MASKS = {
     cpu.AVX_VNNI: ("alderlake", f"{AVX2},+avxvnni", "avxvnni"),
@@ -32,56 +28,37 @@ ARM = {
 }
 
 
-def masked(family):
-    """The environment of a process that compiles for a lesser CPU."""
+def mask(family):
+    """The variables with which a process compiles for a lesser CPU."""
     name, features, _ = MASKS[family]
-    return {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    return {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
 
 
-def run(arguments, environment=None):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+def marks(family):
+    if not binding.get_host_cpu_features().get(MASKS[family][2]):
+        return pytest.mark.skip(f"this CPU has no {MASKS[family][2]}")
+    if family == cpu.family():
+        return pytest.mark.skip("all tests run for this family here")
+    return pytest.mark.side_run(
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, "-k", FEWER, **mask(family)
+    )
 
 
-@pytest.fixture(scope="module")
-def runs(request):
-    """What the tests of this module that were chosen run, by its key: as many at once as there are cores, as each takes minutes."""
-    pool = ThreadPoolExecutor(usable_cores())
-    chosen = {item.callspec.params.get("key") for item in request.session.items if item.path == request.path}
-    started = {}
-    for family in chosen.intersection(MASKS):
-        arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, "-k", FEWER]
-        if reason_to_skip(family) is None:
-            started[family] = pool.submit(run, arguments, masked(family))
-    for name in chosen.intersection(ARM):
-        started[name] = pool.submit(run, ["tools/cross.py", *ARM[name]])
-    yield started
-    pool.shutdown(cancel_futures=True)
-
-
-def reason_to_skip(family):
-    needed = MASKS[family][2]
-    if not binding.get_host_cpu_features().get(needed):
-        return f"this CPU has no {needed}"
-    return "all tests run for this family here" if family == cpu.family() else None
-
-
-@pytest.mark.parametrize("key", MASKS)
-def test_with_features_masked(key, runs):
+@pytest.mark.parametrize("family", [pytest.param(family, marks=marks(family)) for family in MASKS])
+def test_with_features_masked(family, side_run):
     """The tests of kernels and network pass in a process that compiles for a lesser CPU."""
-    if reason := reason_to_skip(key):
-        pytest.skip(reason)
-    said = run(["-c", "from minilora_kernels import cpu; print(cpu.family())"], masked(key))
-    assert said.stdout.strip() == key, said.stderr
-    done = runs[key].result()
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert side_run.returncode == 0, side_run.stdout[-3000:]
+    command = [sys.executable, "-c", "from minilora_kernels import cpu; print(cpu.family())"]
+    assert subprocess.check_output(command, env={**os.environ, **mask(family)}, text=True).strip() == family
 
 
-@pytest.mark.parametrize("key", ARM)
-def test_every_kernel_lowers_for_arm(key, runs):
-    instruction = {"neither": None, "apple": "sdot"}.get(key, key)
-    done = runs[key].result()
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.side_run("tools/cross.py", *ARM[name])) for name in ARM]
+)
+def test_every_kernel_lowers_for_arm(name, side_run):
+    assert side_run.returncode == 0, side_run.stderr[-2000:]
+    instruction = {"neither": None, "apple": "sdot"}.get(name, name)
+    found = json.loads(side_run.stdout)
     assert found["family"] == (cpu.NEON_DOT if instruction else cpu.PLAIN)
     for case, counts in found["cases"].items():
         if case.startswith("linear int") and instruction:

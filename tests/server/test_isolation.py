@@ -88,7 +88,7 @@ def test_s12_jinja_dos(tmp_path, monkeypatch):
             tokens = sum(line.startswith("data: {") and not all(s.done() for s in stuck) for line in take(lines, stuck))
         for answer in [future.result(30) for future in stuck]:
             assert answer.status_code == 400 and "ran for more than 1 seconds" in answer.text
-        assert time.monotonic() - started < 1 + 1 + 3, "the limit, some time to notice, and three that share a core"
+        assert time.monotonic() - started < 15, "the limit, and some time to notice, for three that share a core"
         assert tokens > 20 and chat(running).status_code == 200
     engine.close()
 
