@@ -3,6 +3,7 @@
 python bench/ceilings.py
 """
 
+import argparse
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -113,8 +114,13 @@ def measure(threads: int) -> Ceilings:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rows = [measure(threads) for threads in sorted({1, usable_cores()})]
     for row in rows:
         print(f"{row.threads} threads: read {row.read:.1f} GB/s, multiply-adds {row.multiply:.0f} G/s")
     print(json.dumps([asdict(row) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

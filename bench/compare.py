@@ -191,7 +191,7 @@ class Ours:
             attention = 2 * config.layers * config.heads * config.head_dim * seen
             return found.multiply * 1e9 / (numbers + attention)
         token = {"float16": 2, "int8": 1}[case.cache] * 2 * config.layers * config.kv_heads * config.head_dim
-        read = len(weights.arena) + case.batch * token * case.depth + self.bench.engine.runner.adapters.used
+        read = len(weights.arena) + case.batch * token * case.depth + self.bench.engine.runner.adapter_pool.used
         if weights.embed != weights.head:
             embed = weights.matrices[weights.embed]
             read -= int(embed[ROWS] // BLOCK * embed[BLOCK_BYTES])

@@ -37,7 +37,7 @@ class _Stream:
 
 
 class AsyncEngine:
-    """A model served to coroutines. Parameters are LLM's; the model is loaded here, before the thread starts.
+    """A model served to coroutines. Parameters are LLM's; model and adapters are loaded here, before the thread starts.
 
     max_model_len: tokens that prompt and text may have together; kv_tokens: that all pages hold.
 

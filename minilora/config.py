@@ -72,14 +72,12 @@ HARMLESS = frozenset(
         "_attn_implementation_autoset",
         "_commit_hash",
         "_name_or_path",
-        "architectures",
         "attention_dropout",
         "auto_map",
         "bos_token_id",
         "chunk_size_feed_forward",
         "dtype",
         "embd_pdrop",
-        "eos_token_id",
         "finetuning_task",
         "id2label",
         "initializer_range",
@@ -88,8 +86,6 @@ HARMLESS = frozenset(
         "label2id",
         "mlp_only_layers",
         "model_name",
-        "model_type",
-        "original_max_position_embeddings",
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
@@ -123,29 +119,33 @@ HARMLESS = frozenset(
 
 USED = frozenset(
     [
+        "architectures",
+        "eos_token_id",
         "head_dim",
         "hidden_act",
         "hidden_size",
         "intermediate_size",
         "max_position_embeddings",
+        "model_type",
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "original_max_position_embeddings",
         "partial_rotary_factor",
+        "quantization_config",
         "rms_norm_eps",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
         "tie_word_embeddings",
         "vocab_size",
-        "quantization_config",
     ]
 )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-family model. Sizes are README's names in the code.
+    """The shape of a Llama-family model: config.json's names, without num_ and hidden_ where these say nothing.
 
     windows: for each layer, how many positions a token sees, 0 for all; rotary: for each layer, whether it
     rotates q and k; qkv_bias, o_bias, mlp_bias, qk_norm: which extra vectors the layers have.
@@ -171,7 +171,6 @@ class ModelConfig:
     qk_norm: bool = False
     fused: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
     source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -276,14 +275,12 @@ class _Reader:
             qk_norm=self.arch.qk_norm,
             fused=self.arch.fused,
             eos_token_ids=token_ids(self.data.get("eos_token_id"), "eos_token_id"),
-            bos_token_id=next(iter(token_ids(self.data.get("bos_token_id"), "bos_token_id")), None),
             source=self.source,
         )
 
     def check_keys(self) -> None:
-        unknown = sorted(
-            k for k in self.source if k not in USED | SOME_USE | HARMLESS and self.source[k] not in (None, False)
-        )
+        known = USED | SOME_USE | HARMLESS
+        unknown = sorted(key for key, value in self.source.items() if key not in known and not asks_nothing(value))
         if unknown:
             raise UnsupportedError(
                 f"config.json has {', '.join(unknown)}: minilora does not know what this changes",
@@ -354,6 +351,11 @@ class _Reader:
         if not isinstance(marks, list) or len(marks) < layers or not all(mark in (0, 1) for mark in marks):
             raise FormatError(f"config.json: no_rope_layers must hold {layers} zeros and ones")
         return tuple(mark == 1 for mark in marks[:layers])
+
+
+def asks_nothing(value: Any) -> bool:
+    """Whether a setting is null, false or empty, and so changes nothing whatever it means."""
+    return value is None or value is False or value == [] or value == {}
 
 
 def token_ids(value: Any, key: str) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ Everything is called from one thread. A request that fails ends alone; a step th
 in it, and the engine goes on.
 """
 
-import os
 import threading
 import time
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from .sequence import AdapterUse, Sequence, State, TokenLogprobs
 from .stats import AdapterStats, Recorder, Stats, adapter_states, load_by_adapter
 from .weights import Weights
 
-# Steps in a row without work, though requests wait and nothing is being read: more are a bug, and are said.
+# Steps in a row that may find no work while requests wait and nothing is being read; more are a bug, and raise.
 PATIENCE = 10
 
 
@@ -63,9 +62,9 @@ class Engine:
         self.runner = Runner(weights, config, self.length)
         self.pool = PagePool(self.runner.pages, self.runner.poison_page if config.debug_checks else None)
         self._news = threading.Event()
-        model, fmt = self.model, self.runner.adapters.format
+        model, fmt = self.model, self.runner.adapter_pool.format
         self.adapters = AdapterRegistry(
-            self.runner.adapters,
+            self.runner.adapter_pool,
             config.max_lora_rank,
             lambda folder: load_adapter(folder, model, weights),
             lambda adapter: pack_adapter(adapter, model, fmt),
@@ -133,7 +132,7 @@ class Engine:
         who shares fairly with others, None for the first adapter's name. Raises UsageError where it can never run.
         """
         self._check(tokens, params, uses)
-        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        seed = params.seed_or_drawn()
         if tenant is None:
             tenant = uses[0].adapter.name if uses else ""
         sequences = []
@@ -165,10 +164,16 @@ class Engine:
                 "Lower max_tokens or raise kv_cache_memory.",
             )
         if params.n > self.config.max_num_seqs:
-            raise UsageError(f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}", param="n")
-        if len(uses) > MOST_USES or len({use.adapter for use in uses}) > self.config.max_loras:
-            most = min(MOST_USES, self.config.max_loras)
-            raise UsageError(f"{len(uses)} adapters in one request, at most {most} are possible")
+            raise UsageError(
+                f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}", "Raise max_num_seqs.", param="n"
+            )
+        if len(uses) > MOST_USES:
+            raise UsageError(f"{len(uses)} adapters in one request, at most {MOST_USES} are possible")
+        if (different := len({use.adapter for use in uses})) > self.config.max_loras:
+            raise UsageError(
+                f"{different} different adapters in one request, but max_loras is {self.config.max_loras}",
+                "Raise max_loras.",
+            )
         params.check_vocabulary(self.model.vocab_size)
 
     def _final_length(self, prompt: int, params: SamplingParams) -> int:
@@ -291,7 +296,7 @@ class Engine:
         return outputs
 
     def _number(self, use: AdapterUse) -> int:
-        return self.runner.adapters.number(use.adapter.digest or "")
+        return self.runner.adapter_pool.number(use.adapter.digest or "")
 
     def _rounds(self, plan: list[Work]) -> int:
         """How many tokens the step gives each text: several where all do nothing but decode, with pages for them."""
@@ -391,17 +396,11 @@ class Engine:
         sequence.siblings = []
 
     def _append(self, sequence: Sequence, token: int) -> None:
-        sequence.tokens.append(token)
+        most = self._final_length(sequence.prompt_length, sequence.params)
+        reason = sequence.append(token, self.eos, most)
         self.scheduler.generated(sequence)
-        params = sequence.params
-        enough = sequence.generated >= params.min_tokens
-        if enough and token in (params.stop_token_ids or ()):
-            sequence.stop_token = token
-            self.scheduler.finish(sequence, "stop")
-        elif enough and token in self.eos and not params.ignore_eos:
-            self.scheduler.finish(sequence, "stop")
-        elif len(sequence.tokens) >= self._final_length(sequence.prompt_length, params):
-            self.scheduler.finish(sequence, "length")
+        if reason is not None:
+            self.scheduler.finish(sequence, reason)
 
     # ------------------------------------------------------------ state
 
@@ -422,7 +421,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot; later steps do not change it."""
-        adapters, pool, recorder = self.adapters, self.runner.adapters, self._recorder
+        adapters, resident, recorder = self.adapters, self.runner.adapter_pool, self._recorder
         running, waiting = self.scheduler.running, self.scheduler.waiting
         return Stats(
             running=len(running),
@@ -444,17 +443,17 @@ class Engine:
             course=recorder.course.copy(),
             step_times={kind: times.copy() for kind, times in recorder.step_times.items()},
             load_by_adapter=load_by_adapter(running, waiting),
-            adapter_states=adapter_states(adapters.names, pool.__contains__),
+            adapter_states=adapter_states(adapters.names, resident.__contains__),
             by_adapter={name: traffic.copy() for name, traffic in recorder.by_adapter.items()},
             adapters=AdapterStats(
                 registered=len(adapters.names),
-                resident=len(pool),
-                in_use=pool.in_use,
-                bytes=pool.used,
-                capacity=pool.capacity,
-                hits=pool.hits,
-                insertions=pool.insertions,
-                evictions=pool.evictions,
+                resident=len(resident),
+                in_use=resident.in_use,
+                bytes=resident.used,
+                capacity=resident.capacity,
+                hits=resident.hits,
+                insertions=resident.insertions,
+                evictions=resident.evictions,
                 **vars(adapters.counts),
             ),
         )
@@ -468,7 +467,7 @@ class Engine:
             if sequence.holds_adapters:
                 for version in sequence.adapters:
                     held[version.digest or ""] = held.get(version.digest or "", 0) + 1
-        self.runner.adapters.check_references(held)
+        self.runner.adapter_pool.check_references(held)
 
     def close(self) -> None:
         """End the engine's threads."""

@@ -62,7 +62,7 @@ class FairQueue:
             self._forget()
 
     def _forget(self) -> None:
-        """Drop counters that say nothing: whoever is not ahead of those at work will start where they are."""
+        """Drop the counters of those who are idle and not ahead: when they come back they start at the floor anyway."""
         floor = self._floor() if self._active else float("inf")
         if not self._active or len(self._served) > 2 * len(self._active) + KEPT:
             self._served = {t: n for t, n in self._served.items() if t in self._active or n > floor}

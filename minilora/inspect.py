@@ -14,8 +14,8 @@ from minilora_kernels.limits import usable_cores
 from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
 
 from . import __version__
-from .checkpoint.lock import resolve
-from .packed import Report, load_model
+from .checkpoint.lock import Report, resolve
+from .packed import load_model
 from .peft import CONFIG, adapter_settings, open_tensors
 from .plan import Target
 

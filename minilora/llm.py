@@ -5,10 +5,11 @@ from collections.abc import Sequence as Listing
 from typing import Any
 
 from .chat import Message, encode_chat
+from .checkpoint.lock import Report
 from .errors import RequestError, UsageError
 from .llm_engine import LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
 from .outputs import LoRARequest, RequestOutput
-from .packed import Report, silent
+from .packed import silent
 from .params import DEFAULT_MODEL, SamplingParams
 from .plan import DEFAULT_GROUP
 from .stats import Stats
@@ -35,14 +36,9 @@ class LLM:
         report: Report = silent,
         **engine: Any,
     ):
-        self.llm_engine = LLMEngine(model, dtype=dtype, group_size=group_size, report=report, **engine)
-        self.model, self.tokenizer, self.engine = (
-            self.llm_engine.model,
-            self.llm_engine.tokenizer,
-            self.llm_engine.engine,
-        )
-        for name, path in (lora or {}).items():
-            self.add_lora(name, path, report=report)
+        self.llm_engine = LLMEngine(model, dtype=dtype, group_size=group_size, lora=lora, report=report, **engine)
+        self.model, self.tokenizer = self.llm_engine.model, self.llm_engine.tokenizer
+        self.engine = self.llm_engine.engine
 
     # ------------------------------------------------------------ adapters
 
@@ -62,9 +58,7 @@ class LLM:
         load: read it now; else when a request wants it. Raises NotFoundError, AdapterError, FormatError or
         UnsupportedError, and then nothing has changed.
         """
-        found = self.llm_engine.find_adapter(source, settings, report)
-        loaded = self.engine.adapters.read(found) if load else None
-        self.llm_engine.register(name, source, found, weight, loaded)
+        self.llm_engine.add_lora(name, source, settings, weight, load, report)
 
     def remove_lora(self, name: str, force: bool = False) -> None:
         """Forget an adapter. Its requests finish first, or with force end with an error. Raises NotFoundError."""
@@ -90,9 +84,7 @@ class LLM:
         RequestError, with all outputs in its `outputs`, where one failed.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _each(
-            sampling_params if sampling_params is not None else SamplingParams(), len(listed), "sampling_params"
-        )
+        params = _each(sampling_params or SamplingParams(), len(listed), "sampling_params")
         loras = _each_lora(lora_request, len(listed))
         requests: list[Request] = []
         try:
@@ -117,13 +109,13 @@ class LLM:
         return self.generate(prompts, sampling_params, lora_request)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams, lora_request: Lora = None
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, lora_request: Lora = None
     ) -> Iterator[RequestOutput]:
         """What one prompt's texts grow by, step by step, as AsyncEngine.generate has it; the last one is `finished`.
 
         Leaving the iteration ends the request. Raises UsageError where it can't run, RequestError where it failed.
         """
-        request = self._submit(prompt, sampling_params, as_loras(lora_request))
+        request = self._submit(prompt, sampling_params or SamplingParams(), as_loras(lora_request))
         try:
             while not request.finished:
                 self.step()
@@ -144,15 +136,16 @@ class LLM:
         lora_request: Lora = None,
         priority: int = 0,
         tenant: str | None = None,
+        salt: bytes = b"",
     ) -> Request:
         """Queue a prompt; `step` and `run` work on it.
 
         callback: called with the request after each step that changed it; `request.output` holds the texts so far,
         `request.delta()` what is new, `request.finished` says whether it was the last call. An exception in it ends
-        that request only, and is its `output.error`.
+        that request only, and is its `output.error`. priority, tenant, salt: as AsyncEngine.generate has them.
         """
-        params = SamplingParams() if sampling_params is None else sampling_params
-        return self._submit(prompt, params, as_loras(lora_request), callback, priority=priority, tenant=tenant)
+        params, loras = sampling_params or SamplingParams(), as_loras(lora_request)
+        return self._submit(prompt, params, loras, callback, priority=priority, tenant=tenant, salt=salt)
 
     def cancel(self, request: Request) -> None:
         """End a request; what it held is free at once."""
@@ -194,16 +187,19 @@ def _each(value: Any, count: int, name: str) -> list[Any]:
     if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:
-        raise UsageError(f"{len(value)} {name} for {count} prompts")
+        raise UsageError(f"{len(value)} {name} for {count} prompts", "Give one for all, or a list of one for each.")
     return list(value)
 
 
 def _each_lora(value: Any, count: int) -> list[tuple[LoRARequest, ...]]:
-    if value is None or isinstance(value, LoRARequest):
+    if not isinstance(value, list | tuple):
         return [as_loras(value)] * count
     if len(value) == count:
         return [as_loras(entry) for entry in value]
-    raise UsageError(f"{len(value)} lora_requests for {count} prompts")
+    raise UsageError(
+        f"{len(value)} entries of lora_request for {count} prompts",
+        "Give one for each prompt; several adapters for one prompt are a list within that list.",
+    )
 
 
 def _unless_failed(outputs: list[RequestOutput]) -> list[RequestOutput]:

@@ -4,7 +4,7 @@ LLM drives it in the caller's thread, AsyncEngine in a thread of its own.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import fields
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from .adapters import Adapter
-from .checkpoint.lock import resolve_adapter, resolve_model
+from .checkpoint.lock import Report, resolve_adapter, resolve_model
 from .engine import Engine, Output
 from .errors import UsageError, did_you_mean
 from .outputs import CompletionOutput, LogprobsAt, LoRARequest, RequestOutput, TextBuilder, logprobs_at
-from .packed import Report, load_model, silent
+from .packed import load_model, silent
 from .params import DEFAULT_MODEL, EngineConfig, SamplingParams, vllm_hint
 from .peft import adapter_from_arrays
 from .plan import DEFAULT_GROUP, Target
@@ -68,8 +68,8 @@ class LLMEngine:
     """A model, an engine for it, and the requests under way. All calls from one thread unless they say otherwise.
 
     model: a name in models.lock, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
-    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; report: called with a line of text when something
-    takes long; the rest are EngineConfig's fields.
+    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at once; report:
+    called with a line of text when something takes long; the rest are EngineConfig's fields.
     """
 
     def __init__(
@@ -78,13 +78,14 @@ class LLMEngine:
         *,
         dtype: str = "auto",
         group_size: int = DEFAULT_GROUP,
+        lora: Mapping[str, str] | None = None,
         report: Report = silent,
         **engine: Any,
     ):
         known = {f.name for f in fields(EngineConfig)}
         if unknown := sorted(engine.keys() - known):
             raise UsageError(
-                f"LLM has no parameter {unknown[0]!r}", vllm_hint(unknown[0]) or did_you_mean(unknown[0], known)
+                f"the engine has no parameter {unknown[0]!r}", vllm_hint(unknown[0]) or did_you_mean(unknown[0], known)
             )
         config, target = EngineConfig(**engine), Target(dtype, group_size)
         self.model = load_model(resolve_model(model, report), model, target, report)
@@ -94,6 +95,12 @@ class LLMEngine:
         # Of each sequence under way, by number.
         self._under_way: dict[int, tuple[Request, TextBuilder]] = {}
         self._number = 0
+        try:
+            for name, path in (lora or {}).items():
+                self.add_lora(name, path, report=report)
+        except BaseException:
+            self.close()
+            raise
 
     # ------------------------------------------------------------ adapters
 
@@ -109,6 +116,19 @@ class LLMEngine:
         if settings is None:
             raise UsageError("arrays need the content of adapter_config.json too, r and lora_alpha at least")
         return adapter_from_arrays(source, settings, self.model.weights.config)
+
+    def add_lora(
+        self,
+        name: str,
+        source: Source,
+        settings: Settings = None,
+        weight: float = 1.0,
+        load: bool = True,
+        report: Report = silent,
+    ) -> None:
+        """Let a name stand for an adapter; see LLM.add_lora."""
+        found = self.find_adapter(source, settings, report)
+        self.register(name, source, found, weight, self.engine.adapters.read(found) if load else None)
 
     def register(
         self, name: str, source: Source, found: Path | Adapter, weight: float = 1.0, loaded: Loaded | None = None
@@ -143,7 +163,8 @@ class LLMEngine:
         """(text, token ids) of a prompt. May be called from any thread. Raises UsageError."""
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
-        return prompt.get("prompt"), token_ids(prompt)
+        ids = token_ids(prompt)
+        return prompt.get("prompt"), ids
 
     def add_request(
         self,
@@ -244,11 +265,9 @@ class LLMEngine:
 
 def as_loras(value: Lora) -> tuple[LoRARequest, ...]:
     """The adapters of one request as a tuple. Raises UsageError."""
-    if value is None:
-        return ()
-    found: Iterable[Any] = (value,) if isinstance(value, LoRARequest) else tuple(value)
-    if not all(isinstance(entry, LoRARequest) for entry in found):
-        raise UsageError("lora_request must hold LoRARequests")
+    found = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    if wrong := [entry for entry in found if not isinstance(entry, LoRARequest)]:
+        raise UsageError(f"lora_request holds {wrong[0]!r}, not a LoRARequest", "Write LoRARequest(NAME).")
     return tuple(found)
 
 
@@ -260,7 +279,7 @@ def _as_scale(value: Any) -> float:
 
 def token_ids(prompt: Mapping[str, Any]) -> list[int]:
     """The ids of a prompt given as {"prompt_token_ids": [...]}. Raises UsageError."""
-    ids = prompt.get("prompt_token_ids")
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
     if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise UsageError('a prompt must be a text or {"prompt_token_ids": [...]}')
     return list(ids)

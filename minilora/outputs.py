@@ -101,7 +101,7 @@ class TextBuilder:
     def _find_stop(self) -> bool:
         text, found = self.output.text, None
         searched, self._searched = self._searched, len(text)
-        # What is whole before the minimum ends nothing, later either.
+        # A stop string that is complete before min_tokens never ends the text.
         if len(self.output.token_ids) < self.sequence.params.min_tokens:
             return False
         for stop in self._stops:

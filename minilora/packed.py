@@ -14,7 +14,7 @@ import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from minilora_kernels.code_files import cache_root
 
 from .checkpoint import open_checkpoint
 from .checkpoint.folder import INDEX
+from .checkpoint.lock import Report
 from .config import ModelConfig, token_ids
 from .errors import FormatError
 from .files import read_json
@@ -39,8 +40,6 @@ from .weights import Weights
 MANIFEST, ARENA = "minilora.json", "weights.bin"
 VERSION = 3
 CHECKED_WORDS = 1 << 17
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)

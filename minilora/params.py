@@ -3,6 +3,7 @@
 Options of the command line are made from what is here, so nothing heavy is imported.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,11 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
         raise UsageError(f"{name} must be an integer from {low} to {high}, not {_shown(value)}", param=name)
 
 
+def _yes_or_no(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be true or false, not {_shown(value)}", param=name)
+
+
 def _shown(value: Any) -> str:
     """A value as an error names it: short, however long it is. (Python refuses to print integers of 5000 digits.)"""
     if isinstance(value, int) and value.bit_length() > 256:
@@ -48,13 +54,15 @@ LogitsProcessor = Callable[[list[int], list[int], "np.ndarray"], "np.ndarray | N
 class SamplingParams:
     """How tokens are chosen and when a text ends. Raises UsageError for values that make no sense.
 
-    n: texts for each prompt. temperature: 0 takes the best token always. top_k: 0 or -1 for all. min_p: tokens
-    below min_p times the best one's probability are out. repetition_penalty: divides the logits of tokens seen in
+    n: texts for each prompt. temperature: 0 takes the best token always. top_p: the fewest best tokens whose
+    probabilities sum to so much stay in; top_k: so many of the best do, 0 or -1 for all; min_p: those do that have min_p
+    times the best one's probability. repetition_penalty: divides the logits of tokens seen in
     prompt or text (CTRL, arXiv:1909.05858); presence_penalty, frequency_penalty: subtracted from those of tokens
     in the text, once, or for each occurrence. seed: None draws one. stop: strings that end the text; stop_token_ids:
     tokens that do; include_stop_str_in_output: the text keeps what ended it, but for the model's own end. ignore_eos: go
     on after that. max_tokens: None for as many as fit. min_tokens: no end before. logprobs, prompt_logprobs: how many
-    of the best tokens' log-probabilities to return at each place, None for none. logit_bias: token id -> number added
+    of the best tokens' log-probabilities to return at each place, None for none. skip_special_tokens: leave them out of
+    the text. logit_bias: token id -> number added
     to its logit. logits_processors: called in order before a token is chosen, with the prompt's tokens, the text's so
     far, and the logits, a float32 array [V] to change in place or to replace by what is returned; an exception ends
     that request only.
@@ -104,6 +112,11 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MOST_LOGPROBS)
         self._check_stops()
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors or ()))
+        if not all(callable(processor) for processor in self.logits_processors or ()):
+            raise UsageError("logits_processors must hold functions")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            _yes_or_no(name, getattr(self, name))
 
     def _check_stops(self) -> None:
         assert isinstance(self.stop, tuple) and isinstance(self.stop_token_ids, tuple)
@@ -113,12 +126,6 @@ class SamplingParams:
             raise UsageError(f"stop_token_ids may hold {MOST_BIASES} ids at most", param="stop_token_ids")
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, 0, 1 << 31)
-        object.__setattr__(self, "logits_processors", tuple(self.logits_processors or ()))
-        if not all(callable(processor) for processor in self.logits_processors or ()):
-            raise UsageError("logits_processors must hold functions")
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name} must be true or false, not {_shown(getattr(self, name))}", param=name)
 
     def _biases(self) -> dict[int, float]:
         if self.logit_bias is None:
@@ -128,10 +135,15 @@ class SamplingParams:
         found = {}
         for key, value in self.logit_bias.items():
             token = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
-            _whole("logit_bias", token, 0, 1 << 31)
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= 1 << 31:
+                raise UsageError(f"logit_bias: {_shown(key)} is not a token id", param="logit_bias")
             _real("logit_bias", value, -100, 100)
             found[token] = float(value)
         return found
+
+    def seed_or_drawn(self) -> int:
+        """The seed; one that is drawn now where it is None."""
+        return int.from_bytes(os.urandom(8), "little") if self.seed is None else self.seed
 
     @cached_property
     def greedy(self) -> bool:
@@ -242,3 +254,5 @@ class EngineConfig:
         for name, known in (("kv_cache_dtype", ENGINE_DTYPES), ("lora_dtype", ENGINE_DTYPES), ("numa", NUMA_MODES)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", f"Known: {', '.join(known)}.")
+        for name in ("enable_prefix_caching", "debug_checks"):
+            _yes_or_no(name, getattr(self, name))

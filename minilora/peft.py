@@ -3,7 +3,6 @@
 Whatever a folder holds is used or refused by name; nothing is skipped.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from minilora_kernels.pack import BLOCK
 
 from .adapters import EMBED, HEAD, Adapter, Pair, module_shapes
 from .checkpoint.safetensors import TensorFile
-from .config import ModelConfig
+from .config import ModelConfig, asks_nothing
 from .errors import AdapterError, FormatError, NotFoundError, UnsupportedError
 from .files import read_json
 from .weights import Weights
@@ -114,7 +113,8 @@ class _Settings:
                 f"{CONFIG}: init_lora_weights {start!r} changes the base model's weights",
                 "Save the adapter with PEFT's path_initial_model_for_weight_conversion.",
             )
-        unknown = sorted(k for k in data if k not in _READ | _HARMLESS and data[k] not in (None, False, [], {}))
+        known = _READ | _HARMLESS
+        unknown = sorted(key for key, value in data.items() if key not in known and not asks_nothing(value))
         if unknown:
             raise UnsupportedError(f"{CONFIG} has {', '.join(unknown)}: minilora does not know what this changes")
 
@@ -182,7 +182,7 @@ def load_adapter(folder: Path, config: ModelConfig, weights: Weights | None = No
     tensors = {name: file.read(name) for name in file.tensors}
     for name in [name for name in tensors if name.endswith(".base_layer.weight")]:
         _check_base(name, tensors.pop(name), config, weights)
-    adapter = adapter_from_arrays(tensors, settings.data, config, source=str(folder))
+    adapter = adapter_from_arrays(tensors, settings.data, config)
     _check_targets(settings.data, adapter, config)
     return adapter
 
@@ -219,9 +219,7 @@ def _check_base(name: str, copy: np.ndarray, config: ModelConfig, weights: Weigh
             )
 
 
-def adapter_from_arrays(
-    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], config: ModelConfig, source: str = ""
-) -> Adapter:
+def adapter_from_arrays(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], config: ModelConfig) -> Adapter:
     """An adapter from arrays under PEFT's tensor names and the content of adapter_config.json.
 
     Raises AdapterError or UnsupportedError, naming the tensor or key.
@@ -236,7 +234,7 @@ def adapter_from_arrays(
     if not halves:
         raise AdapterError("the adapter holds no tensors")
     pairs = {module: _pair(module, found, shapes[module], checked) for module, found in halves.items()}
-    return Adapter(pairs, source, dict(settings))
+    return Adapter(pairs)
 
 
 def _parse_name(name: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
@@ -314,10 +312,8 @@ def _layers(settings: Mapping[str, Any]) -> set[int] | None:
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says, for display. Raises NotFoundError or FormatError."""
+    """What adapter_config.json says of rank, modules and base model. Raises NotFoundError or FormatError."""
     data = read_json(folder / CONFIG)
     if not isinstance(data.get("r"), int):
         raise FormatError(f"{folder / CONFIG} names no rank r")
-    return json.loads(
-        json.dumps({k: data.get(k) for k in ("r", "lora_alpha", "target_modules", "base_model_name_or_path")})
-    )
+    return {key: data.get(key) for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path")}

@@ -10,11 +10,11 @@ from minilora_kernels import reference as kernels
 
 from .adapters import Adapter
 from .batch import Draw
-from .checkpoint.lock import resolve_adapter, resolve_model
+from .checkpoint.lock import Report, resolve_adapter, resolve_model
 from .errors import UsageError
 from .llm_engine import token_ids
 from .outputs import LoRARequest, RequestOutput, TextBuilder
-from .packed import Report, load_model, silent
+from .packed import load_model, silent
 from .params import SamplingParams
 from .peft import load_adapter
 from .plan import DEFAULT_GROUP, Target
@@ -46,24 +46,18 @@ class PlainLLM:
 
     def _generate(self, tokens: list[int], params: SamplingParams, loras: Listing[LoRARequest]) -> RequestOutput:
         config = self.model.weights.config
-        if len(tokens) >= config.max_position_embeddings:
+        longest = config.max_position_embeddings
+        if len(tokens) >= longest:
             raise UsageError(
-                f"the prompt has {len(tokens)} tokens, the model takes {config.max_position_embeddings - 1} at most",
-                "Shorten it.",
+                f"the prompt has {len(tokens)} tokens, the model takes {longest - 1} at most", "Shorten it."
             )
-        network = Reference(config, self._merged(loras), config.max_position_embeddings)
-        sequence = Sequence(1, list(tokens), len(tokens), params, params.seed or 0)
+        network = Reference(config, self._merged(loras), longest)
+        sequence = Sequence(1, list(tokens), len(tokens), params, params.seed_or_drawn())
         builder = TextBuilder(sequence, 0, self.tokenizer)
+        most = longest if params.max_tokens is None else min(len(tokens) + params.max_tokens, longest)
         while sequence.finish_reason is None:
             token = self._choose(network.forward(sequence.tokens)[-1], sequence)
-            sequence.tokens.append(token)
-            enough = sequence.generated >= params.min_tokens
-            if enough and (
-                (token in self.model.eos and not params.ignore_eos) or token in (params.stop_token_ids or ())
-            ):
-                sequence.finish_reason = "stop"
-            elif sequence.generated == params.max_tokens or len(sequence.tokens) == config.max_position_embeddings:
-                sequence.finish_reason = "length"
+            sequence.finish_reason = sequence.append(token, self.model.eos, most)
             if builder.add(token, None, sequence.finish_reason is not None):
                 sequence.finish_reason = "stop"
         builder.finish()

@@ -15,10 +15,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
+from .adapter_pool import AdapterPool
 from .adapters import Adapter, PackedAdapter
 from .errors import AdapterError, MiniloraError, NotFoundError, ResourceError, UsageError, did_you_mean
 from .peft import adapter_settings
-from .pool import AdapterPool
 
 # Versions that are read ahead of the requests that may start now.
 AHEAD = 4
@@ -28,8 +28,8 @@ AHEAD = 4
 class AdapterVersion:
     """One content of an adapter.
 
-    path: its folder, None if it was given as arrays; digest, rank: None and 0 until it is loaded; packed: its bytes
-    while they are not in the pool only; error: why it could not be loaded; users: requests that are not finished;
+    path: its folder, None if it was given as arrays; digest, rank: None and 0 until it is loaded; packed: its bytes,
+    of one with a folder only while they wait to enter the pool; error: why it could not be loaded; users: requests that are not finished;
     retired: its name is gone or means another version; weight: share of the machine, relative to others.
     """
 
@@ -125,7 +125,8 @@ class Loader:
 class AdapterRegistry:
     """Names of adapters and their way into the pool. All calls from one thread, the engine's.
 
-    highest_rank: that is accepted; read, pack, wake: see Loader.
+    highest_rank: that is accepted; read: an adapter from its folder; pack: its bytes for the pool; wake: called in
+    the loader's thread when an adapter was read.
     """
 
     def __init__(self, pool: AdapterPool, highest_rank: int, read: Read, pack: Pack, wake: Callable[[], None]):

@@ -15,13 +15,13 @@ from minilora_kernels.pages import KV_FLOAT16, KV_FLOAT32, SPLIT
 from minilora_kernels.team import Each, Team
 
 from . import numa
+from .adapter_pool import AdapterPool
 from .batch import ROWS_PER_TILE, Chunk, Draw, Packer, split_size
 from .cache import KV_FORMATS, copy_page, make_kv, page_bytes, poison_page
 from .crew import Crew
 from .errors import ResourceError
 from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Fixed, Shape, make_step
 from .params import EngineConfig
-from .pool import AdapterPool
 from .sampler import Sampler
 from .weights import Network, Weights
 
@@ -58,7 +58,7 @@ class Runner:
         self._setup_buffers()
         self._networks = self._place_weights(free)
         self._step = make_step(
-            weights.formats, self.kv_format, self.adapters.format, 16 if self.model.head_dim % 64 else 64
+            weights.formats, self.kv_format, self.adapter_pool.format, 16 if self.model.head_dim % 64 else 64
         )
         self._prepare()
 
@@ -103,20 +103,20 @@ class Runner:
 
     def _fix(self) -> None:
         """Put together what all steps share."""
-        rest = self._shape, self.kv, self.adapters.arrays, self._buffers
+        rest = self._shape, self.kv, self.adapter_pool.arrays, self._buffers
         fixed = Each(Fixed(network, *rest) for network in self._networks)
         self._fixed = fixed if len(fixed) > 1 else fixed[0]
 
     def _setup_adapters(self, most: int) -> None:
         config = self.config
-        self.adapters = AdapterPool(
+        self.adapter_pool = AdapterPool(
             self.model,
             config.max_cpu_loras or max(config.max_loras, AUTOMATIC_SLOTS),
             config.lora_memory if config.lora_memory is not None else most,
             LORA_FORMATS.get(config.lora_dtype, FLOAT32 if self._exact else INT8),
             config.max_loras,
         )
-        self._spread(self.adapters.arrays.arena)
+        self._spread(self.adapter_pool.arrays.arena)
 
     def _setup_buffers(self) -> None:
         model, config, threads = self.model, self.config, self.team.size

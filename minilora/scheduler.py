@@ -16,7 +16,7 @@ from .fairness import GENERATED_COST, FairQueue
 from .registry import AHEAD
 from .sequence import Sequence, State
 
-# How many texts that can't start now a step looks at, in numbers of running ones; after that, how many of each tenant.
+# A step looks at LOOKED_AT * max_num_seqs texts that can't start now, and from then on at LOOKED_AT of each tenant.
 LOOKED_AT = 4
 
 
@@ -76,6 +76,8 @@ class Scheduler:
         self._lost: set[Sequence] = set()
         self._step = 0
         self._changed = False
+        # Rows of logits that this step may still compute.
+        self._logits_left = prompt_logits
 
     # ------------------------------------------------------------ requests
 

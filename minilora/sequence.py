@@ -1,6 +1,7 @@
 """The state of one text that is being generated."""
 
 import struct
+from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
@@ -128,6 +129,20 @@ class Sequence:
         """The proposed tokens."""
         return self.tokens[len(self.tokens) - self.proposed :] if self.proposed else []
 
+    def append(self, token: int, eos: Container[int], most: int) -> str | None:
+        """Add a token to the text; returns why the text ends with it, "stop" or "length", or None where it goes on.
+
+        eos: the model's own ends; most: tokens of prompt and text together.
+        """
+        self.tokens.append(token)
+        if self.generated >= self.params.min_tokens:
+            if token in (self.params.stop_token_ids or ()):
+                self.stop_token = token
+                return "stop"
+            if token in eos and not self.params.ignore_eos:
+                return "stop"
+        return "length" if len(self.tokens) >= most else None
+
     def withdraw(self) -> list[int]:
         """Take back the guesses; returns them."""
         guesses = self.guesses
@@ -139,8 +154,7 @@ class Sequence:
     def page_keys(self, page: int) -> list[bytes]:
         """The key of each full page: a digest of the adapters, the salt and all tokens up to its end.
 
-        Adapters enter through the root of the chain alone, so that pages from before an adapter is activated could
-        begin a chain of the base model's.
+        Adapters and salt are in the chain's root, so that texts with other ones share no page of it.
         """
         for i in range(len(self._keys), len(self.tokens) // page):
             tokens = self.tokens[i * page : (i + 1) * page]

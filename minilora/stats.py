@@ -72,7 +72,8 @@ class _Copies:
 
 @dataclass
 class Traffic(_Copies):
-    """Of one adapter, or of all requests. finished: by finish_reason; times in seconds.
+    """Texts of one adapter, or of all. requests: how many (n of a request with n); finished: by finish_reason; times in
+    seconds.
 
     time_to_first_token: from submission; inter_token_time: between two tokens of a text; latency: from submission to
     the last token. last_request: when the newest came, on the engine's clock, None before the first.

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from safetensors.numpy import load_file
 
+from minilora.adapter_pool import AdapterPool
 from minilora.adapters import Adapter, pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
 from minilora.peft import load_adapter
-from minilora.pool import AdapterPool
 from minilora_kernels.pack import FLOAT16, FLOAT32
 
 from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
@@ -123,6 +123,7 @@ BAD_SETTINGS = [
     ({"trainable_token_indices": [1]}, UnsupportedError, "trainable_token_indices"),
     ({"alora_invocation_tokens": [1]}, UnsupportedError, "alora"),
     ({"layer_replication": [[0, 2]]}, UnsupportedError, "layer_replication"),
+    ({"new_scale": 0}, UnsupportedError, "new_scale"),
     ({"r": 0}, AdapterError, "r must be"),
     ({"r": 10**9}, AdapterError, "r must be"),
     ({"r": 8}, AdapterError, "q_proj.*rank 8"),

@@ -408,6 +408,37 @@ def test_adapters_as_arrays_replaced_in_place(llm, expected):
         llm.generate(PROMPT, GREEDY, LoRARequest("arrays"))
 
 
+@pytest.mark.parametrize(
+    "arguments, cause",
+    [
+        ([[[1, 2, 3]]], "a prompt must be"),
+        ([{"prompt": 7}], "a prompt must be"),
+        ([PROMPT, GREEDY, "a1"], "'a1', not a LoRARequest"),
+        ([PROMPT, GREEDY, ["a1"]], "'a1', not a LoRARequest"),
+        ([PROMPT, GREEDY, [LoRARequest("a1"), LoRARequest("a2")]], "2 entries of lora_request for 1 prompts"),
+        ([[PROMPT, PROMPT], [GREEDY]], "1 sampling_params for 2 prompts"),
+    ],
+)
+def test_wrong_arguments_are_named(llm, arguments, cause):
+    with pytest.raises(UsageError, match=cause):
+        llm.generate(*arguments)
+
+
+def test_adapters_from_the_start(model, shelf, expected):
+    async def main():
+        return await engine.complete(PROMPT, GREEDY, LoRARequest("a2"))
+
+    engine = AsyncEngine(model, lora={"a2": shelf[2]}, **SIZES)
+    try:
+        assert asyncio.run(main()).outputs[0].text == expected["a2"]
+    finally:
+        engine.close()
+    before = threading.active_count()
+    with pytest.raises(NotFoundError):
+        LLM(model, lora={"a2": "/nowhere/at/all"}, **SIZES)
+    assert threading.active_count() == before, "threads of an engine that nobody has"
+
+
 def test_a_path_in_the_request_registers(llm, shelf, expected):
     for i in (0, 1, 1):
         [answer] = llm.generate(PROMPT, GREEDY, LoRARequest("by-path", lora_path=shelf[i]))

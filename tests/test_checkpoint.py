@@ -251,6 +251,8 @@ BAD_CONFIGS = [
     ({"architectures": [["x"]]}, FormatError, "architectures"),
     ({"eos_token_id": "2"}, FormatError, "eos_token_id"),
     ({"attention_bias": "yes"}, FormatError, "attention_bias"),
+    ({"logit_scale": 0}, UnsupportedError, "logit_scale"),
+    ({"logit_scale": 0.0}, UnsupportedError, "logit_scale"),
 ]
 
 
@@ -287,6 +289,7 @@ def test_harmless_keys_pass():
         "auto_map": {"x": "y"},
         "unknown_flag": False,
         "other": None,
+        "others": [],
     }
     assert ModelConfig.from_dict({**BASE_CONFIG, **extra}) == ModelConfig.from_dict(BASE_CONFIG)
 

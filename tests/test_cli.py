@@ -247,6 +247,18 @@ def test_options_come_from_the_environment_too(model, adapter):
     assert "'--threads'" in minilora("warmup", MINILORA_THREADS="0").stderr
 
 
+def test_stop_strings_from_a_variable_are_its_lines(model):
+    text = answer(model)["text"]
+    stop, never = text[4:7], "a b"
+    assert never not in text
+    assert answer(model, MINILORA_STOP=f"{never}\n{stop}")["text"] == text[: text.index(stop)]
+
+
+def test_every_unseeded_text_of_the_reference_differs(model):
+    arguments = ("generate", "Hello there", "-m", model, "--backend", "numpy", "--temp", 2, "-n", 8)
+    assert len({minilora(*arguments, *seed).stdout for seed in ((), (), ("--seed", 5), ("--seed", 5))}) == 3
+
+
 def test_errors_show_tracebacks_on_request():
     assert "Traceback" in minilora("show", "nothing-here", MINILORA_DEBUG="1").stderr
 

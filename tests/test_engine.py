@@ -98,6 +98,8 @@ def test_bad_parameters_are_refused(values):
         {"kv_cache_dtype": "int3"},
         {"threads": 0},
         {"max_lora_rank": 300},
+        {"enable_prefix_caching": "no"},
+        {"debug_checks": 1},
     ],
 )
 def test_bad_engine_settings_are_refused(values):
@@ -365,7 +367,7 @@ def test_cancelling_at_any_moment_frees_everything(weights):
         engine.scheduler.check_integrity()
     run(engine)
     assert generated(needle) == alone and engine.pool.held == 0
-    assert engine.runner.adapters.remove(digest.digest), "nobody uses the adapter any more"
+    assert engine.runner.adapter_pool.remove(digest.digest), "nobody uses the adapter any more"
     engine.cancel(needle)
     assert needle.finish_reason == "length", "cancelling what is done changes nothing"
 
@@ -380,6 +382,11 @@ def test_a_request_uses_so_many_adapters_and_no_more(weights):
     assert whole[0].tokens == parts[0].tokens
     with pytest.raises(UsageError, match="9 adapters in one request, at most 8"):
         engine.submit(PROMPT, SamplingParams(), (AdapterUse(version, 1 / 9),) * 9)
+    small = make_engine(weights, max_loras=2)
+    different = [small.add_adapter(make_adapter(weights.config, seed=i)) for i in range(3)]
+    with pytest.raises(UsageError, match="3 different adapters in one request, but max_loras is 2") as caught:
+        small.submit(PROMPT, SamplingParams(), tuple(AdapterUse(version, 0.1) for version in different))
+    assert caught.value.remedy == "Raise max_loras."
 
 
 def test_nothing_ends_within_a_step(weights):

@@ -34,7 +34,7 @@ LAYERS = [
         "checkpoint",
     },
     {"plan", "weights", "packer", "packed", "numa"},
-    {"adapters", "peft", "pool", "registry", "cache", "batch", "sequence"},
+    {"adapters", "peft", "adapter_pool", "registry", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
     {"fairness", "scheduler", "asked", "engine"},
     {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},

@@ -12,11 +12,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from minilora.adapter_pool import AdapterPool
 from minilora.adapters import pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, NotFoundError, ResourceError, UsageError
 from minilora.peft import load_adapter
-from minilora.pool import AdapterPool
 from minilora.registry import AHEAD, AdapterRegistry
 from minilora_kernels.pack import FLOAT16
 

@@ -7,7 +7,6 @@ from minilora_kernels.dot import (
     begin_short,
     dot4_bytes,
     dot4_short,
-    dot4_small,
     end_short,
     start_bytes,
     start_unsigned,
@@ -85,12 +84,6 @@ def _narrow(x, out):
 def _exp(x, out):
     for i in range(0, len(x), 16):
         store_f32(out, i, exp(load_f32(x, i)))
-
-
-@kernel
-def _dots(acc, u, s, out):
-    for i in range(0, len(acc), 16):
-        store_f32(out, i, to_f32(dot4_small(load_i32(acc, i), load_u8(u, 4 * i), load_u8(s, 4 * i))))
 
 
 @kernel
@@ -239,16 +232,6 @@ def test_exp():
     assert np.isnan(nothing).all()
     expected = np.where(x < -87, 0, np.exp(x.astype(np.float64)))
     assert np.abs(out - expected).max() <= 3e-7 * expected.max() and (np.abs(out - expected) <= 3e-7 * expected).all()
-
-
-def test_dot4_is_exact():
-    rng = np.random.default_rng(1)
-    u = np.concatenate([rng.integers(0, 128, 4096), np.full(64, 127), np.full(64, 127)]).astype(np.uint8)
-    s = np.concatenate([rng.integers(-128, 128, 4096), np.full(64, -128), np.full(64, 127)]).astype(np.int8)
-    acc = rng.integers(-100000, 100000, len(u) // 4).astype(np.int32)
-    out = np.zeros(len(acc), np.float32)
-    program(_dots)(acc, u, s.view(np.uint8), out)
-    assert np.array_equal(out, reference.dot4(acc, u, s).astype(np.float32))
 
 
 def test_sums_of_nibbles_are_exact_for_32_columns():

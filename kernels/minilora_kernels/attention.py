@@ -57,7 +57,12 @@ def _behind_queries(kv, q_at, rows):
 
 
 def _in_tiles(tile):
-    """All rows, tile by tile: of MOST_ROWS and what is left. Only the first tile asks for memory."""
+    """All rows, tile by tile: of MOST_ROWS and what is left. Only the first tile asks for memory.
+
+    Score tiles and value tiles take the same arguments, so that this serves both; `count` and `d` are for values, and
+    `values` for scores, which alone prefetch them. source, target: where in scratch the first row's queries and scores are,
+    or its weights and sums, and the next row's a step on.
+    """
 
     @kernel
     def tiles(kv, token, count, values, keys, d, rows, scratch, source, step, target, target_step):
@@ -97,7 +102,7 @@ def _make_scores(kv_format):
 
 def _make_values(kv_format, head_unit):
     quantized = kv_format == KV_INT8
-    # Integers want two sums for each number, or both halves of each 16 bits.
+    # Integers want two sums for each number; as pairs of 16 bits, both bytes of each widened.
     width = AT_ONCE if quantized else 2 * AT_ONCE
 
     def for_width(width):

@@ -12,8 +12,8 @@ _LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
 # Numbers in a cache line.
 _LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32}
 
-# Rows of the highest tile, and how much of a row it takes at once, so that registers hold all sums: vectors of 16
-# positions in a score tile, and how much fewer columns than the widest value tile.
+# Rows of the largest tile; and of each row, so that registers hold all sums: the vectors of 16 positions in a score tile,
+# and half the vectors of 16 columns in a value tile (of integers, which want two sums for each number, all of them).
 MOST_ROWS, AT_ONCE = (4, 2) if cpu.vectors() >= 32 else (3, 1)
 
 ZERO = np.float32(0)

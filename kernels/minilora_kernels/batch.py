@@ -18,9 +18,11 @@ from .sample import make_sample, uniform
 
 # Columns of tiles: a tile is a few consecutive tokens of one sequence.
 TILE_ROW, TILE_TOKENS, TILE_POSITION, TILE_PAGES = range(4)
-# Columns of long: a token whose positions are shared out in splits of 256, with room for all of them in `parts` from
-# LONG_PARTS on.
+# Columns of long: a token whose positions are shared out in splits (see pages.SPLIT), with room for all of them in `parts`
+# from LONG_PARTS on.
 LONG_ROW, LONG_POSITION, LONG_PAGES, LONG_PARTS = range(4)
+# Columns of segments: a run of rows with one adapter, and where its part of the shrunk rows begins.
+SEGMENT_FIRST, SEGMENT_END, SEGMENT_SLOT, SEGMENT_COLUMN = range(4)
 # Columns of choices: a token to choose.
 CHOICE_ROW, CHOICE_TOP_K, CHOICE_SEED, CHOICE_POSITION = range(4)
 # Columns of cuts.

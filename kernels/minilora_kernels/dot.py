@@ -103,9 +103,9 @@ def _widened(builder, acc, u, s):
 
 
 class _Family(NamedTuple):
-    """How a CPU family multiplies `parts` parts of a vector: u <= 127, and any u.
+    """How a CPU family multiplies `parts` parts of a vector.
 
-    signed: for any u, u - 128 is what is multiplied.
+    small: for u <= 127 and any s; bytes: for any u and s >= -127; signed: `bytes` multiplies u - 128.
     """
 
     parts: int
@@ -146,11 +146,10 @@ def _start_unsigned(builder, minus_sum):
     return builder.sub(zero, builder.shl(minus_sum, constant(_I32, 7))) if _family().signed else zero
 
 
-dot4_small = _dot4(lambda family: family.small)
-"""acc[i] + sum over j < 4 of u[4i + j] * s[4i + j] for u <= 127: u unsigned, s signed bytes. Exact."""
 dot4_bytes = _dot4(lambda family: family.bytes)
-"""Likewise for every u and s >= -127, with all of s through it, as acc begins: from `start_bytes` the sum of (u - 128) * s,
-from `start_unsigned` that of u * s. Exact."""
+"""acc[i] + sum over j < 4 of u[4i + j] * s[4i + j], or of (u - 128) * s where the CPU family multiplies signed bytes: any u,
+s >= -127. Once all of s went through it, the sum is that of (u - 128) * s if acc began with `start_bytes`, and that of u * s
+if it began with `start_unsigned`. Exact."""
 start_bytes = primitive(i32x16, [i32x16], _start_bytes)
 start_unsigned = primitive(i32x16, [i32x16], _start_unsigned)
 """Where dot4_bytes begins, from minus the sum of all s."""

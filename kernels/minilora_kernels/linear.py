@@ -26,8 +26,9 @@ from .pack import (
     GROUP,
     INT4,
     INT4_MIN,
-    INT8_MIN,
     OFFSET,
+    has_minimum,
+    header_bytes,
     is_float,
 )
 from .simd import (
@@ -91,21 +92,26 @@ def _asker(rows: int):
 
 
 def _quantized_tile(rows: int, width: int, fmt: int):
-    """rows x 1 block of an integer format; with width 1 the first or second half of its weight rows."""
-    nibbles, minimum = fmt in (INT4, INT4_MIN), fmt in (INT4_MIN, INT8_MIN)
-    header, step = (128 if minimum else 64), (64 if nibbles else 128)
+    """rows x 1 block of an integer format; with width 1 the first or second half of its weight rows.
+
+    Its kernel takes `linear`'s arguments, and of the block `at`, its first byte; half: with width 1, 0 or 1 for which;
+    ahead: how many bytes further on memory is asked for meanwhile, 0 for none; columns and group: of the matrix.
+    """
+    nibbles, minimum, header = fmt in (INT4, INT4_MIN), has_minimum(fmt), header_bytes(fmt)
+    step = 64 if nibbles else 128
     dot, start_at = (dot4_short, times8) if nibbles else (dot4_bytes, start_unsigned if minimum else start_bytes)
     at_once = SHORT_COLUMNS if nibbles else 0
     ask, new_acc, new_scale, new_weights = _asker(rows), tile(f32x16, rows, width), tile(f32x16, 2, 2), tile(u8x64, 2)
     new_dots, new_sums = tile(i32x16, rows, width), tile(short_sums if nibbles else i32x16, rows, width)
 
     @kernel
-    def multiply(weights, at, half, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
+    def quantized_tile(weights, at, half, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
         acc, dots, sums, scale, w = new_acc(), new_dots(), new_sums(), new_scale(), new_weights()
         first = half if width == 1 else 0
         for m in range(rows):
             for n in range(width):
                 acc[m, n] = splat_f32(ZERO)
+        # From here on: the first of the group's inputs, and of the numbers that go with it.
         q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
         for m in range(rows):
             for n in range(width):
@@ -164,16 +170,16 @@ def _quantized_tile(rows: int, width: int, fmt: int):
                 to = out_at + m * out_stride + 16 * (first + n)
                 store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
 
-    return multiply
+    return quantized_tile
 
 
 def _float_tile(rows: int, width: int, fmt: int):
-    """rows x 1 block of a floating-point format; with width 1 the first or second half of its weight rows."""
+    """rows x 1 block of a floating-point format, as _quantized_tile has it."""
     load, size = {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2), BFLOAT16: (load_bf16, 2)}[fmt]
     ask, new_acc, new_weights = _asker(rows), tile(f32x16, rows, width), tile(f32x16, width)
 
     @kernel
-    def multiply(weights, at, half, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
+    def float_tile(weights, at, half, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
         acc, w, first = new_acc(), new_weights(), half if width == 1 else 0
         for m in range(rows):
             for n in range(width):
@@ -194,7 +200,7 @@ def _float_tile(rows: int, width: int, fmt: int):
                 to = out_at + m * out_stride + 16 * (first + n)
                 store_f32(out, to, acc[m, n] + load_f32(out, to) if add else acc[m, n])
 
-    return multiply
+    return float_tile
 
 
 def _block(fmt: int, shapes: tuple):
@@ -204,7 +210,7 @@ def _block(fmt: int, shapes: tuple):
     others = _block(fmt, shapes[1:]) if len(shapes) > 1 else None
 
     @kernel
-    def multiply(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+    def block(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         m, soon, to = 0, ahead, out_at
         while rows - m >= height:
             mine(weights, at, 0, soon, columns, group, x, x_row + m, out, to, out_stride, add)
@@ -215,7 +221,7 @@ def _block(fmt: int, shapes: tuple):
         if others is not None and m < rows:
             others(weights, at, soon, columns, group, x, x_row + m, rows - m, out, to, out_stride, add)
 
-    return multiply
+    return block
 
 
 def _first_of(formats: tuple):

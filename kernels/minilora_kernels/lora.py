@@ -20,8 +20,8 @@ PANELS_AHEAD = 8
 
 
 def _largest_tiles(fmt: int) -> tuple[int, int]:
-    """Rows of one panel, and panels of one row, that expand takes at once. Integers want two sums for each
-    number, or both halves of each 16 bits.
+    """Rows of one panel, and panels of one row, that expand takes at once. Integers want two sums for each number; as pairs
+    of 16 bits, both bytes of each widened.
     """
     if fmt == INT8:
         return (4, 4) if cpu.vectors() >= 32 else (2, 2)

@@ -37,7 +37,9 @@ def _float_tile(fmt: int):
     new_acc, new_b = tile(f32x16, MOST, MOST), tile(f32x16, MOST)
 
     @inlined
-    def multiply(rows, panels, arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step):
+    def expand_floats(
+        rows, panels, arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step
+    ):
         acc, b, panel = new_acc(), new_b(), rank * PANEL * size
         for i in range(0, panels * panel, 64):
             prefetch_beside(arena, ahead + i)
@@ -56,7 +58,7 @@ def _float_tile(fmt: int):
                 to = out_at + m * out_stride + p * panel_step
                 store_f32(out, to, load_f32(out, to) + acc[m, p])
 
-    return multiply
+    return expand_floats
 
 
 def _int8_tile():
@@ -64,7 +66,9 @@ def _int8_tile():
     new_minus = tile(i32x16, MOST)
 
     @inlined
-    def multiply(rows, panels, arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step):
+    def expand_int8(
+        rows, panels, arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step
+    ):
         acc, dots, b, minus = new_acc(), new_dots(), new_b(), new_minus()
         panel, first = HEAD + rank * PANEL, column // 4
         word, end = first, first + rank // 4
@@ -103,4 +107,4 @@ def _int8_tile():
                 to = out_at + m * out_stride + p * panel_step
                 store_f32(out, to, fma(acc[m, p], lanes, load_f32(out, to)))
 
-    return multiply
+    return expand_int8

@@ -32,7 +32,7 @@ def shrink_tile(fmt: int):
     store = store_sixteen if quantized else store_f32
 
     @inlined
-    def multiply(rows, arena, at, following, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
+    def shrink(rows, arena, at, following, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
         acc, a, lanes, length = new_acc(), new_a(), splat_f32(scale), columns * PANEL * size
         if quantized:
             lanes = lanes * load_f32(arena, at)
@@ -53,7 +53,7 @@ def shrink_tile(fmt: int):
             total = (acc[m, 0] + acc[m, 1]) + (acc[m, 2] + acc[m, 3])
             store(s, s_at + m * s_stride, total * lanes)
 
-    return multiply
+    return shrink
 
 
 def gather_panel(fmt: int):

@@ -185,7 +185,7 @@ def end(sync, rank, size):
 def _linger(sync, run):
     """Until a later run has begun, for a while at most; returns whether one has. No array but sync is touched.
 
-    The core is not offered to others: who gives it up waits for their turn to end, who sleeps is woken at once.
+    It does not yield: a thread that yields waits until the other's time slice ends, one that sleeps is woken at once.
     """
     began = _nanoseconds(_WALL)
     for look in range(_LINGER // 10):

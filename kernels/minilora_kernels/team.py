@@ -176,7 +176,9 @@ class Team:
         return run
 
     def prepare(self, program, job: Any, fixed: Any = ()) -> None:
-        """Compile a program for arguments like these, unless it is; in this thread, whose memory serves again."""
+        """Compile a program for arguments like these, unless it is compiled. It happens in the calling thread, so that the
+        memory that compiling takes is used again.
+        """
         if program not in self._compiled:
             own = fixed[0] if isinstance(fixed, Each) else fixed
             program.compile(tuple(typeof(arg) for arg in (0, self.size, self._sync, job, own)))

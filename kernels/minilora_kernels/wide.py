@@ -54,7 +54,7 @@ def largest(x, at, n):
 
 @kernel
 def inverse_of(scale):
-    """1 / scale; 0 where that is not finite, and for a scale that is not, which says enough by itself."""
+    """1 / scale; 0 where that is not finite, and where scale is not: that alone then marks what it scales."""
     return ONE / scale if TINY <= scale < INFINITY else ZERO
 
 

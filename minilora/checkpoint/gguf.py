@@ -67,7 +67,7 @@ class Gguf:
                 raise FormatError(f"{path.name} is empty")
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = _Reader(self._bytes, path.name)
-        self.version, tensor_count, entry_count = reader.header()
+        tensor_count, entry_count = reader.header()
         self.metadata: dict[str, Any] = reader.metadata(entry_count)
         self.tensors = reader.tensors(tensor_count, self._alignment())
 
@@ -132,15 +132,15 @@ class _Reader:
         except UnicodeDecodeError:
             raise self.fail(field, "no valid UTF-8") from None
 
-    def header(self) -> tuple[int, int, int]:
-        """(version, number of tensors, number of metadata entries)."""
+    def header(self) -> tuple[int, int]:
+        """(number of tensors, number of metadata entries)."""
         if self.data[self.take(4, "magic") : 4] != MAGIC:
             raise FormatError(f"{self.name} is no GGUF file: it does not begin with GGUF")
         version = self.scalar("<I", 4, "version")
         if version not in (2, 3):
             raise UnsupportedError(f"{self.name}: GGUF version {version}, known are 2 and 3")
         tensors = self.count(_SMALLEST_TENSOR, "tensor count")
-        return version, tensors, self.count(_SMALLEST_ENTRY, "metadata count")
+        return tensors, self.count(_SMALLEST_ENTRY, "metadata count")
 
     def metadata(self, count: int) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -45,7 +45,7 @@ class TensorFile:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         length = int.from_bytes(self._bytes[:8], "little")
         header = json.loads(self._bytes[8 : 8 + length])
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        header.pop("__metadata__", None)
         if len(header) > MOST_TENSORS:
             raise FormatError(f"{path.name} lists {len(header)} tensors, at most {MOST_TENSORS} are read")
         self.tensors = {

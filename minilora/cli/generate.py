@@ -134,7 +134,7 @@ def _is_piped() -> bool:
 def _refuse_engine_options(given: list[str]) -> None:
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(f"--backend numpy has no engine that {flags} could set up", "Leave it out, or the backend.")
+        raise UsageError(f"{flags}: of no effect with --backend numpy", "Leave one of the two out.")
 
 
 def _answer_at_once(llm: "Model", asked: _Asked, reporter: Reporter, as_json: bool) -> None:

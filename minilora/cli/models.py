@@ -53,7 +53,7 @@ def list_(as_json: bool) -> None:
 
 @click.command()
 @click.argument("name")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Show it packed in this number format.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show(name: str, dtype: str, as_json: bool) -> None:
     """Show a model's or adapter's shapes, formats and bytes."""
@@ -68,8 +68,16 @@ def show(name: str, dtype: str, as_json: bool) -> None:
 @click.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(DTYPES[1:]), default="int4", show_default=True)
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES[1:]), default="int4", show_default=True, help="Number format of the weights."
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Weights per scale, for int8 and int4.",
+)
 def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     """Write SOURCE as a packed model into the folder TARGET."""
     from ..checkpoint import open_checkpoint
@@ -78,7 +86,7 @@ def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     from ..plan import Plan, Target
 
     if target.exists():
-        raise UsageError(f"{target} exists already")
+        raise UsageError(f"{target} exists already", "Remove it, or name another folder.")
     reporter = Reporter()
     checkpoint = open_checkpoint(resolve_model(source, reporter))
     plan = Plan(checkpoint, Target(dtype, int(group_size)))

@@ -28,6 +28,12 @@ class Size(click.ParamType):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class Text(click.types.StringParamType):
+    """A text that may hold spaces. Where several come from one variable, they are its lines."""
+
+    envvar_list_splitter = "\n"
+
+
 def _options(*decorators: Callable) -> Callable:
     def apply(function: Callable) -> Callable:
         for decorator in reversed(decorators):
@@ -89,7 +95,7 @@ sampling_options = _options(
     click.option("--min-p", type=float, help="Only tokens this likely compared to the best."),
     click.option("--repetition-penalty", type=float, help="Above 1: repeat less."),
     click.option("--seed", type=int, help="The same seed gives the same text."),
-    click.option("--stop", multiple=True, help="End the answer at this text; repeatable."),
+    click.option("--stop", multiple=True, type=Text(), help="End the answer at this text; repeatable."),
     click.option("-s", "--system", help="A system message before the prompt."),
 )
 
@@ -102,9 +108,11 @@ engine_options = _options(
         help="Tokens of prompt and answer; the model's own if not given.",
     ),
     click.option("--max-num-seqs", type=int, help="Texts that run at once."),
-    click.option("--max-num-batched-tokens", type=int, help="Rows of a step."),
-    click.option("--max-step-ms", type=int, help="Longest step beside running texts, for pieces of prompts."),
-    click.option("--num-scheduler-steps", type=int, help="Most tokens in a row for each text, within 20 ms."),
+    click.option("--max-num-batched-tokens", type=int, help="Most tokens that a step computes."),
+    click.option("--max-step-ms", type=int, help="Longest step that holds a piece of a prompt while others decode."),
+    click.option(
+        "--num-scheduler-steps", type=int, help="Most tokens that a step gives each text; no more than take 20 ms."
+    ),
     click.option("--num-speculative-tokens", type=int, help="Most tokens that a step guesses of a text; 0 for none."),
     click.option("--kv-cache-dtype", type=click.Choice(ENGINE_DTYPES), help="Format of pages."),
     click.option("--kv-cache-memory", type=Size(), help="Bytes of pages, as 512M; half of the free memory at most."),

@@ -75,7 +75,9 @@ SERVER_OPTIONS = (
     _option("--ssl-keyfile", "Its private key (PEM).", metavar="PATH"),
     _several("--api-key", "api_keys", "Let in requests with this key"),
     click.option(
-        "--api-key-file", type=FILE, help="A file with such keys, one in a line: no list of processes shows it."
+        "--api-key-file",
+        type=FILE,
+        help="A file with such keys, one per line; unlike --api-key, `ps` does not show them.",
     ),
     _several("--admin-key", "admin_keys", "A key that may also load and unload adapters"),
     click.option("--admin-key-file", type=FILE, help="A file with such keys."),
@@ -93,7 +95,7 @@ SERVER_OPTIONS = (
     _option("--shutdown-timeout", "Seconds that running requests get at the end."),
     _option("--keep-alive", "Seconds that an idle connection stays open."),
     _option("--header-timeout", "Seconds until a request's headers must be here."),
-    _option("--body-timeout", "Seconds until its body must be."),
+    _option("--body-timeout", "Seconds until its body must be here."),
     _option("--write-timeout", "Seconds that a client may leave an answer unread."),
     _option("--sse-ping-seconds", "Seconds between signs of life in a stream without news."),
     _option("--max-body-bytes", "Largest body of a request, as 8M.", Size()),

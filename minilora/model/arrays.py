@@ -22,7 +22,7 @@ CACHE_BYTES = 256 * 1024
 
 
 class Shape(NamedTuple):
-    """Sizes of the model, see README's names in the code; eps of the norms."""
+    """Sizes of the model, README's L, E, H, K, D, F and V; eps of the norms."""
 
     layers: int
     width: int
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Scratch of the step, float32, allocated once.
+    """Scratch of the step, allocated once: flat arrays of float32, but for a and b, see Rows, and bests and ids, int64.
 
     x: [T, width], the residual stream; a: inputs of q k v, o and gate up; b: inputs of down; qkv: [T, qkv];
     s: [T, s_stride], shrunk rows, of int8 adapters as wide integers; scratch: scratch_stride numbers for each thread;

@@ -1,6 +1,6 @@
 """The adapters' parts of a step, segment by segment; and the embedding, which has one too."""
 
-from minilora_kernels.batch import token_at
+from minilora_kernels.batch import SEGMENT_COLUMN, SEGMENT_END, SEGMENT_FIRST, SEGMENT_SLOT, token_at
 from minilora_kernels.jit import kernel
 from minilora_kernels.lora_pack import head_bytes, number_bytes
 from minilora_kernels.pack import BLOCK, PANEL
@@ -22,19 +22,19 @@ def make_adapters(lora_format, shrink, gather, expand):
         """
         inputs, b, arena, units = c.adapters.inputs, c.buffers, c.adapters.arena, 0
         for i in range(len(segments)):
-            pieces = (segments[i, 1] - segments[i, 0] + BLOCK - 1) // BLOCK
-            units += pieces * (inputs[segments[i, 2], layer, which, 1] // PANEL)
+            pieces = (segments[i, SEGMENT_END] - segments[i, SEGMENT_FIRST] + BLOCK - 1) // BLOCK
+            units += pieces * (inputs[segments[i, SEGMENT_SLOT], layer, which, 1] // PANEL)
         low, high = share_of(c, units)
         unit = 0
         for i in range(len(segments)):
-            first, end, slot = segments[i, 0], segments[i, 1], segments[i, 2]
+            first, end, slot = segments[i, SEGMENT_FIRST], segments[i, SEGMENT_END], segments[i, SEGMENT_SLOT]
             at, panels = inputs[slot, layer, which, 0], inputs[slot, layer, which, 1] // PANEL
-            then, scale = inputs[segments[min(i + 1, len(segments) - 1), 2], layer, which, 0], scales[i]
+            then, scale = inputs[segments[min(i + 1, len(segments) - 1), SEGMENT_SLOT], layer, which, 0], scales[i]
             for panel in range(panels):
                 following = then if panel + 1 == panels else at + (panel + 1) * (head + columns * size)
                 for row in range(first, end, BLOCK):
                     if low <= unit < high:
-                        x_at, to = (x_row + row) * x.stride, row * b.s_stride + segments[i, 3]
+                        x_at, to = (x_row + row) * x.stride, row * b.s_stride + segments[i, SEGMENT_COLUMN]
                         # What follows this thread's last unit is another's: it asks for what it has.
                         rows, ahead = min(BLOCK, end - row), following if unit + 1 < high else at
                         shrink(
@@ -51,14 +51,15 @@ def make_adapters(lora_format, shrink, gather, expand):
         """
         outputs, b, arena, last = c.adapters.outputs, c.buffers, c.adapters.arena, len(segments) - 1
         for i in range(len(segments) if low < high else 0):
-            first, end, slot = max(row0, segments[i, 0]), min(row1, segments[i, 1]), segments[i, 2]
+            first, end = max(row0, segments[i, SEGMENT_FIRST]), min(row1, segments[i, SEGMENT_END])
+            slot = segments[i, SEGMENT_SLOT]
             at, ranks = outputs[slot, layer, which, 0], outputs[slot, layer, which, 1]
             if ranks > 0 and first < end:
-                s_at, column = first * b.s_stride + segments[i, 3], outputs[slot, layer, which, 2]
+                s_at, column = first * b.s_stride + segments[i, SEGMENT_COLUMN], outputs[slot, layer, which, 2]
                 out_at = to.at + (first - row0) * to.stride + low * to.step
-                then, matrix, panel = segments[min(i + 1, last), 2], which, low
+                then, matrix, panel = segments[min(i + 1, last), SEGMENT_SLOT], which, low
                 if i == last:
-                    then, matrix, panel = segments[0, 2], next_which, next_low
+                    then, matrix, panel = segments[0, SEGMENT_SLOT], next_which, next_low
                 following = outputs[then, layer, matrix, 0] + panel * (head + outputs[then, layer, matrix, 1] * size)
                 count = end - first
                 expand(
@@ -87,12 +88,12 @@ def make_adapters(lora_format, shrink, gather, expand):
         for r in range(low, high):
             embed(c.w.arena, c.w.matrices, c.w.embed, token_at(batch, c.turn, r), b.x, r * width)
         for i in range(len(batch.segments)):
-            slot, arena = batch.segments[i, 2], c.adapters.arena
+            slot, arena = batch.segments[i, SEGMENT_SLOT], c.adapters.arena
             a_at, b_at, ranks = c.adapters.embed[slot, 0], c.adapters.embed[slot, 1], c.adapters.embed[slot, 2]
             panels = (ranks + PANEL - 1) // PANEL
-            first, end = max(low, batch.segments[i, 0]), min(high, batch.segments[i, 1])
+            first, end = max(low, batch.segments[i, SEGMENT_FIRST]), min(high, batch.segments[i, SEGMENT_END])
             for r in range(first, end if ranks > 0 else first):
-                s_at = r * b.s_stride + batch.segments[i, 3]
+                s_at = r * b.s_stride + batch.segments[i, SEGMENT_COLUMN]
                 token = token_at(batch, c.turn, r)
                 gather(arena, a_at, c.shape.vocabulary, panels, token, batch.scales[i], b.s, s_at)
                 expand(arena, b_at, ranks, 0, width // PANEL, b_at, b.s, s_at, 0, 0, 1, b.x, r * width, 0, PANEL)

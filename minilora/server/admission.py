@@ -1,4 +1,4 @@
-"""How many requests may be in the engine at once.
+"""How many texts may be in the engine at once: a request with n has n of them.
 
 The engine queues and schedules by itself; the gate bounds what it holds, so that an overloaded server says at once
 that it is, instead of letting everybody wait in vain.
@@ -63,11 +63,13 @@ class Gate:
     def _check(self, key: str, sequences: int) -> None:
         most = self.capacity if self._per_key is None or not key else min(self.capacity, self._per_key)
         if sequences > most:
-            raise UsageError(f"the request makes {sequences} texts, at most {most} are possible", "Split it.")
+            limit = "max_queued_per_key" if most < self.capacity else "max_num_seqs and max_num_queued_reqs together"
+            raise UsageError(f"the request makes {sequences} texts, more than {limit}, {most}", "Split it.")
         if self.draining:
             raise self._refusal(503, "draining", "the server is shutting down", sequences)
         if key and self._per_key is not None and self._by_key[key] + sequences > self._per_key:
-            raise self._refusal(429, "key_limit", f"this API key has {self._by_key[key]} requests under way", sequences)
+            cause = f"this API key has {self._by_key[key]} texts running or waiting, of {self._per_key} that it may"
+            raise self._refusal(429, "key_limit", cause, sequences)
         if self.active + sequences > self.capacity:
             raise self._refusal(503, "queue_full", "the server is full", sequences)
 

@@ -168,8 +168,18 @@ async def make_job(
         "together": [],
     }
     return Job(
-        *(server, chosen.name, identity, log_id, param, encode, prompts),
-        *(body.limit, params, chosen.loras, key, order),
+        server=server,
+        model=chosen.name,
+        id=identity,
+        log_id=log_id,
+        param=param,
+        encode=encode,
+        prompts=prompts,
+        limit=body.limit,
+        params=params,
+        loras=chosen.loras,
+        key=key,
+        order=order,
     )
 
 

@@ -43,7 +43,7 @@ class Driver:
     def idle(self):
         """Everything is given back."""
         self.run()
-        assert self.engine.pool.held == 0 and self.engine.runner.adapters.in_use == 0
+        assert self.engine.pool.held == 0 and self.engine.runner.adapter_pool.in_use == 0
         self.engine.check_integrity()
         self.engine.close()
 

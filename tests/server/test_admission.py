@@ -93,7 +93,9 @@ def test_all_texts_of_a_request_or_none():
 def test_what_never_fits_is_no_matter_of_waiting():
     gate = make(running=2, max_num_queued_reqs=3, max_queued_per_key=2)
     for key, sequences, most in (("", 6, 5), ("k", 3, 2)):
-        with pytest.raises(UsageError, match=f"at most {most}"):
+        with pytest.raises(
+            UsageError, match=rf"max_(queued_per_key|num_seqs and max_num_queued_reqs together), {most}"
+        ):
             drive(gate.admit(key, sequences).__aenter__())
     assert gate.active == 0 and not any(gate.rejections.values())
 
