@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, Request
 
 from .answers import FAILURES, ModelCard, ModelList, Unloaded
 from .failures import ApiError
@@ -10,6 +10,18 @@ from .protocol import LoadRequest, UnloadRequest
 from .state import Server, ServerDep
 
 router = APIRouter()
+
+
+def _check_admin(request: Request, server: ServerDep) -> None:
+    """Raise ApiError where adapters can't be loaded at run time, or not by this caller."""
+    if not request.scope["state"]["admin"]:
+        cause = "loading and unloading adapters needs --enable-runtime-lora and an admin key"
+        raise ApiError(403, cause, None, "admin_key_required")
+    if not server.config.enable_runtime_lora:
+        raise ApiError(403, "loading adapters at run time is off; see --enable-runtime-lora", None, "not_enabled")
+
+
+ADMINS_ONLY = [Depends(_check_admin)]
 
 
 @router.get("/v1/models", response_model=ModelList, responses=FAILURES)
@@ -40,22 +52,15 @@ def _card(server: Server, name: str) -> dict[str, Any]:
     }
 
 
-@router.post("/v1/load_lora_adapter", response_model=ModelCard, responses=FAILURES)
+@router.post("/v1/load_lora_adapter", response_model=ModelCard, responses=FAILURES, dependencies=ADMINS_ONLY)
 async def load_lora_adapter(body: LoadRequest, server: ServerDep) -> dict[str, Any]:
     """Load an adapter from the server's folder of adapters. Needs an admin key and --enable-runtime-lora."""
-    _check_enabled(server)
     await server.names.load(body.lora_name, body.lora_path, bool(body.load_inplace))
     return _card(server, body.lora_name)
 
 
-@router.post("/v1/unload_lora_adapter", response_model=Unloaded, responses=FAILURES)
+@router.post("/v1/unload_lora_adapter", response_model=Unloaded, responses=FAILURES, dependencies=ADMINS_ONLY)
 async def unload_lora_adapter(body: UnloadRequest, server: ServerDep) -> dict[str, Any]:
     """Unload an adapter. Needs an admin key and --enable-runtime-lora."""
-    _check_enabled(server)
     await server.names.unload(body.lora_name, bool(body.force))
     return {"id": body.lora_name, "object": "model", "deleted": True}
-
-
-def _check_enabled(server: Server) -> None:
-    if not server.config.enable_runtime_lora:
-        raise ApiError(403, "loading adapters at run time is off; see --enable-runtime-lora", None, "not_enabled")
