@@ -71,8 +71,10 @@ HARMLESS = frozenset(
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_commit_hash",
+        "_flash_attn_2_enabled",
         "_name_or_path",
         "attention_dropout",
+        "attn_implementation",
         "auto_map",
         "bos_token_id",
         "chunk_size_feed_forward",
@@ -84,8 +86,11 @@ HARMLESS = frozenset(
         "is_llama_config",
         "keys_to_ignore_at_inference",
         "label2id",
+        "max_sequence_length",
         "mlp_only_layers",
         "model_name",
+        "neftune_noise_alpha",
+        "num_logits_to_keep",
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
@@ -116,6 +121,40 @@ HARMLESS = frozenset(
         "pruned_heads",
     ]
 )
+
+# What older versions of transformers wrote here instead of into generation_config.json, where it is read.
+GENERATION = frozenset(
+    [
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+    ]
+)
+
+# What forks of transformers know, and the value that changes nothing.
+NEUTRAL = {"full_attn_mod": 1, "interpolate_factor": 1}
 
 USED = frozenset(
     [
@@ -279,8 +318,12 @@ class _Reader:
         )
 
     def check_keys(self) -> None:
-        known = USED | SOME_USE | HARMLESS
-        unknown = sorted(key for key, value in self.source.items() if key not in known and not asks_nothing(value))
+        known = USED | SOME_USE | HARMLESS | GENERATION
+        unknown = sorted(
+            key
+            for key, value in self.source.items()
+            if key not in known and not asks_nothing(value) and not (key in NEUTRAL and value == NEUTRAL[key])
+        )
         if unknown:
             raise UnsupportedError(
                 f"config.json has {', '.join(unknown)}: minilora does not know what this changes",

@@ -67,9 +67,12 @@ class Model:
 
     @property
     def eos(self) -> frozenset[int]:
-        """All tokens that end a text."""
+        """All tokens that end a text: what generation_config.json, config.json and the tokenizer say, where in the
+        vocabulary."""
         listed = token_ids(self.generation.get("eos_token_id"), "eos_token_id")
-        return frozenset((*listed, *self.weights.config.eos_token_ids))
+        own = self.tokenizer.id_of(self.tokenizer_files.names.get("eos_token", ""))
+        found = {*listed, *self.weights.config.eos_token_ids, *([] if own is None else [own])}
+        return frozenset(token for token in found if token < self.weights.config.vocab_size)
 
 
 def silent(message: str) -> None:

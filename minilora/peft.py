@@ -266,7 +266,7 @@ def _pair(module: str, halves: Mapping[str, np.ndarray], shape: tuple[int, int],
 
 
 def _check_targets(settings: Mapping[str, Any], adapter: Adapter, config: ModelConfig) -> None:
-    """Every module that the config names must have its tensors."""
+    """Every module that the config names must have its tensors, and one of its names must mean any (PEFT's rule)."""
     targets, excluded = (_Choice(key, settings.get(key)) for key in ("target_modules", "exclude_modules"))
     layers, known = _layers(settings), module_shapes(config)
     for name in known:
@@ -274,9 +274,11 @@ def _check_targets(settings: Mapping[str, Any], adapter: Adapter, config: ModelC
         chosen = layers is None or (layer is not None and int(layer[1]) in layers)
         if chosen and targets.has(name) and not excluded.has(name) and name not in adapter.pairs:
             raise AdapterError(f"{CONFIG} names {name!r} as a target, but its tensors are missing")
-    for target in targets.names:
-        if not any(_is_called(name, target) for name in known):
-            raise AdapterError(f"{CONFIG} names the target {target!r}, which the base model does not have")
+    if targets.names and not any(_is_called(name, target) for name in known for target in targets.names):
+        raise AdapterError(
+            f"{CONFIG} names the targets {', '.join(targets.names)}, none of which the base model has",
+            "The adapter was made for another base model.",
+        )
 
 
 def _is_called(module: str, name: str) -> bool:

@@ -84,6 +84,7 @@ class Tokenizer:
         self._engine = _engine(files.definition)
         self.files = files
         self._pieces: dict[tuple[int, bool], str] = {}
+        self._tokens: dict[int, str] = {}
         # Byte-level tokens simply follow each other; other decoders look at a token's neighbours.
         self.joins = isinstance(self._engine.decoder, ByteLevel)
         self.special_tokens: dict[str, int] = {
@@ -92,8 +93,20 @@ class Tokenizer:
 
     @cached_property
     def longest_token(self) -> int:
-        """Most characters that one token can stand for."""
-        return max(map(len, self._engine.get_vocab(with_added_tokens=True)))
+        """Most characters of a text that one token can stand for."""
+        longest = max(map(len, self._engine.get_vocab(with_added_tokens=True)))
+        # Normalizers may join a few characters to one.
+        return 4 * longest if self._engine.normalizer else longest
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """What to decode another token after, so that it is not taken for a text's first: a token that is a word."""
+        for number in range(0 if self.joins else self._engine.get_vocab_size()):
+            name, text = self._engine.id_to_token(number) or "<", self.piece(number, False)
+            # Tokens for single bytes are joined with their neighbours.
+            if not name.startswith("<") and text.isascii() and text.isalnum():
+                return [number]
+        return []
 
     @cached_property
     def _engine_for_mentions(self) -> Engine:
@@ -113,7 +126,9 @@ class Tokenizer:
         add_special_tokens: with what the tokenizer adds itself.
         """
         engine = self._engine_for_mentions if _MENTION in text else self._engine
-        return engine.encode(_valid(text), add_special_tokens=add_special_tokens).ids
+        # Unlike `encode`, this lets other threads go on meanwhile: a text of a megabyte takes seconds.
+        [found] = engine.encode_batch_fast([_valid(text)], add_special_tokens=add_special_tokens)
+        return found.ids
 
     def as_plain(self, text: str) -> str:
         """A text, for encode, in which the names of special tokens are just text."""
@@ -128,18 +143,22 @@ class Tokenizer:
         return self._engine.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def piece(self, token_id: int, skip_special_tokens: bool) -> str:
-        """The text of one token by itself, remembered."""
+        """The text of one token as the only one of a text, remembered."""
         key = (token_id, skip_special_tokens)
         if (found := self._pieces.get(key)) is None:
             found = self._pieces[key] = self.decode([token_id], skip_special_tokens)
         return found
 
     def token(self, token_id: int) -> str:
-        """The text of one token by itself."""
-        return self.decode([token_id], skip_special_tokens=False)
+        """The text of one token within a text, remembered: with the space that some decoders drop from a text's first."""
+        if (found := self._tokens.get(token_id)) is None:
+            start = len(self.decode(self._anchor, skip_special_tokens=False))
+            found = self.decode([*self._anchor, token_id], skip_special_tokens=False)[start:]
+            self._tokens[token_id] = found
+        return found
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token by itself, also where it is a part of a character only."""
+        """The bytes of one token within a text, also where it is a part of a character only."""
         text = self.token(token_id)
         piece = self._engine.id_to_token(token_id) or ""
         if UNFINISHED not in text:

@@ -127,6 +127,14 @@ def test_weights_that_are_too_large_for_a_dtype_are_named(tmp_path, dtype):
         load_weights(tmp_path, dtype)
 
 
+def test_a_folder_of_gguf_files_names_them(tmp_path):
+    for name in ("b.gguf", "a.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(NotFoundError, match="GGUF files") as caught:
+        open_checkpoint(tmp_path)
+    assert str(tmp_path / "a.gguf") in caught.value.remedy
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(NotFoundError, match=r"config\.json"):
         open_checkpoint(tmp_path)
@@ -252,6 +260,7 @@ BAD_CONFIGS = [
     ({"eos_token_id": "2"}, FormatError, "eos_token_id"),
     ({"attention_bias": "yes"}, FormatError, "attention_bias"),
     ({"logit_scale": 0}, UnsupportedError, "logit_scale"),
+    ({"interpolate_factor": 2}, UnsupportedError, "interpolate_factor"),
     ({"logit_scale": 0.0}, UnsupportedError, "logit_scale"),
 ]
 
@@ -290,6 +299,11 @@ def test_harmless_keys_pass():
         "unknown_flag": False,
         "other": None,
         "others": [],
+        "temperature": 0.9,
+        "max_length": 20,
+        "max_sequence_length": 2048,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
     }
     assert ModelConfig.from_dict({**BASE_CONFIG, **extra}) == ModelConfig.from_dict(BASE_CONFIG)
 

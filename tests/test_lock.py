@@ -323,6 +323,27 @@ def test_what_the_hub_does_not_have(hub, name, word):
     assert run.returncode == 1 and word in run.stderr and "Traceback" not in run.stderr and run.stdout == ""
 
 
+def test_other_forms_of_a_model_stay_on_the_hub(hub):
+    for name in ("consolidated.safetensors", "checkpoint-500/model.safetensors", "onnx/config.json"):
+        Hub.files[name] = b"not wanted"
+    folder = Path(pull("org/model", hub).stdout.strip())
+    assert not [path for path in folder.rglob("*") if path.is_dir() or path.name.startswith("consolidated")]
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        (("config.json", "a-Q8_0.gguf", "a-Q4_0.gguf"), ("GGUF files", "org/model/a-Q4_0.gguf, org/model/a-Q8_0.gguf")),
+        (("adapter_config.json", "adapter_model.bin"), ("adapter_model.bin", "pickle")),
+        (("README.md",), ("no safetensors file",)),
+    ],
+)
+def test_a_repo_without_safetensors_says_what_it_has(hub, files, words):
+    Hub.files = dict.fromkeys(files, b"{}")
+    run = pull("org/model", hub)
+    assert run.returncode == 1 and run.stdout == "" and all(word in run.stderr for word in words), run.stderr
+
+
 def test_a_hub_out_of_reach(hub):
     for more in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
         run = pull("org/model", hub, **more)

@@ -227,6 +227,15 @@ def test_quantize_writes_a_model_that_loads(cache, model, tmp_path):
     assert json.loads((target / MANIFEST).read_text())["dtype"] == "int4"
 
 
+def test_the_tokenizers_end_counts_too(tmp_path):
+    """Whoever trains on chats often names its end there alone; an id beyond the vocabulary ends nothing."""
+    folder = make_checkpoint(tmp_path, eos_token_id=[1, 10**6])
+    (folder / "generation_config.json").unlink()
+    for names, expected in (({}, {1}), ({"eos_token": "<|im_end|>"}, {1, 2}), ({"eos_token": "<nothing>"}, {1})):
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+        assert load_model(folder, "m").eos == expected
+
+
 def test_checksum_sees_every_byte():
     data = np.random.default_rng(0).integers(0, 256, 3 * (1 << 20) + 5, np.uint8)
     good = checksum(data)

@@ -32,6 +32,7 @@ GOOD = {
     "{{ 'a\\nb' | indent(2) }}{{ 'a\\nb' | indent('>', true) }}": "a\n  b>a\n>b",
     "{% for k, v in {'b': 1, 'a': 2}.items() %}{{ k }}{{ v }}{% endfor %}{{ {'b': 1, 'a': 2} | dictsort }}": "b1a2[('a', 2), ('b', 1)]",
     "{% for row in [[1, [2]], [3]] recursive %}{{ row if row is number else loop(row) }}{% endfor %}": "123",
+    "{{ [1, 2.5] | sum }}{{ [{'a': 1}, {'a': 2}] | sum(attribute='a', start=4) }}": "3.57",
     "{% generation %}{{ 1 | string ~ 2 }}{% endgeneration %}": "12",
 }
 
@@ -65,6 +66,7 @@ BAD = [
     "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
     "{{ ('a' * 1000000).replace('', 'b' * 1000000) }}",
     "{{ range(90000) | join('a' * 1000000) }}",
+    "{% set a = range(100000) | list %}{{ ([a] * 300) | sum(start=[]) | length }}",
     "{{ ('a' * 1000000).join(range(90000) | map('string')) }}",
     GROW.replace("START", "'aaaa'").replace("STEP", "ns.x ~ ns.x"),
     GROW.replace("START", "'aaaa'").replace("STEP", "ns.x + ns.x"),

@@ -1,6 +1,7 @@
 """Tokenizers: those rebuilt from GGUF metadata against their originals, incremental decoding, chat templates."""
 
 import json
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -139,6 +140,27 @@ def test_sentencepiece_from_scores():
             assert ours.decode(ids) == text
             stream = TextStream(ours)
             assert "".join(map(stream.push, ids)) + stream.finish() == text, "tokens are joined as the decoder does"
+            # Within a text a token has the space that the decoder takes from a text's first.
+            assert b"".join(map(ours.token_bytes, ids)).decode() == " " + text
+    word = next(name for name in tokens if name.startswith("▁") and name[1:] in vocabulary)
+    assert ours.token(vocabulary[word]) == " " + ours.token(vocabulary[word[1:]])
+
+
+def test_a_long_text_holds_up_no_other_thread():
+    """The library keeps Python's lock while it encodes a text by itself."""
+    ours = Tokenizer(tokenizer_from_gguf(metadata_of(ORIGINALS["gpt-2"](), "gpt-2")))
+    turns, ended = 0, threading.Event()
+
+    def encode():
+        ours.encode("a b" * 200_000)
+        ended.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not ended.wait(0.002):
+        turns += 1
+    thread.join()
+    assert turns > 10
 
 
 def test_gguf_end_tokens():

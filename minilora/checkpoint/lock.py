@@ -24,10 +24,12 @@ from filelock import FileLock
 
 from minilora_kernels.code_files import cache_root
 
-from ..errors import DownloadError, NotFoundError, did_you_mean
+from ..errors import DownloadError, MiniloraError, NotFoundError, UnsupportedError, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent.parent
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
+# Other forms of the same model, in folders or whole beside its shards. (A star stands for slashes too.)
+LEFT_OUT = ("*/*", "consolidated*")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 Report = Callable[[str], None]
@@ -291,7 +293,29 @@ def _from_hub(name: str, patterns: tuple[str, ...], report: Report) -> Path:
 
         if len(parts) == 3:
             return Path(hf_hub_download("/".join(parts[:2]), parts[2], revision=revision or None))
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns)))
+        allowed, ignored = list(patterns), list(LEFT_OUT)
+        folder = Path(
+            snapshot_download(repo, revision=revision or None, allow_patterns=allowed, ignore_patterns=ignored)
+        )
+        if any(folder.glob("*.safetensors")):
+            return folder
+        raise _without_weights(repo, revision or None)
+
+
+def _without_weights(repo: str, revision: str | None) -> MiniloraError:
+    """Why a repo without safetensors is not read, by what it has instead."""
+    from huggingface_hub import list_repo_files
+
+    names = sorted(name for name in list_repo_files(repo, revision=revision) if "/" not in name)
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        listed = ", ".join(f"{repo}/{name}" for name in gguf)
+        return NotFoundError(f"{repo} has no safetensors, but GGUF files", f"Name one of them: {listed}.")
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+        return UnsupportedError(
+            f"{repo} has no safetensors, but {pickles[0]}, a pickle file, which can run code when it is read",
+            "Convert it to safetensors, for example with save_pretrained.",
+        )
+    return NotFoundError(f"{repo} has no safetensors file", "Is it a model or an adapter?")
 
 
 @contextmanager

@@ -47,6 +47,14 @@ def _option(name: str, help: str, kind: Any = None, **more: Any) -> Callable:
     return click.option(name, help=help, **more)
 
 
+class _Port(click.Option):
+    """Kubernetes sets MINILORA_PORT=tcp://... itself where a Service is called minilora: that is no port to listen on."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        value = super().resolve_envvar_value(ctx)
+        return None if value is not None and value.startswith("tcp://") else value
+
+
 def _flag(name: str, help: str) -> Callable:
     default = getattr(ServerConfig, name.replace("-", "_"))
     return click.option(f"--{name}/--no-{name}", default=default, show_default=True, help=help)
@@ -68,7 +76,7 @@ SERVER_OPTIONS = (
         help="A TOML or JSON file with these options; the command line and MINILORA_* variables go before it.",
     ),
     _option("--host", "Address to listen on."),
-    _option("--port", "Port; 0 takes a free one.", click.IntRange(0, 65535)),
+    _option("--port", "Port; 0 takes a free one.", click.IntRange(0, 65535), cls=_Port),
     _option("--uds", "A Unix socket to listen on instead.", metavar="PATH"),
     _option("--root-path", "Prefix under which a proxy shows the server."),
     _option("--ssl-certfile", "Certificate (PEM), for TLS.", metavar="PATH"),

@@ -10,6 +10,8 @@ from .failures import ApiError
 from .settings import ServerConfig
 
 MOST_DEPTH = 64
+# Lists and objects, and values, of a body: what reads and checks them holds up all other requests meanwhile.
+MOST_LISTS, MOST_VALUES = 1 << 14, 1 << 20
 # Bodies that are being read at the same time, in numbers of the largest one.
 MOST_AT_ONCE = 16
 # Of a body that is refused: seconds and bytes that are still taken, so that the client gets to read the answer.
@@ -91,7 +93,8 @@ class BodyReader:
 
 
 def check_json(body: bytes) -> None:
-    """Raise ApiError unless this can be a JSON object in UTF-8, of finite numbers, nested at most MOST_DEPTH deep.
+    """Raise ApiError unless this can be a JSON object in UTF-8, of finite numbers, nested at most MOST_DEPTH deep, of at
+    most MOST_LISTS lists and objects and MOST_VALUES values.
 
     Takes time linear in the body. Whether it is well-formed is for the parser to say.
     """
@@ -104,6 +107,9 @@ def check_json(body: bytes) -> None:
     outside = _STRING.sub(b"", body)
     if _NO_NUMBER.search(outside):
         raise ApiError(400, "NaN and Infinity are not JSON", None, "invalid_json")
+    if outside.count(b"[") + outside.count(b"{") > MOST_LISTS or outside.count(b",") > MOST_VALUES:
+        cause = f"the body holds more than {MOST_LISTS} lists and objects, or {MOST_VALUES} values"
+        raise ApiError(400, cause, None, "too_many_values")
     if not is_shallow(outside.translate(None, _NO_BRACKETS).translate(_SQUARE), MOST_DEPTH):
         cause = f"the JSON is nested more than {MOST_DEPTH} deep, or its brackets do not match"
         raise ApiError(400, cause, None, "invalid_json")

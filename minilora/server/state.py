@@ -33,8 +33,8 @@ class Server:
         self.board = Board(engine, self.names, self.gate)
         self.started = time.time()
         self.longest = min(engine.max_model_len, engine.kv_tokens)
-        # Normalizers may join a few characters to one; no text of more characters than this can fit.
-        self._most_characters = 4 * engine.tokenizer.longest_token * engine.max_model_len
+        # No text of more characters than this can fit.
+        self._most_characters = engine.tokenizer.longest_token * engine.max_model_len
 
     def check_length(self, characters: int, param: str) -> None:
         """Raise ApiError for a text that is too long however it is cut into tokens, before it is."""

@@ -493,6 +493,25 @@ def test_s19_bad_json_is_refused(body):
     assert refused.value.status == 400
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 200}] * 1000},
+        {"metadata": {"a": [[]] * 2_000_000}},
+        {"prompt": [1] * 3_000_000},
+        {f"k{i}": 0 for i in range(1_100_000)},
+    ],
+    ids=("parts", "lists", "numbers", "names"),
+)
+def test_s15_what_takes_long_to_read_is_not_read(body):
+    """A body of a few megabytes would hold up everybody for seconds: its parser does not let others go on."""
+    with pytest.raises(ApiError) as refused:
+        check_json(json.dumps(body).encode())
+    assert refused.value.code == "too_many_values"
+    text = {"messages": [{"role": "user", "content": '{"a": [[], {}], ' * 100_000}], "prompt": [1] * 200_000}
+    check_json(json.dumps(text).encode())
+
+
 def test_s19_bad_json_is_refused_before_the_application():
     answer = post(guarded(), nested(MOST_DEPTH + 1))
     assert answer.status == 400 and answer.error["code"] == "invalid_json" and "connection" not in answer.headers

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from minilora.cli import serve
 from minilora.server import drain
 
 TIMEOUT = 60
@@ -208,6 +209,13 @@ def test_s17_an_engine_that_dies_while_the_server_drains_is_told(serve, monkeypa
 
     asyncio.run(main())
     assert ending.exit_code == 1 and "division by zero" in said[-1]
+
+
+@pytest.mark.parametrize("value, port", [("tcp://10.0.0.1:9000", 8000), ("9000", 9000)])
+def test_a_service_of_this_name_sets_no_port(monkeypatch, value, port):
+    """Kubernetes tells every pod the addresses of services, in variables such as ours."""
+    monkeypatch.setenv("MINILORA_PORT", value)
+    assert serve.make_context("serve", []).params["port"] == port
 
 
 def test_configuration_goes_before_by_rank(start, tmp_path):
