@@ -242,8 +242,11 @@ class AsyncEngine:
 
     def _work(self) -> None:
         try:
-            while not self._closing:
+            while True:
+                # Cleared before it is looked at why: what is set from here on wakes the thread again.
                 self._wake.clear()
+                if self._closing:
+                    break
                 self._began = time.monotonic()
                 self._carry_out()
                 if self._llm.busy:

@@ -6,15 +6,15 @@ in it, and the engine goes on.
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .adapters import Adapter, pack_adapter
 from .asked import Answer, Question, chunk_of, draws_of, ends_of, expected
 from .batch import Draw
 from .cache import PagePool
-from .errors import RequestError, UnloadedError, UsageError
+from .errors import EngineClosedError, RequestError, UnloadedError, UsageError
 from .pace import Pace
 from .params import EngineConfig, SamplingParams
 from .peft import load_adapter
@@ -86,7 +86,7 @@ class Engine:
         self._recorder = Recorder(self.adapters.names.__contains__)
         self._sequences = 0
         # Whether a step computes right now, and whether the last one found nothing that could run.
-        self._computing = self.stalled = False
+        self._computing = self.stalled = self._closed = False
         self._stuck = 0
 
     # ------------------------------------------------------------ adapters
@@ -129,9 +129,13 @@ class Engine:
         """Queue a prompt; returns its params.n sequences.
 
         salt: prompts share cached pages with prompts of the same salt only. priority: lower ones go first; tenant:
-        who shares fairly with others, None for the first adapter's name. Raises UsageError where it can never run.
+        who shares fairly with others, None for the first adapter's name. Raises UsageError where it can never run,
+        EngineClosedError after close.
         """
+        if self._closed:
+            raise EngineClosedError("the engine was closed")
         self._check(tokens, params, uses)
+        _check_order(salt, priority, tenant)
         seed = params.seed_or_drawn()
         if tenant is None:
             tenant = uses[0].adapter.name if uses else ""
@@ -180,10 +184,13 @@ class Engine:
         return self.length if params.max_tokens is None else min(prompt + params.max_tokens, self.length)
 
     def cancel(self, sequence: Sequence, reason: str = "abort") -> None:
-        """End a sequence; its pages and adapters are free at once. Raises UsageError from within a step."""
+        """End a sequence; its pages and adapters are free at once. Raises UsageError while a step is computed."""
         self._refuse_within_step()
         if sequence.state is not State.FINISHED:
             self.scheduler.finish(sequence, reason)
+        if self._recorder.follows(sequence):
+            # Where it ended in this very step, this came before in its text.
+            sequence.finish_reason = reason
             self._recorder.finished(sequence, time.perf_counter())
 
     def _refuse_within_step(self) -> None:
@@ -216,8 +223,12 @@ class Engine:
 
     # ------------------------------------------------------------ one step
 
-    def step(self) -> list[Output]:
-        """Run one step; returns the new tokens, in each text's order, and the sequences that ended without one."""
+    def step(self, take: Callable[[Output], None] | None = None) -> list[Output]:
+        """Run one step; returns the new tokens, in each text's order, and the sequences that ended without one.
+
+        take: called with each of these before the next one counts. It may cancel texts, as where a stop string is whole:
+        what else the step has for them is dropped.
+        """
         self._news.clear()
         self.adapters.collect()
         self._look_up()
@@ -227,15 +238,22 @@ class Engine:
         outputs = self._run(plan) if plan else []
         outputs += [Output(sequence, None) for sequence in self.scheduler.failed]
         self.scheduler.failed = []
-        now = time.perf_counter()
-        for output in outputs:
-            if output.token is not None:
-                self._recorder.token(output.sequence, now)
-            if output.last or output.token is None:
-                self._recorder.finished(output.sequence, now)
+        counted = [output for output in outputs if self._count(output, time.perf_counter(), take)]
         if self.config.debug_checks:
             self.check_integrity()
-        return outputs
+        return counted
+
+    def _count(self, output: Output, now: float, take: Callable[[Output], None] | None) -> bool:
+        """Whether an output counts: its text was not cancelled after an earlier one of this step."""
+        if not self._recorder.follows(output.sequence):
+            return False
+        if output.token is not None:
+            self._recorder.token(output.sequence, now)
+        if take is not None:
+            take(output)
+        if (output.last or output.token is None) and self._recorder.follows(output.sequence):
+            self._recorder.finished(output.sequence, now)
+        return True
 
     def _look_up(self) -> None:
         """Propose what is likely to follow in texts that decode."""
@@ -252,10 +270,9 @@ class Engine:
                 self.propose(sequence, sequence.lookup.guesses(sequence.tokens, most, price))
 
     def _note_stall(self, plan: list[Work]) -> None:
-        self.stalled = not plan
-        stuck = (
-            self.stalled and bool(self.scheduler.waiting) and not self.adapters.loading and not self.scheduler.failed
-        )
+        self.stalled = not plan and not self.scheduler.running
+        waits = bool(self.scheduler.waiting) and not self.adapters.loading and not self.scheduler.failed
+        stuck = not plan and waits
         self._stuck = self._stuck + 1 if stuck else 0
         if self._stuck > PATIENCE:
             raise AssertionError(f"{len(self.scheduler.waiting)} requests wait and none can run")
@@ -425,7 +442,7 @@ class Engine:
         running, waiting = self.scheduler.running, self.scheduler.waiting
         return Stats(
             running=len(running),
-            waiting=len(waiting),
+            waiting=sum(1 + len(sequence.siblings) for sequence in waiting),
             waiting_for_adapters=sum(any(version.loading for version in s.adapters) for s in waiting),
             threads=self.runner.team.size,
             steps=recorder.steps,
@@ -471,8 +488,19 @@ class Engine:
 
     def close(self) -> None:
         """End the engine's threads."""
+        self._closed = True
         self.adapters.close()
         self.runner.close()
+
+
+def _check_order(salt: Any, priority: Any, tenant: Any) -> None:
+    """Raise UsageError where a request could not be put in order: that would be found out in the middle of a step."""
+    if not isinstance(salt, bytes):
+        raise UsageError(f"salt must be bytes, not {salt!r}", param="salt")
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise UsageError(f"priority must be an integer, not {priority!r}", param="priority")
+    if not isinstance(tenant, str | None):
+        raise UsageError(f"tenant must be a text or None, not {tenant!r}", param="tenant")
 
 
 def _as_int64(number: int) -> int:

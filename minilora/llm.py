@@ -32,7 +32,7 @@ class LLM:
         *,
         dtype: str = "auto",
         group_size: int = DEFAULT_GROUP,
-        lora: Mapping[str, str] | None = None,
+        lora: Mapping[str, Source] | None = None,
         report: Report = silent,
         **engine: Any,
     ):

@@ -3,7 +3,7 @@
 LLM drives it in the caller's thread, AsyncEngine in a thread of its own.
 """
 
-import math
+import os
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import fields
@@ -24,9 +24,12 @@ from .plan import DEFAULT_GROUP, Target
 from .registry import AdapterVersion, Loaded
 from .sequence import AdapterUse
 
+# Products of what is scaled by more would soon be no numbers in float32.
+LARGEST_SCALE = 1e6
+
 Prompt = str | Mapping[str, Any]
 Lora = LoRARequest | Listing[LoRARequest] | None
-Source = str | Adapter | Mapping[str, np.ndarray]
+Source = str | os.PathLike[str] | Adapter | Mapping[str, np.ndarray]
 Settings = Mapping[str, Any] | None
 
 
@@ -78,7 +81,7 @@ class LLMEngine:
         *,
         dtype: str = "auto",
         group_size: int = DEFAULT_GROUP,
-        lora: Mapping[str, str] | None = None,
+        lora: Mapping[str, Source] | None = None,
         report: Report = silent,
         **engine: Any,
     ):
@@ -109,8 +112,8 @@ class LLMEngine:
 
         settings: with arrays, under PEFT's tensor names, the content of adapter_config.json. From any thread.
         """
-        if isinstance(source, str):
-            return resolve_adapter(source, report)
+        if isinstance(source, str | os.PathLike):
+            return resolve_adapter(os.fspath(source), report)
         if isinstance(source, Adapter):
             return source
         if settings is None:
@@ -136,8 +139,8 @@ class LLMEngine:
         """Let a name stand for an adapter that `find_adapter` found, and the registry may have read already."""
         version = self.engine.adapters.add(name, found, weight, loaded)
         self._sources.pop(name, None)
-        if isinstance(source, str):
-            self._sources[name] = source
+        if isinstance(source, str | os.PathLike):
+            self._sources[name] = os.fspath(source)
         return version
 
     def remove_lora(self, name: str, force: bool = False) -> None:
@@ -204,8 +207,8 @@ class LLMEngine:
         An exception in a callback, or in making a request's text, ends that request only.
         """
         changed: dict[Request, None] = {}
-        for output in self.engine.step():
-            # A request that was aborted in this very step, by the callback of another say, wants nothing more.
+
+        def take(output: Output) -> None:
             if found := self._under_way.get(output.sequence.number):
                 request, builder = found
                 try:
@@ -213,6 +216,8 @@ class LLMEngine:
                 except Exception as error:
                     self._fail(request, error)
                 changed[request] = None
+
+        self.engine.step(take)
         for request in changed:
             self._call_back(request)
         return list(changed)
@@ -224,7 +229,6 @@ class LLMEngine:
             self._note_prompt(request)
         if stopped:
             self.engine.cancel(sequence, "stop")
-            sequence.finish_reason = "stop"
         if stopped or output.last or output.token is None:
             self._forget(request, builder)
 
@@ -272,8 +276,11 @@ def as_loras(value: Lora) -> tuple[LoRARequest, ...]:
 
 
 def _as_scale(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"an adapter's scale must be a finite number, not {value!r}")
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_SCALE
+    if not good:
+        raise UsageError(
+            f"an adapter's scale must be a number from -{LARGEST_SCALE:g} to {LARGEST_SCALE:g}, not {value!r}"
+        )
     return float(value)
 
 

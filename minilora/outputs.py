@@ -1,5 +1,6 @@
 """What generation returns, in vLLM's shape, and the text side of a sequence: decoding and stop strings."""
 
+import os
 from dataclasses import dataclass, field
 
 from .sequence import Sequence, TokenLogprobs
@@ -13,8 +14,12 @@ class LoRARequest:
 
     lora_name: str
     lora_int_id: int = 0
-    lora_path: str | None = None
+    lora_path: str | os.PathLike[str] | None = None
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lora_path is not None:
+            object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,12 @@ def _yes_or_no(name: str, value: Any) -> None:
         raise UsageError(f"{name} must be true or false, not {_shown(value)}", param=name)
 
 
+def _listed(name: str, value: Any) -> tuple[Any, ...]:
+    if value is not None and not isinstance(value, list | tuple | set | frozenset):
+        raise UsageError(f"{name} must be a list, not {_shown(value)}", param=name)
+    return tuple(value or ())
+
+
 def _shown(value: Any) -> str:
     """A value as an error names it: short, however long it is. (Python refuses to print integers of 5000 digits.)"""
     if isinstance(value, int) and value.bit_length() > 256:
@@ -90,9 +96,9 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stops = (self.stop,) if isinstance(self.stop, str) else _listed("stop", self.stop)
         object.__setattr__(self, "stop", stops)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", _listed("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         object.__setattr__(self, "logit_bias", self._biases())
         _whole("n", self.n, 1, MOST_SEQUENCES)
@@ -112,7 +118,7 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MOST_LOGPROBS)
         self._check_stops()
-        object.__setattr__(self, "logits_processors", tuple(self.logits_processors or ()))
+        object.__setattr__(self, "logits_processors", _listed("logits_processors", self.logits_processors))
         if not all(callable(processor) for processor in self.logits_processors or ()):
             raise UsageError("logits_processors must hold functions")
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):

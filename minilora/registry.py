@@ -8,6 +8,7 @@ packed bytes in memory. From start to end of a request, preemptions included, it
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -114,10 +115,14 @@ class Loader:
             cause.__cause__ = error
             return cause
 
+    def dismiss(self) -> None:
+        """Let the thread end after what it is reading, without waiting for it."""
+        self._orders.put(None)
+
     def close(self) -> None:
         """End the thread after what it is reading."""
         if self._thread is not None:
-            self._orders.put(None)
+            self.dismiss()
             self._thread.join()
             self._thread = None
 
@@ -135,6 +140,7 @@ class AdapterRegistry:
         self.names: dict[str, AdapterVersion] = {}
         self._read, self._pack = read, pack
         self.loader = Loader(lambda path: _loaded(read(path), pack), wake)
+        weakref.finalize(self, self.loader.dismiss).atexit = False
         self._retired: set[AdapterVersion] = set()
         # Loads in the background; and these together with what was loaded and waits outside the pool.
         self._in_flight = self._outstanding = 0
@@ -263,8 +269,9 @@ class AdapterRegistry:
             self.pool.release(version.digest or "")
 
     def _insert(self, version: AdapterVersion) -> None:
-        """Into the pool, if it is not there and there is room."""
+        """Into the pool, if it is not there, under another name perhaps, and there is room."""
         if version.digest in self.pool:
+            self._let_go(version)
             return
         if version.packed is None or version.digest is None:
             raise AssertionError(f"adapter {version.name!r} is not loaded")

@@ -1,6 +1,7 @@
 """The arrays of an engine, and the compiled step over them: pages, adapters, buffers, threads."""
 
 import time
+import weakref
 from collections.abc import Collection
 
 import numpy as np
@@ -51,6 +52,8 @@ class Runner:
         self._nodes = numa.nodes() if config.numa != "off" else []
         self._places = numa.assign(threads, self._nodes) if self._nodes else []
         self.team = Team(threads, [place.cpus for place in self._places] or None)
+        # Threads that wait for a run would keep the last one's arrays, the weights among them, of an engine that is gone.
+        weakref.finalize(self, self.team.dismiss).atexit = False
         self._crew = Crew(self.team.size)
         free = free_memory()
         self._setup_pages(int(free * KV_SHARE))

@@ -44,12 +44,13 @@ class TokenLogprobs(NamedTuple):
 @dataclass(slots=True)
 class Times:
     """Seconds on the engine's clock: when a text was submitted, first took part in a step, got its first token, and
-    its last one so far."""
+    its last one so far. tokens: how many it got."""
 
     submitted: float = 0.0
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+    tokens: int = 0
 
 
 @dataclass(eq=False, slots=True)

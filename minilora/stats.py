@@ -221,9 +221,14 @@ class Recorder:
         if sequence.times.started is None:
             sequence.times.started = now
 
+    def follows(self, sequence: Sequence) -> bool:
+        """Whether it is under way, as far as was noted."""
+        return sequence.number in self._ledgers
+
     def token(self, sequence: Sequence, now: float) -> None:
         """Note a new token."""
         times = sequence.times
+        times.tokens += 1
         for traffic in self._ledgers[sequence.number]:
             traffic.generated_tokens += 1
             if times.last_token is None:
@@ -242,7 +247,7 @@ class Recorder:
             traffic.latency.add(now - sequence.times.submitted)
         times, course = sequence.times, self.course
         course.prompt_tokens.add(sequence.prompt_length)
-        course.generated_tokens.add(sequence.generated)
+        course.generated_tokens.add(times.tokens)
         course.preemptions.add(sequence.preemptions)
         if times.started is None:
             return
@@ -253,8 +258,8 @@ class Recorder:
         course.prefill_time.add(times.first_token - times.started)
         course.decode_time.add(decode)
         course.inference_time.add(times.last_token - times.started)
-        if sequence.generated > 1:
-            course.time_per_token.add(decode / (sequence.generated - 1))
+        if times.tokens > 1:
+            course.time_per_token.add(decode / (times.tokens - 1))
 
     def step(self, seconds: float, decodes: int, prompt_rows: int) -> None:
         """Note a step with so many rows of texts that decode, and of prompts."""
@@ -283,7 +288,7 @@ def names_of(sequence: Sequence) -> set[str]:
 def load_by_adapter(running: Iterable[Sequence], waiting: Iterable[Sequence]) -> dict[str, Load]:
     """How many sequences of each adapter run and wait."""
     runs = Counter(name for sequence in running for name in names_of(sequence))
-    waits = Counter(name for sequence in waiting for name in names_of(sequence))
+    waits = Counter(name for first in waiting for one in (first, *first.siblings) for name in names_of(one))
     return {name: Load(runs[name], waits[name]) for name in sorted(runs | waits)}
 
 

@@ -1,8 +1,13 @@
 """AsyncEngine, and LLM's queue with callbacks: many coroutines, one engine, nobody in anybody's way."""
 
 import asyncio
+import gc
+import math
 import random
 import threading
+import time
+import weakref
+from pathlib import Path
 
 import pytest
 
@@ -437,6 +442,84 @@ def test_adapters_from_the_start(model, shelf, expected):
     with pytest.raises(NotFoundError):
         LLM(model, lora={"a2": "/nowhere/at/all"}, **SIZES)
     assert threading.active_count() == before, "threads of an engine that nobody has"
+
+
+def test_paths_may_be_path_objects(model, shelf, expected):
+    llm = LLM(model, lora={"a1": Path(shelf[1])}, **SIZES)
+    llm.add_lora("a2", Path(shelf[2]))
+    for lora in (LoRARequest("a1"), LoRARequest("a2"), LoRARequest("a3", 1, Path(shelf[3]))):
+        assert llm.generate(PROMPT, GREEDY, lora)[0].outputs[0].text == expected[lora.lora_name]
+    llm.close()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e39, "1", True])
+def test_scales_that_are_no_scales_are_refused(llm, shelf, scale):
+    with pytest.raises(UsageError, match="scale"):
+        llm.generate(PROMPT, GREEDY, LoRARequest("a1", 0, shelf[1], scale))
+
+
+def test_what_comes_after_a_stop_string_counts_nowhere(model):
+    """A step may have several tokens for a text, and its end: the text ended before."""
+    llm = LLM(model, num_scheduler_steps=8, **SIZES)
+    llm.generate(PROMPT, SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
+    params = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    [whole] = llm.generate(PROMPT, SamplingParams(**params))[0].outputs
+    before = llm.stats()
+    [cut] = llm.generate(PROMPT, SamplingParams(stop=whole.text[2], **params))[0].outputs
+    after = llm.stats()
+    assert cut.finish_reason == "stop" and len(cut.token_ids) < 8
+    assert after.total.finished - before.total.finished == {"stop": 1}
+    assert after.total.generated_tokens - before.total.generated_tokens == len(cut.token_ids)
+    assert after.course.generated_tokens.total - before.course.generated_tokens.total == len(cut.token_ids)
+    llm.close()
+
+
+def test_a_closed_llm_says_so(model):
+    llm = LLM(model, **SIZES)
+    llm.generate(PROMPT, GREEDY)
+    llm.close()
+    with pytest.raises(EngineClosedError):
+        llm.generate(PROMPT, GREEDY)
+
+
+def test_an_llm_that_nobody_has_is_gone(model, shelf):
+    """Its threads would keep all its arrays."""
+    threads = set(threading.enumerate())
+    llm = LLM(model, **SIZES)
+    llm.add_lora("a1", shelf[1], load=False)
+    llm.generate(PROMPT, GREEDY, LoRARequest("a1"))
+    mine = set(threading.enumerate()) - threads
+    team = weakref.ref(llm.engine.runner.team)
+    assert {thread.name for thread in mine} == {"minilora-1", "minilora-loader"}
+    del llm
+    gc.collect()
+    for thread in mine:
+        thread.join(30)
+    gc.collect()
+    assert not any(thread.is_alive() for thread in mine) and team() is None
+
+
+def test_closing_wakes_a_thread_that_falls_asleep(model):
+    """Whatever is set while the thread looks for work is not overlooked."""
+    entered, go = threading.Event(), threading.Event()
+
+    class Slow(threading.Event):
+        def clear(self):
+            entered.set()
+            go.wait(30)
+            super().clear()
+
+    engine = AsyncEngine(model, **SIZES)
+    old, engine._wake = engine._wake, Slow()
+    old.set()
+    assert entered.wait(30)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._wake.is_set():
+        time.sleep(0.001)
+    go.set()
+    closing.join(30)
+    assert not closing.is_alive()
 
 
 def test_a_path_in_the_request_registers(llm, shelf, expected):

@@ -1,18 +1,19 @@
 """The engine: sampling parameters, ends of texts, pages, prefix cache, copies, cancellation."""
 
 import math
+import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from minilora import LLM, runner
-from minilora.errors import UsageError
+from minilora.errors import EngineClosedError, UsageError
 from minilora.params import EngineConfig, SamplingParams
 from minilora.sequence import AdapterUse
 from minilora_kernels import limits
 
-from .support import GREEDY, VOCABULARY, load_weights, make_adapter, make_engine, random_tokens, run
+from .support import GREEDY, VOCABULARY, load_weights, make_adapter, make_engine, random_tokens, run, save_adapter
 
 PROMPT = random_tokens(np.random.default_rng(11), 40)
 
@@ -71,6 +72,9 @@ BAD = [
     {"stop": ["x"] * 100},
     {"stop": ["x" * 10**6]},
     {"stop": [1]},
+    {"stop": 5},
+    {"stop_token_ids": 5},
+    {"logits_processors": 5},
     {"stop_token_ids": [-1]},
     {"stop_token_ids": [True]},
     {"ignore_eos": 1},
@@ -132,6 +136,57 @@ def test_unknown_settings_are_answered(name, hint):
 def test_impossible_requests_are_refused_at_once(weights, tokens, params):
     with pytest.raises(UsageError):
         make_engine(weights).submit(tokens, SamplingParams(**params))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [{"priority": None}, {"priority": "high"}, {"priority": 1.5}, {"salt": "text"}, {"tenant": ["x"]}],
+    ids=repr,
+)
+def test_who_can_not_be_put_in_order_is_refused(weights, order):
+    """At once: later it would end the engine, with everybody's requests."""
+    engine = make_engine(weights, max_num_seqs=1)
+    engine.submit(PROMPT, SamplingParams(max_tokens=3))
+    with pytest.raises(UsageError, match=next(iter(order))):
+        engine.submit(PROMPT, SamplingParams(max_tokens=3), **order)
+    engine.submit(PROMPT, SamplingParams(max_tokens=3))
+    run(engine)
+    assert engine.stats().total.requests == 2
+
+
+def test_a_closed_engine_takes_nothing(weights):
+    engine = make_engine(weights, threads=2)
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        engine.submit(PROMPT, SamplingParams())
+
+
+def test_all_texts_of_a_request_wait(weights):
+    engine = make_engine(weights, max_num_seqs=4)
+    engine.submit(PROMPT, SamplingParams(n=4, max_tokens=2))
+    stats = engine.stats()
+    assert stats.waiting == stats.load_by_adapter[""].waiting == stats.total.requests == 4
+    run(engine)
+
+
+def test_texts_go_on_while_an_adapter_is_read(weights, tmp_path, monkeypatch):
+    """With one row in a step, every other step finds nothing to do."""
+    engine, gate = make_engine(weights, max_num_batched_tokens=1), threading.Event()
+    read = engine.adapters.loader._read
+    monkeypatch.setattr(engine.adapters.loader, "_read", lambda path: gate.wait(30) and read(path))
+    [text] = engine.submit([5], SamplingParams(max_tokens=20, **GREEDY))
+    engine.step()
+    version = engine.add_adapter(save_adapter(tmp_path, weights.config), "slow")
+    engine.submit([5], SamplingParams(max_tokens=1), (AdapterUse(version, 1.0),))
+    while text.finish_reason is None:
+        engine.step()
+        assert not engine.stalled or text.finish_reason is not None
+        assert engine.adapters.loading
+    gate.set()
+    while engine.busy:
+        engine.step()
+        engine.wait(30)
+    engine.close()
 
 
 def test_a_request_that_can_never_fit_is_refused(weights):

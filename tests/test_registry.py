@@ -93,6 +93,16 @@ def test_read_once_used_often(store, folders):
     assert version.packed is None, "the pool's copy is the only one"
 
 
+def test_names_of_one_content_keep_one_copy(store, folders):
+    versions = [store.registry.add(f"a{i}", folders[0]) for i in range(6)]
+    for version in versions:
+        store.start(version)
+    assert len(store.registry.pool) == 1 and all(version.packed is None for version in versions)
+    assert store.registry._outstanding == 0, "what is read ahead is not held up"
+    for version in versions:
+        store.end(version)
+
+
 def test_evicted_by_bytes_least_recently_used(folders):
     store = Store(room=2)
     versions = [store.registry.add(f"a{i}", folders[i]) for i in range(3)]

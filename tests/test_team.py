@@ -89,6 +89,14 @@ def pair():
     team.close()
 
 
+def test_a_closed_team_runs_nothing():
+    team = Team(2)
+    assert meets(team)
+    team.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        meets(team)
+
+
 def test_nobody_passes_a_barrier_early(team):
     assert meets(team)
 

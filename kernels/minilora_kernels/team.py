@@ -68,9 +68,8 @@ class _Worker:
         with self._news:
             self._news.notify()
 
-    def end(self) -> None:
-        """Wait for the thread's end, after the team has no more runs."""
-        self.call()
+    def join(self) -> None:
+        """Wait for the thread's end."""
         self._thread.join()
 
     def wait(self, run: _Run) -> BaseException | None:
@@ -130,8 +129,8 @@ class Team:
         """Run a team_program on every active thread, or on `most` of them; returns when all are done.
 
         job: what changes from run to run; fixed: what many runs share, given as the very same object. An exception in any
-        thread, Ctrl-C included, frees the others from their barriers and is raised here. Raises RuntimeError in a fork of
-        the process that made the team.
+        thread, Ctrl-C included, frees the others from their barriers and is raised here. Raises RuntimeError after close,
+        and in a fork of the process that made the team.
         """
         if os.getpid() != self._process:
             raise RuntimeError(
@@ -139,6 +138,8 @@ class Team:
                 "Start the model in the process that uses it, or start processes by spawn instead of fork."
             )
         with self._lock:
+            if self.current is None:
+                raise RuntimeError("the team was closed")
             self._settle()
             self.prepare(program, job, fixed)
             count = self.active if most is None else max(1, min(most, self.active))
@@ -206,12 +207,18 @@ class Team:
         """Open every barrier of the current run: its results are void."""
         self._sync[ABORT] = 1
 
+    def dismiss(self) -> None:
+        """Let the threads end, without waiting for it; the team can't run again. From any thread, its own included."""
+        self.current = None
+        for worker in self._workers:
+            worker.call()
+
     def close(self) -> None:
         """End the threads; the team can't run again."""
         with self._lock:
-            self.current = None
+            self.dismiss()
             for worker in self._workers:
-                worker.end()
+                worker.join()
             self._workers = []
 
 
