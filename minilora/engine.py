@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .adapters import Adapter, pack_adapter
 from .asked import Answer, Question, chunk_of, draws_of, ends_of, expected
@@ -16,7 +16,7 @@ from .batch import Draw
 from .cache import PagePool
 from .errors import EngineClosedError, RequestError, UnloadedError, UsageError
 from .pace import Pace
-from .params import EngineConfig, SamplingParams
+from .params import EngineConfig, SamplingParams, check_order
 from .peft import load_adapter
 from .registry import AdapterRegistry, AdapterVersion
 from .runner import MOST_USES, PROMPT_LOGITS, Runner
@@ -135,7 +135,7 @@ class Engine:
         if self._closed:
             raise EngineClosedError("the engine was closed")
         self._check(tokens, params, uses)
-        _check_order(salt, priority, tenant)
+        check_order(salt, priority, tenant)
         seed = params.seed_or_drawn()
         if tenant is None:
             tenant = uses[0].adapter.name if uses else ""
@@ -238,7 +238,8 @@ class Engine:
         outputs = self._run(plan) if plan else []
         outputs += [Output(sequence, None) for sequence in self.scheduler.failed]
         self.scheduler.failed = []
-        counted = [output for output in outputs if self._count(output, time.perf_counter(), take)]
+        now = time.perf_counter()
+        counted = [output for output in outputs if self._count(output, now, take)]
         if self.config.debug_checks:
             self.check_integrity()
         return counted
@@ -491,16 +492,6 @@ class Engine:
         self._closed = True
         self.adapters.close()
         self.runner.close()
-
-
-def _check_order(salt: Any, priority: Any, tenant: Any) -> None:
-    """Raise UsageError where a request could not be put in order: that would be found out in the middle of a step."""
-    if not isinstance(salt, bytes):
-        raise UsageError(f"salt must be bytes, not {salt!r}", param="salt")
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise UsageError(f"priority must be an integer, not {priority!r}", param="priority")
-    if not isinstance(tenant, str | None):
-        raise UsageError(f"tenant must be a text or None, not {tenant!r}", param="tenant")
 
 
 def _as_int64(number: int) -> int:

@@ -175,6 +175,16 @@ class SamplingParams:
                 raise UsageError(f"{name} holds {wrong[0]}, the vocabulary has {size} tokens", param=name)
 
 
+def check_order(salt: Any, priority: Any, tenant: Any) -> None:
+    """Raise UsageError where a request with these could not be put in order: a step would find that out, for everybody."""
+    if not isinstance(salt, bytes):
+        raise UsageError(f"salt must be bytes, not {_shown(salt)}", param="salt")
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise UsageError(f"priority must be an integer, not {_shown(priority)}", param="priority")
+    if not isinstance(tenant, str | None):
+        raise UsageError(f"tenant must be a text or None, not {_shown(tenant)}", param="tenant")
+
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # Number formats of weights, of pages and of adapters.
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")

@@ -25,6 +25,7 @@ LAYERS = [
         "memory",
         "rope",
         "config",
+        "config_keys",
         "lookup",
         "params",
         "tokenizer",
