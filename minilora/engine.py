@@ -15,6 +15,7 @@ from .asked import Answer, Question, chunk_of, draws_of, ends_of, expected
 from .batch import Draw
 from .cache import PagePool
 from .errors import EngineClosedError, RequestError, UnloadedError, UsageError
+from .interrupts import Interrupts
 from .pace import Pace
 from .params import EngineConfig, SamplingParams, check_order
 from .peft import load_adapter
@@ -88,6 +89,7 @@ class Engine:
         # Whether a step computes right now, and whether the last one found nothing that could run.
         self._computing = self.stalled = self._closed = False
         self._stuck = 0
+        self._interrupts = Interrupts()
 
     # ------------------------------------------------------------ adapters
 
@@ -227,8 +229,12 @@ class Engine:
         """Run one step; returns the new tokens, in each text's order, and the sequences that ended without one.
 
         take: called with each of these before the next one counts. It may cancel texts, as where a stop string is whole:
-        what else the step has for them is dropped.
+        what else the step has for them is dropped. Ctrl-C comes between two steps, or while one computes, which it ends.
         """
+        with self._interrupts.held_back():
+            return self._step(take)
+
+    def _step(self, take: Callable[[Output], None] | None) -> list[Output]:
         self._news.clear()
         self.adapters.collect()
         self._look_up()
@@ -298,7 +304,8 @@ class Engine:
             draws = [draw for answer in answers for draw in draws_of(answer, self.eos)]
             chunks = [chunk_of(work, self._number) for work in plan]
             rounds = self._rounds(plan)
-            tokens = self.runner.run(chunks, draws, rounds, ends_of(plan, self.eos) if rounds > 1 else set())
+            with self._interrupts.let_through():
+                tokens = self.runner.run(chunks, draws, rounds, ends_of(plan, self.eos) if rounds > 1 else set())
             # All that can fail comes before the first token is kept: what a text was given is also told.
             logprobs = self._logprobs(draws, tokens[0])
             self._note_computed(plan, questions)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import math
 import random
+import signal
 import threading
 import time
 import weakref
@@ -472,6 +473,40 @@ def test_what_comes_after_a_stop_string_counts_nowhere(model):
     assert after.total.generated_tokens - before.total.generated_tokens == len(cut.token_ids)
     assert after.course.generated_tokens.total - before.course.generated_tokens.total == len(cut.token_ids)
     llm.close()
+
+
+@pytest.mark.parametrize("part, computed", [("schedule", 0), ("generated", 1)])
+def test_ctrl_c_comes_between_the_lines_of_the_books(llm, expected, monkeypatch, part, computed):
+    """What it interrupts is whole: the same engine goes on, and no token is lost."""
+    real, steps = getattr(llm.engine.scheduler, part), llm.stats().steps
+
+    def interrupted(*args):
+        monkeypatch.setattr(llm.engine.scheduler, part, real)
+        signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    requests = [llm.submit(PROMPT, None, GREEDY) for _ in range(3)]
+    monkeypatch.setattr(llm.engine.scheduler, part, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.step()
+    assert llm.stats().steps == steps + computed
+    llm.engine.check_integrity()
+    llm.run()
+    assert [request.output.outputs[0].text for request in requests] == [expected[None]] * 3
+
+
+def test_ctrl_c_ends_what_is_computed(llm, monkeypatch):
+    def endless(*_):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not interrupted")
+
+    llm.submit(PROMPT, None, GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "run", endless)
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+    llm.engine.check_integrity()
+    llm.run()
 
 
 def test_a_closed_llm_says_so(model):

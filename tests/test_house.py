@@ -27,6 +27,7 @@ LAYERS = [
         "config",
         "config_keys",
         "lookup",
+        "interrupts",
         "params",
         "tokenizer",
         "tokenizer_gguf",
