@@ -17,9 +17,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_dir():
         if not (path / "config.json").exists() and (found := sorted(path.glob("*.gguf"))):
-            raise NotFoundError(
-                f"{path} is a folder with GGUF files, not a model's own", f"Name one of them: {found[0]}"
-            )
+            raise NotFoundError(f"{path} has no config.json, but GGUF files", f"Name one of them: {found[0]}")
         return FolderCheckpoint(path)
     if not path.exists():
         raise NotFoundError(f"{path} does not exist")

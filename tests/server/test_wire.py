@@ -134,7 +134,8 @@ def test_absolute_urls_and_escapes(port):
     assert path(b"/v1/%2e%2e/health") == "/v1/../health"
     assert path(b"/v1%2fmodels") == "/v1/models"
     assert path(b"//v1/models") == "//v1/models"
-    assert path(b"/a%00b%ff") == "/a\0b\ufffd"
+    assert path(b"/a%20b%ff") == "/a b\ufffd"
+    assert b" 404 " in talk(port, b"GET /version%0A HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
 
 
 # ---------------------------------------------------------------- sizes
