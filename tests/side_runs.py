@@ -1,6 +1,7 @@
 """Runs beside the tests: what takes minutes in a process of its own begins with the session, on cores left idle."""
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +48,11 @@ class SideRuns:
         return self.runs[item.nodeid].result()
 
     def end(self):
-        """Ends what a session that was cut short has left running."""
+        """End what a session that was cut short has left running, by Ctrl-C: so it ends what it has started itself."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in self.processes:
-            if process.is_running():
-                process.terminate()
+        running = [process for process in self.processes if process.is_running()]
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        _, left = psutil.wait_procs(running, timeout=30)
+        for process in left:
+            process.kill()
