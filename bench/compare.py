@@ -33,6 +33,7 @@ from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "smollm2-135m-instruct"
 PROMPT = 512
+PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
 # Random weights in these shapes, by the first word of a file's key.
 SHAPES = {"big": "tinyllama-1.1b", "wide": "llama-3.2-1b"}
 
@@ -244,14 +245,17 @@ def main() -> None:
     cases = [case for case in CASES if options.only in case.name]
     if not cases:
         parser.error(f"no case's name holds {options.only!r}")
-    if not (options.llama_bin / "llama-bench").exists():
-        parser.error(f"{options.llama_bin} holds no llama-bench: build llama.cpp there")
+    if missing := [name for name in PROGRAMS if not (options.llama_bin / name).exists()]:
+        parser.error(f"{options.llama_bin} holds no {', '.join(missing)}: build llama.cpp there")
     tell = (lambda line: None) if options.json else lambda line: print(line, flush=True)
     files = Files(options.work, options.llama_bin)
-    rows = [compare(case, files, options, tell) for case in cases]
-    document = json.dumps({"about": about(options), "rows": rows})
-    if options.results:
-        options.results.write_text(document + "\n")
+    rows: list[dict] = []
+    for case in cases:
+        rows.append(compare(case, files, options, tell))
+        document = json.dumps({"about": about(options), "rows": rows})
+        # After each row: a later one may fail.
+        if options.results:
+            options.results.write_text(document + "\n")
     print(document)
 
 

@@ -174,16 +174,21 @@ class _Arena:
         return self._data[: self._end]
 
 
-def _evened(pair: Pair) -> Pair:
-    """The same update with an A near 1: int8 adapters keep what several A give with a common scale.
+def _stored(pair: Pair, fmt: int) -> Pair:
+    """As it is stored in this format, but for rounding."""
+    return _evened(pair) if fmt == INT8 else pair
 
-    The factor is a power of two, so that no number changes but for its exponent.
+
+def _evened(pair: Pair) -> Pair:
+    """The same update with rows of A near 1: int8 adapters keep what several ranks give, and their columns of B, with a
+    common scale.
+
+    Each rank's factor is a power of two, so that no number changes but for its exponent.
     """
-    size = np.sqrt(np.mean(np.square(pair.a, dtype=np.float64)))
-    factor = (
-        np.float32(2 ** np.clip(np.rint(np.log2(size)), -LARGEST_SHIFT, LARGEST_SHIFT)) if size > 0 else np.float32(1)
-    )
-    return Pair(pair.a / factor, pair.b * factor)
+    sizes = np.sqrt(np.mean(np.square(pair.a, dtype=np.float64), axis=1))
+    shifts = np.clip(np.rint(np.log2(np.where(sizes > 0, sizes, 1))), -LARGEST_SHIFT, LARGEST_SHIFT)
+    factors = np.exp2(shifts).astype(np.float32)
+    return Pair(pair.a / factors[:, None], pair.b * factors)
 
 
 def _whole_panels(rank: int) -> int:
@@ -240,11 +245,11 @@ def _pack_ends(
 ) -> None:
     """The pairs of the head and of the embedding."""
     if HEAD in adapter.pairs:
-        a, b = adapter.pairs[HEAD]
+        a, b = _stored(adapter.pairs[HEAD], arena.fmt)
         head_inputs[0] = arena.add_shrink([a]), _whole_panels(len(a))
         head_outputs[0] = arena.add_expand(np.pad(b, ((0, -len(b) % PANEL), (0, 0)))), padded_rank(len(a)), 0
     if EMBED in adapter.pairs:
-        a, b = adapter.pairs[EMBED]
+        a, b = _stored(adapter.pairs[EMBED], arena.fmt)
         embed[:] = arena.add_shrink([a]), arena.add_expand(b), padded_rank(len(a))
 
 
@@ -263,7 +268,7 @@ def _pack_input(
         name = f"model.layers.{layer}.{module}"
         if outs[0] not in OUTPUTS_OF[source] or name not in adapter.pairs:
             continue
-        a, b = _evened(adapter.pairs[name]) if arena.fmt == INT8 else adapter.pairs[name]
+        a, b = _stored(adapter.pairs[name], arena.fmt)
         start = 0
         for out in outs:
             output_rows_[out] = arena.add_expand(b[start : start + rows[out]]), padded_rank(len(a)), column

@@ -165,7 +165,7 @@ class _Reader:
         width, layers = self.integer("hidden_size"), self.integer("num_hidden_layers", limit=1024)
         heads = self.integer("num_attention_heads", limit=4096)
         kv_heads = self.integer("num_key_value_heads", heads, limit=4096)
-        head_dim = self.integer("head_dim", width // heads or None, limit=4096)
+        head_dim = self.integer("head_dim", width // heads or None, limit=1024)
         forward = self.integer("intermediate_size")
         if heads % kv_heads:
             raise FormatError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key-value heads")

@@ -14,32 +14,37 @@ import mmap
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minilora_kernels import pack
 from minilora_kernels.code_files import cache_root
 
 from .checkpoint import open_checkpoint
 from .checkpoint.folder import INDEX
 from .checkpoint.lock import Report
 from .config import ModelConfig, token_ids
-from .errors import FormatError
+from .errors import FormatError, UsageError
 from .files import read_json
 from .memory import HUGE_PAGE, huge_pages
 from .packer import Packer, pack_in_memory
 from .params import SamplingParams
-from .plan import Plan, Target
+from .plan import DEFAULT_GROUP, Plan, Target
+from .tables import check_tables
 from .tokenizer import DEFINITION, SETTINGS, SPECIAL_TOKENS, TEMPLATE, Tokenizer, TokenizerFiles
 from .weights import Weights
 
 MANIFEST, ARENA = "minilora.json", "weights.bin"
 VERSION = 3
 CHECKED_WORDS = 1 << 17
+# Seconds after which a folder that is being written is nobody's any more.
+ABANDONED = 3600
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
     target = target or Target()
     try:
         if (path / MANIFEST).exists():
+            _check_target(path, target)
             return read_packed(path, name)
         folder = cache_root() / "packed" / f"{path.name}-{_key(path, target)}"
     except PermissionError as error:
@@ -105,10 +111,24 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
     return Model(name, pack_in_memory(plan), tokenizer, checkpoint.generation, None)
 
 
+def _check_target(path: Path, target: Target) -> None:
+    """Raise UsageError where a packed folder is asked for in another format than its own."""
+    if target.dtype == "auto":
+        return
+    content = read_json(path / MANIFEST)
+    dtype, group = content.get("dtype"), content.get("group")
+    if target.dtype != dtype or target.group not in (group, DEFAULT_GROUP):
+        raise UsageError(
+            f"{path} was packed as {dtype} with groups of {group}, which can't be changed",
+            "Leave --dtype and --group-size out, or pack its source again.",
+        )
+
+
 def _keep(folder: Path, name: str, plan: Plan, tokenizer: TokenizerFiles, report: Report) -> Model | None:
     """The model, written into the cache and read from there; None, and a report, where that is not possible."""
     try:
-        write_packed(folder, plan, tokenizer)
+        _remove_abandoned(folder.parent)
+        write_packed(folder, plan, tokenizer, replace=True)
     except OSError as error:
         report(
             f"cannot keep the packed model in {folder.parent} ({error.strerror}): it is packed anew at each start. "
@@ -126,13 +146,23 @@ def _keep(folder: Path, name: str, plan: Plan, tokenizer: TokenizerFiles, report
 def _key(path: Path, target: Target) -> str:
     """A digest of what the packed bytes depend on: which files, their sizes and times, the target, our version.
 
-    It is known without reading a checkpoint, which a start from the cache can do without.
+    It is known without reading a checkpoint, which a start from the cache can do without. VERSION is that of the folder.
     """
-    digest = hashlib.sha256(repr((VERSION, *target.key)).encode())
+    digest = hashlib.sha256(repr((VERSION, _makers(), *target.key)).encode())
     for file in _sources(path):
         status = file.stat()
         digest.update(repr((str(file.resolve()), status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()[:16]
+
+
+@cache
+def _makers() -> str:
+    """A digest of the sources that decide what is packed, and what of a GGUF file becomes the config and the tokenizer."""
+    here, kernels = Path(__file__).parent, Path(pack.__file__).parent
+    names = ("config", "config_keys", "packed", "packer", "plan", "rope", "tokenizer", "tokenizer_gguf")
+    files = [*sorted(here.glob("checkpoint/*.py")), *(here / f"{name}.py" for name in names)]
+    files += [kernels / f"{name}.py" for name in ("convert", "pack", "quantize")]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _sources(path: Path) -> list[Path]:
@@ -147,10 +177,11 @@ def _sources(path: Path) -> list[Path]:
 # ---------------------------------------------------------------- writing
 
 
-def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles) -> None:
-    """Write a packed model, whole or not at all; if another process was faster, its folder stays.
+def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles, replace: bool = False) -> None:
+    """Write a packed model, whole or not at all.
 
-    Raises OSError where there is no room or no permission.
+    replace: what is there goes, unless it is a packed model: another process was faster then, and its folder stays. Raises
+    OSError where there is no room or no permission, or, without replace, something in this place.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Whom the umask lets read other files may read this folder too, which a temporary one would not allow.
@@ -160,10 +191,21 @@ def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles) -> None:
         _write_arena(building / ARENA, Packer(plan).chunks())
         tokenizer.save(building)
         (building / MANIFEST).write_text(json.dumps(_manifest(building, plan)))
-        _replace_folder(building, folder)
+        if replace:
+            _replace_folder(building, folder)
+        else:
+            os.rename(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what processes that were killed while they packed have left: nobody has written there for long."""
+    for building in cache.glob(".*-" + 16 * "[0-9a-f]"):
+        files = [building, *building.iterdir()]
+        if time.time() - max(file.stat().st_mtime for file in files) > ABANDONED:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _write_arena(path: Path, chunks: Iterable[np.ndarray]) -> None:
@@ -259,6 +301,7 @@ def read_packed(folder: Path, name: str) -> Model:
         content["head"],
         content["final_norm"],
     )
+    check_tables(weights)
     return Model(name, weights, TokenizerFiles.from_folder(folder), content["generation"], folder)
 
 

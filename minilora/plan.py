@@ -17,7 +17,7 @@ from minilora_kernels.pack import BLOCK, FLOAT32, GROUPS, INT4, INT8, Quantized
 
 from .checkpoint.base import Checkpoint
 from .config import ModelConfig
-from .errors import FormatError, UsageError
+from .errors import FormatError, UnsupportedError, UsageError
 from .params import DTYPES
 
 # Columns of the layers table: byte offsets of float32 vectors in the arena (-1: none), rows of the matrices
@@ -198,7 +198,12 @@ class Target:
             return natural, 0 if pack.is_float(natural) else 32
         if self.dtype in FLOAT_DTYPES:
             return FLOAT_DTYPES[self.dtype], 0
-        group = max(g for g in GROUPS if g <= self.group and columns % g == 0)
+        group = max((g for g in GROUPS if g <= self.group and columns % g == 0), default=0)
+        if not group:
+            raise UnsupportedError(
+                f"{self.dtype} takes matrices of a multiple of 32 columns, this model has one of {columns}",
+                "Take float32, float16 or bfloat16.",
+            )
         # The embedding and the head lose most by 4 bits: they keep 8.
         return (INT8, group) if self.dtype == "int8" or is_head else (pack.INT4_MIN, group)
 

@@ -11,11 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from safetensors.numpy import load_file
 
 from minilora.adapter_pool import AdapterPool
-from minilora.adapters import Adapter, pack_adapter
+from minilora.adapters import Adapter, Pair, pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
 from minilora.peft import load_adapter
-from minilora_kernels.pack import FLOAT16, FLOAT32
+from minilora_kernels.pack import FLOAT16, FLOAT32, INT8
 
 from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
 
@@ -93,6 +93,16 @@ def test_the_digest_is_of_the_content(tmp_path):
 
     assert digest("a", 1) == digest("b", 1)
     assert len({digest("a", 1), digest("c", 2), digest("d", 1, lora_alpha=9), digest("e", 1, rank=8)}) == 4
+
+
+@pytest.mark.parametrize("modules", [("q_proj", "down_proj"), ("embed_tokens", "lm_head")])
+def test_int8_keeps_every_rank_however_a_and_b_share_its_size(modules):
+    """As adapters that were joined with weights have it: B A is the same."""
+    even = make_adapter(CONFIG, modules=modules)
+    shares = np.exp2(np.arange(4) * 3 - 5).astype(np.float32)
+    uneven = Adapter({name: Pair(a * shares[:, None], b / shares) for name, (a, b) in even.pairs.items()})
+    assert pack_adapter(uneven, CONFIG, INT8).digest == pack_adapter(even, CONFIG, INT8).digest
+    assert pack_adapter(uneven, CONFIG, FLOAT32).digest != pack_adapter(even, CONFIG, FLOAT32).digest
 
 
 def test_numbers_too_large_for_float16_are_refused():

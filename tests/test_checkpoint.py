@@ -119,6 +119,14 @@ def test_wrong_tensors_are_named(tmp_path, change, word):
         load_weights(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_groups_that_do_not_fit_are_named(tmp_path, dtype):
+    make_checkpoint(tmp_path, num_attention_heads=3, num_key_value_heads=1, head_dim=48)
+    load_weights(tmp_path)
+    with pytest.raises(UnsupportedError, match=f"{dtype} takes .* one of 144"):
+        load_weights(tmp_path, dtype)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 def test_weights_that_are_too_large_for_a_dtype_are_named(tmp_path, dtype):
     make_checkpoint(tmp_path)

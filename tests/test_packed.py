@@ -13,8 +13,19 @@ import pytest
 from minilora.checkpoint import open_checkpoint
 from minilora.errors import FormatError, NotFoundError, UsageError
 from minilora.memory import HUGE_PAGE
-from minilora.packed import ARENA, MANIFEST, _key, _write_arena, checksum, load_model, read_packed, write_packed
-from minilora.plan import Plan, Target
+from minilora.packed import (
+    ARENA,
+    MANIFEST,
+    _digest,
+    _key,
+    _write_arena,
+    checksum,
+    load_model,
+    read_packed,
+    write_packed,
+)
+from minilora.plan import DOWN, INPUT_NORM, Q_NORM, QKV, QKV_PARTS, WINDOW, Plan, Target
+from minilora_kernels.pack import BLOCK_BYTES, FORMAT, GROUP, INT8, OFFSET, ROWS
 
 from .gguf_maker import write_llama
 from .support import make_checkpoint
@@ -97,8 +108,8 @@ def test_a_packed_folder_that_may_not_be_read_is_named(cache, model, monkeypatch
 
 
 def test_a_folder_replaced_while_it_is_read_is_done_without(cache, model, monkeypatch):
-    def replaced(folder, *given):
-        write_packed(folder, *given)
+    def replaced(folder, *given, **more):
+        write_packed(folder, *given, **more)
         (folder / MANIFEST).unlink()
 
     monkeypatch.setattr("minilora.packed.write_packed", replaced)
@@ -173,7 +184,7 @@ def test_without_room_the_model_runs_from_memory(cache, model, error, monkeypatc
     for path in folder_of(cache).iterdir():
         path.unlink()
 
-    def refuse(*_):
+    def refuse(*_, **more):
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr("minilora.packed.write_packed", refuse)
@@ -234,6 +245,84 @@ def test_the_tokenizers_end_counts_too(tmp_path):
     for names, expected in (({}, {1}), ({"eos_token": "<|im_end|>"}, {1, 2}), ({"eos_token": "<nothing>"}, {1})):
         (folder / "tokenizer_config.json").write_text(json.dumps(names))
         assert load_model(folder, "m").eos == expected
+
+
+def test_a_packed_folder_keeps_its_format(cache, model):
+    folder = load(model)[0].folder
+    for target in (Target(), Target("int8"), Target("int8", 32)):
+        assert load_model(folder, "m", target).weights.formats == (INT8,)
+    for target in (Target("float32"), Target("int4"), Target("int8", 64)):
+        with pytest.raises(UsageError, match="packed as int8 with groups of 32"):
+            load_model(folder, "m", target)
+
+
+def test_what_stands_in_a_models_place_stays(model, tmp_path):
+    """It may have come while the model was packed, which takes minutes."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "notes.txt").write_text("precious")
+    checkpoint = open_checkpoint(model)
+    with pytest.raises(OSError):
+        write_packed(target, Plan(checkpoint, Target("int8")), checkpoint.tokenizer())
+    assert (target / "notes.txt").read_text() == "precious"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".target")]
+
+
+def test_what_killed_processes_have_left_is_removed(cache, model):
+    old, new = (cache / f".other-{i:016x}" for i in range(2))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / ARENA).write_bytes(b"half")
+    for path in (old / ARENA, old):
+        os.utime(path, (1, 1))
+    load(model)
+    assert new.exists() and not old.exists()
+
+
+def at(*place, value):
+    """A function that sets one number of a manifest's tables."""
+
+    def change(content):
+        for key in place[:-1]:
+            content = content[key]
+        content[place[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        at("matrices", 0, OFFSET, value=1 << 46),
+        at("matrices", 0, OFFSET, value=-64),
+        at("matrices", 1, OFFSET, value=8),
+        at("matrices", 2, FORMAT, value=99),
+        at("matrices", 2, GROUP, value=1 << 20),
+        at("matrices", 3, ROWS, value=1 << 30),
+        at("matrices", 3, BLOCK_BYTES, value=64),
+        at("layers", 0, QKV, value=7000),
+        at("layers", 1, QKV_PARTS, value=0),
+        at("layers", 1, DOWN, value=0),
+        at("layers", 1, INPUT_NORM, value=1 << 40),
+        at("layers", 0, Q_NORM, value=0),
+        at("layers", 0, WINDOW, value=5),
+        at("embed", value=1000),
+        at("head", value=-5),
+        at("final_norm", value=1 << 40),
+        at("config", "vocab_size", value=1 << 20),
+        at("config", "num_hidden_layers", value=3),
+        at("config", "head_dim", value=32),
+    ],
+)
+def test_tables_that_lead_elsewhere_are_refused(cache, model, change):
+    """Whoever writes a folder can write its digest too, and kernels read what the tables say."""
+    folder = load(model)[0].folder
+    content = json.loads((folder / MANIFEST).read_text())
+    del content["digest"]
+    change(content)
+    (folder / MANIFEST).write_text(json.dumps({**content, "digest": _digest(content)}))
+    with pytest.raises(FormatError):
+        read_packed(folder, "m")
 
 
 def test_checksum_sees_every_byte():

@@ -1,5 +1,6 @@
 """Keys of machine code: the same in every process, another one whenever the code might be."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from numba import types
 
-from minilora_kernels.sources import spelled
+from minilora_kernels.sources import source_key, spelled
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 MAIN = """
@@ -87,3 +88,17 @@ def test_fields_are_parts_of_a_types_name():
     assert len({spelled(kind) for kind in alike}) == 2
     assert spelled(types.Tuple([one, types.int64])) != spelled(types.Tuple([other, types.int64]))
     assert spelled(types.int64) == "int64"
+
+
+def test_what_was_imported_counts_whatever_the_file_says_now(tmp_path):
+    """An upgrade may replace the file while a process runs on."""
+
+    def imported(body):
+        (tmp_path / "changing.py").write_text(f"def kernel(x):\n    return x + {body}\n")
+        spec = importlib.util.spec_from_file_location("changing", tmp_path / "changing.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.kernel
+
+    old, new = imported("10"), imported("22")
+    assert source_key(old) != source_key(new)

@@ -19,17 +19,38 @@ import numba
 from . import cpu
 
 
+def _sources() -> bytes:
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.digest()
+
+
+# Read as they are imported: an upgrade may replace them while this process runs on.
+_SOURCES = _sources()
+
+
 def cache_root() -> Path:
-    """The folder for everything that can be made again: $MINILORA_CACHE or the platform's cache folder."""
+    """The folder for everything that can be made again: $MINILORA_CACHE or the platform's cache folder.
+
+    Raises OSError for a user without a home folder.
+    """
     if given := os.environ.get("MINILORA_CACHE"):
-        return Path(given)
+        return Path(os.path.expanduser(given))
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = _home() / "Library" / "Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     return base / "minilora"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise OSError("this user has no home folder: set MINILORA_CACHE to a folder") from None
 
 
 def code_folder() -> Path:
@@ -40,9 +61,7 @@ def code_folder() -> Path:
 @cache
 def environment_key() -> str:
     """A name for all that machine code depends on, but for its own function: kernel sources, versions, CPU."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    digest = hashlib.sha256(_SOURCES)
     triple, name, features = cpu.target()
     versions = (numba.__version__, llvmlite.__version__, sys.version_info[:2])
     switches = (numba.config.BOUNDSCHECK, str(numba.config.OPT))

@@ -29,6 +29,8 @@ def source_key(function: Callable) -> str:
         if one not in seen:
             seen.add(one)
             parts.add(_file_digest(inspect.getfile(one)))
+            # The file may have changed since it was imported.
+            parts.add(repr(_loaded(one.__code__)))
             for name, value in _named(one):
                 if called := getattr(value, "py_func", None):
                     waiting.append(called)
@@ -58,6 +60,17 @@ def _named(function: Any) -> Iterator[tuple[str, Any]]:
             modules.add(value)
             values += [(f"{value.__name__}.{inner}", vars(value)[inner]) for inner in names & vars(value).keys()]
         yield name, value
+
+
+def _loaded(code: CodeType) -> tuple[Any, ...]:
+    """What a function does, as it was imported: the same in every process."""
+    constants = [_loaded(one) if isinstance(one, CodeType) else _spelled(one) for one in code.co_consts]
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants
+
+
+def _spelled(constant: Any) -> str:
+    """A constant; the order of a set is another in each process."""
+    return repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
 
 
 @cache

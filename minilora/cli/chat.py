@@ -61,7 +61,7 @@ class _Conversation:
         commands = {"/reset": self.reset, "/adapter": self.adapter, "/help": self.help}
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
+                line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
             except EOFError:
                 return
             if line in ("/quit", "/exit"):

@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from .opening import Model
 
 QUESTION = "Name three fruits."
+# Seconds without a word from stdin, after which that is said.
+WAITING = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def generate(
     Without a prompt: ask the model one question and show the answers of the base model and of the bundled
     adapters side by side, from one batch.
     """
-    prompt = _read_prompt(prompt)
+    prompt = _read_prompt(prompt, raw)
     reporter = Reporter()
     engine, sampling = split_engine(rest)
     asked = _Asked(QUESTION if prompt is None else prompt, system, raw, loras, adapters, sampling)
@@ -98,13 +101,18 @@ def generate(
         _answer_at_once(llm, asked, reporter, as_json)
 
 
-def _read_prompt(argument: str | None) -> str | None:
-    """The prompt: the argument, or what stdin holds for "-" or in a pipe; None if there is none. Raises UsageError."""
+def _read_prompt(argument: str | None, raw: bool) -> str | None:
+    """The prompt: the argument, or what stdin holds for "-" or in a pipe; None if there is none. Raises UsageError.
+
+    raw: to the last byte; else, as in a shell, the end of the last line is no part of it.
+    """
     prompt = argument
     if argument == "-":
         prompt = _read_stdin()
     elif argument is None and _is_piped():
         prompt = _read_stdin() or None
+    if prompt is not None and argument in ("-", None) and not raw:
+        prompt = prompt.removesuffix("\n")
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty")
     return prompt
@@ -113,11 +121,17 @@ def _read_prompt(argument: str | None) -> str | None:
 def _read_stdin() -> str:
     if sys.stdin is None:
         raise UsageError("the prompt is to come from stdin, which is closed")
+    # A pipe that nobody writes to looks like a program that hangs.
+    waiting = threading.Timer(WAITING, click.echo, ("reading the prompt from stdin",), {"err": True})
+    waiting.daemon = True
+    waiting.start()
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UsageError(f"stdin is no {error.encoding} text: its byte {error.start} is 0x{byte:02x}") from None
+    finally:
+        waiting.cancel()
 
 
 def _is_piped() -> bool:

@@ -91,6 +91,11 @@ def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     checkpoint = open_checkpoint(resolve_model(source, reporter))
     plan = Plan(checkpoint, Target(dtype, int(group_size)))
     reporter(f"packing {plan.size / 1e6:.0f} MB")
-    write_packed(target, plan, checkpoint.tokenizer())
+    try:
+        write_packed(target, plan, checkpoint.tokenizer())
+    except OSError as error:
+        if target.exists():
+            raise UsageError(f"{target} was made by somebody else meanwhile", "Name another folder.") from error
+        raise
     reporter.done()
     click.echo(target)
