@@ -38,7 +38,7 @@ def table(document: dict) -> str:
         f"{about['llama.cpp']}, built for this CPU, with flash attention on or off, whichever is faster (on for int8 pages). Medians of {about['pairs']} pairs run in",
         "turn by `bench/compare.py`. The ceiling is the machine's own, measured beside each pair: "
         f"{about['read_gb_per_s']:.0f} GB/s read for decoding,",
-        f"{about['multiply_g_per_s']:,} G int8 multiply-adds/s for prompts (attention's included), as the run ended.",
+        f"{about['multiply_g_per_s']:,} G int8 multiply-adds/s for prompts (attention's included), as the last run ended.",
     ]
     if any(row["of_ceiling"] > 1 for row in rows):
         lines.append("More than 100%: it drifted between the pairs and its own measurement.")
