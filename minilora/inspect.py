@@ -15,6 +15,7 @@ from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
 
 from . import __version__
 from .checkpoint.lock import Report, resolve
+from .memory import free_memory
 from .packed import load_model
 from .peft import CONFIG, adapter_settings, open_tensors
 from .plan import Target
@@ -71,7 +72,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": f"{model} ({triple}), {cpu.family()} kernels",
         "cores": usable_cores(),
-        "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
+        "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB, {free_memory() / 1e9:.1f} free for this process",
         "cache": str(cache_root()),
         "kernels": str(code_folder()),
     }

@@ -5,10 +5,9 @@ import weakref
 from collections.abc import Collection
 
 import numpy as np
-import psutil
 
 from minilora_kernels.attention import scratch_size
-from minilora_kernels.limits import memory_left, usable_cores
+from minilora_kernels.limits import usable_cores
 from minilora_kernels.linear import Rows
 from minilora_kernels.memory import aligned_zeros
 from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
@@ -21,6 +20,7 @@ from .batch import ROWS_PER_TILE, Chunk, Draw, Packer, split_size
 from .cache import KV_FORMATS, copy_page, make_kv, page_bytes, poison_page
 from .crew import Crew
 from .errors import ResourceError
+from .memory import free_memory
 from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Fixed, Shape, make_step
 from .params import EngineConfig
 from .sampler import Sampler
@@ -31,12 +31,6 @@ MOST_USES = 8
 PROMPT_LOGITS = 64
 AUTOMATIC_SLOTS = 256
 LORA_FORMATS = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group."""
-    free, left = psutil.virtual_memory().available, memory_left()
-    return free if left is None else min(free, left)
 
 
 class Runner:

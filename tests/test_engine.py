@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minilora import LLM, runner
+from minilora import LLM, memory
 from minilora.errors import EngineClosedError, UsageError
 from minilora.params import EngineConfig, SamplingParams
 from minilora.sequence import AdapterUse
@@ -500,13 +500,13 @@ def groups(monkeypatch, tmp_path):
 
 def test_limits_of_a_control_group_are_kept(groups):
     groups("0::/\n", {})
-    count, memory = limits.usable_cores(), runner.free_memory()
+    count, before = limits.usable_cores(), memory.free_memory()
     groups("0::/\n", {"cpu.max": "max 100000", "memory.max": "max", "memory.current": "5"})
-    assert limits.usable_cores() == count and runner.free_memory() > memory // 2
+    assert limits.usable_cores() == count and memory.free_memory() > before // 2
     groups("0::/\n", {"cpu.max": "150000 100000", "memory.max": "1000000", "memory.current": "400000"})
-    assert limits.usable_cores() == 1 and runner.free_memory() == 600000
+    assert limits.usable_cores() == 1 and memory.free_memory() == 600000
     groups("0::/\n", {"memory.stat": "anon 100000\nfile 300000\ninactive_file 200000\nactive_file 50000"})
-    assert runner.free_memory() == 850000, "files in memory give way"
+    assert memory.free_memory() == 850000, "files in memory give way"
 
 
 def test_limits_of_version_1(groups):
