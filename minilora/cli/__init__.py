@@ -1,6 +1,6 @@
 """The command line. stdout carries the result only; progress, statistics and errors go to stderr.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. MINILORA_DEBUG=1 shows tracebacks.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 interrupted. MINILORA_DEBUG=1 shows tracebacks.
 Heavy imports happen inside commands, so that --help is quick.
 
 generate, chat, serve       the commands that run a model
