@@ -231,7 +231,8 @@ def files(template=TEMPLATE):
 def test_stream_gives_the_whole_text(text):
     tokenizer = Tokenizer(files())
     stream = TextStream(tokenizer)
-    pieces = [stream.push(i) for i in tokenizer.encode(text)]
+    # Hypothesis tries the texts that it finds in this file too: names of special tokens.
+    pieces = [stream.push(i) for i in tokenizer.encode(tokenizer.as_plain(text))]
     assert "".join(pieces) + stream.finish() == text
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
 

