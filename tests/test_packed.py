@@ -307,6 +307,7 @@ def at(*place, value):
         at("layers", 0, Q_NORM, value=0),
         at("layers", 0, WINDOW, value=5),
         at("embed", value=1000),
+        at("embed", value="1"),
         at("head", value=-5),
         at("final_norm", value=1 << 40),
         at("config", "vocab_size", value=1 << 20),
