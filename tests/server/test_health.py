@@ -274,9 +274,10 @@ def test_health_tells_strangers_nothing(model):
 
 
 def test_the_log_has_no_line_for_each_healthy_request(running, caplog):
+    running.client.get("/health")
     caplog.set_level(logging.INFO)
-    for _ in range(5):
-        running.client.post("/v1/completions", json=body_of())
+    for _ in range(20):
+        running.client.post("/v1/completions", json=body_of(max_tokens=1))
     said = [f"{record.name}: {record.getMessage()}" for record in caplog.records]
-    # Another test's server may still have a word to say.
-    assert len([line for line in said if line.startswith(("minilora", "uvicorn"))]) < 5, said
+    # A server says when it starts and when it ends, another test's perhaps just now.
+    assert len([line for line in said if line.startswith(("minilora", "uvicorn"))]) < 20, said
