@@ -12,7 +12,6 @@ import pytest
 from minilora import AsyncEngine
 from minilora.outputs import TextBuilder
 from minilora.server import ServerConfig, create_app, health
-from minilora.server.run import uvicorn_config
 
 from .conftest import SIZES, assert_idle, served
 from .raw import HOST, ask, bearer
@@ -271,8 +270,3 @@ def test_health_tells_strangers_nothing(model):
         assert json.loads(version.body).keys() == {"version"}
     finally:
         engine.close()
-
-
-@pytest.mark.parametrize("wanted", [False, True])
-def test_the_log_has_a_line_for_each_request_where_it_is_wanted(running, wanted):
-    assert uvicorn_config(running.app, ServerConfig(log_requests=wanted)).access_log is wanted

@@ -155,6 +155,16 @@ def test_sigterm_lets_requests_finish(start):
     assert process.end() == (0, "")
 
 
+@pytest.mark.parametrize("flags, lines", [((), 0), (("--log-requests",), 3)])
+def test_the_log_has_a_line_for_each_request_where_it_is_wanted(start, flags, lines):
+    process = start(*flags)
+    for _ in range(3):
+        assert httpx.post(f"{process.url}/v1/completions", json={"prompt": "Hi", "max_tokens": 1}).status_code == 200
+    process.signal()
+    assert process.end() == (0, "")
+    assert sum("POST /v1/completions" in line for line in process.lines) == lines, process.lines
+
+
 @pytest.mark.parametrize("second", [True, False], ids=["a second signal", "the timeout"])
 def test_what_does_not_finish_is_told(start, second):
     process = start("--max-model-len", 40_000, "--shutdown-timeout", 60 if second else 0.1)
