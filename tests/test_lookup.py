@@ -145,8 +145,13 @@ def texts(weights, guesses, params=PARAMS, **config):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"threads": 2, "max_num_seqs": 3}, {"kv_cache_dtype": "int8", "max_num_batched_tokens": 20}],
-    ids=["one thread", "few places", "few rows"],
+    [
+        {},
+        {"threads": 2, "max_num_seqs": 3},
+        {"kv_cache_dtype": "int8", "max_num_batched_tokens": 20},
+        {"num_scheduler_steps": 8},
+    ],
+    ids=["one thread", "few places", "few rows", "rounds between"],
 )
 def test_the_texts_are_the_same(weights, config):
     plain, without = texts(weights, 0, **config)

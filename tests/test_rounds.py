@@ -31,7 +31,9 @@ class Texts:
     """An engine whose steps may give every text `rounds` tokens, and what its steps gave."""
 
     def __init__(self, weights, rounds, eos=EOS, **config):
-        self.engine = make_engine(weights, eos=eos, debug_checks=True, num_scheduler_steps=rounds, **config)
+        # No guesses: where they pay, which is a matter of time, they take the place of rounds.
+        config |= {"eos": eos, "debug_checks": True, "num_scheduler_steps": rounds, "num_speculative_tokens": 0}
+        self.engine = make_engine(weights, **config)
         # As on a machine that is fast enough for all of them.
         self.engine._pace.rounds = lambda: rounds
         self.use = AdapterUse(self.engine.add_adapter(make_adapter(weights.config, rank=4)), 0.5)

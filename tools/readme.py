@@ -15,34 +15,40 @@ RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 PART = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.S)
 
 
-def tables() -> str:
-    """The text between the marks: a table for each machine, the last one measured first."""
+def speed() -> str:
+    """The text between the marks: one table of all machines, the fastest first, and what each of them is."""
     documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    documents.sort(key=lambda document: document["about"]["date"], reverse=True)
-    return "\n".join(table(document) for document in documents)
-
-
-def table(document: dict) -> str:
-    """What one machine's run of bench/compare.py found."""
-    about, rows = document["about"], document["rows"]
+    documents.sort(key=lambda document: document["about"]["multiply_g_per_s"], reverse=True)
+    machines = [{row["case"]: row for row in document["rows"]} for document in documents]
+    names = [f"{about['cpu']} ({about['family']})" for about in (document["about"] for document in documents)]
     lines = [
-        "| tokens/s | minilora | llama.cpp | ratio | of the ceiling |",
-        "|---|---|---|---|---|",
+        f"| | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
         *(
-            f"| {row['case']} | {row['minilora']:,.0f} | {row['llama.cpp']:,.0f} | "
-            f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}) | {100 * row['of_ceiling']:.0f}% |"
-            for row in rows
+            f"| {case} | {' | '.join(cell(rows.get(case)) for rows in machines)} |"
+            for case in dict.fromkeys(case for rows in machines for case in rows)
         ),
         "",
-        f"{about['date']}, {about['cpu']} ({about['family']}), {about['threads']} threads, numba {about['numba']}; llama.cpp",
-        f"{about['llama.cpp']}, built for this CPU, with flash attention on or off, whichever is faster (on for int8 pages). Medians of {about['pairs']} pairs run in",
-        "turn by `bench/compare.py`. The ceiling is the machine's own, measured beside each pair: "
-        f"{about['read_gb_per_s']:.0f} GB/s read for decoding,",
-        f"{about['multiply_g_per_s']:,} G int8 multiply-adds/s for prompts (attention's included), as the last run ended.",
+        *(machine(document["about"]) for document in documents),
     ]
-    if any(row["of_ceiling"] > 1 for row in rows):
-        lines.append("More than 100%: it drifted between the pairs and its own measurement.")
     return "\n".join([*lines, ""])
+
+
+def cell(row: dict | None) -> str:
+    """What one machine's run of bench/compare.py found for a case."""
+    if row is None:
+        return ""
+    spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
+    return f"{row['minilora']:,.0f}; **{row['ratio']:.2f}** ({spread}); {100 * row['of_ceiling']:.0f}%"
+
+
+def machine(about: dict) -> str:
+    """What a machine is, and with what it was measured."""
+    return (
+        f"- {about['cpu']}: {about['date']}, {about['threads']} threads, numba {about['numba']}, llama.cpp {about['llama.cpp']}, "
+        f"medians of {about['pairs']} pairs; {about['read_gb_per_s']:.0f} GB/s and {about['multiply_g_per_s']:,} G int8 "
+        "multiply-adds/s as the last run ended"
+    )
 
 
 def main() -> None:
@@ -50,7 +56,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, fail where README is stale")
     options = parser.parse_args()
     old = README.read_text(encoding="utf-8")
-    text = tables()
+    text = speed()
     new = PART.sub(lambda match: match[1] + text + match[2], old)
     if new == old:
         return
