@@ -7,7 +7,7 @@ from numba import types
 from numba.core.typing import signature
 
 from . import cpu
-from .jit import kernel
+from .jit import inlined, kernel
 from .kinds import BYTES, FLOATS, NUMBER
 from .lora_expand import expand_tile
 from .lora_pack import head_bytes, number_bytes
@@ -19,13 +19,13 @@ from .unit import unit
 PANELS_AHEAD = 8
 
 
-def _largest_tiles(fmt: int) -> tuple[int, int]:
-    """Rows of one panel, and panels of one row, that expand takes at once. Integers want two sums for each number; as pairs
-    of 16 bits, both bytes of each widened.
+def _largest_tiles(fmt: int) -> tuple[int, int, int]:
+    """Of expand: rows of the tallest tile, its panels, and panels of one row. Integers want two sums for each number; as
+    pairs of 16 bits, both bytes of each widened.
     """
-    if fmt == INT8:
-        return (4, 4) if cpu.vectors() >= 32 else (2, 2)
-    return 4, 2
+    if cpu.vectors() >= 32:
+        return (4, 2, 4) if fmt == INT8 else (4, 2, 2)
+    return (2, 1, 2) if fmt == INT8 else (4, 1, 2)
 
 
 _PLACE, _ROWS, _SCALE = (FLOATS, NUMBER), (FLOATS, NUMBER, NUMBER), types.float32
@@ -37,7 +37,7 @@ _EXPAND = signature(types.none, BYTES, *[NUMBER] * 5, *_PLACE, *[NUMBER] * 3, *_
 @unit(lambda fmt: (_SHRINK, _GATHER, _EXPAND))
 def make_lora(fmt: int):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
-    tall, wide = _largest_tiles(fmt)
+    tall, broad, wide = _largest_tiles(fmt)
     shrink_some, expand_some = shrink_tile(fmt), expand_tile(fmt)
     gather_one, size, head = gather_panel(fmt), number_bytes(fmt), head_bytes(fmt)
 
@@ -71,6 +71,22 @@ def make_lora(fmt: int):
             gather_one(arena, at, token, scale, s, s_at + panel * PANEL)
             at += head + columns * PANEL * size
 
+    @inlined
+    def expand_across(
+        rows, most, arena, at, count, following, rank, s, s_at, column, s_stride, out, to, out_stride, step
+    ):
+        """`rows` rows of expand and all of its `count` panels, `most` at once while so many are left."""
+        panel, p = head + rank * PANEL * size, 0
+        end, distance = at + count * panel, min(PANELS_AHEAD, count) * panel
+        while p < count:
+            ahead = at + distance if at + distance < end else following + at + distance - end
+            if p + most <= count:
+                expand_some(rows, most, arena, at, ahead, rank, s, s_at, column, s_stride, out, to, out_stride, step)
+                p, at, to = p + most, at + most * panel, to + most * step
+            else:
+                expand_some(rows, 1, arena, at, ahead, rank, s, s_at, column, s_stride, out, to, out_stride, step)
+                p, at, to = p + 1, at + panel, to + step
+
     @kernel
     def expand(
         arena, at, rank, panel0, panel1, following, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
@@ -81,30 +97,20 @@ def make_lora(fmt: int):
         out: float32 likewise; panel p is the 16 numbers at out_at + (p - panel0) * panel_step: 16, or 32 where two
         matrices are interleaved. following: the byte that is likely to be read after these panels, for prefetching.
         """
-        panel, distance = head + rank * PANEL * size, min(PANELS_AHEAD, panel1 - panel0)
-        p = panel0
-        while p < panel1:
-            here, to = at + p * panel, out_at + (p - panel0) * panel_step
-            ahead = here + distance * panel
-            if p + distance >= panel1:
-                ahead = following + (p + distance - panel1) * panel
-            if rows == 1 and p + wide <= panel1:
-                expand_some(
-                    1, wide, arena, here, ahead, rank, s, s_at, column, s_stride, out, to, out_stride, panel_step
-                )
-                p += wide
-                continue
-            m = 0
-            while rows - m >= tall:
-                s_m, to_m = s_at + m * s_stride, to + m * out_stride
-                expand_some(
-                    tall, 1, arena, here, ahead, rank, s, s_m, column, s_stride, out, to_m, out_stride, panel_step
-                )
-                m += tall
-            while m < rows:
-                s_m, to_m = s_at + m * s_stride, to + m * out_stride
-                expand_some(1, 1, arena, here, ahead, rank, s, s_m, column, s_stride, out, to_m, out_stride, panel_step)
-                m += 1
-            p += 1
+        first, count, step = at + panel0 * (head + rank * PANEL * size), panel1 - panel0, panel_step
+        m = 0
+        # Rows outside: their numbers of `out` are neighbours, and B stays in the caches.
+        while rows - m >= tall:
+            s_m, to = s_at + m * s_stride, out_at + m * out_stride
+            expand_across(
+                tall, broad, arena, first, count, following, rank, s, s_m, column, s_stride, out, to, out_stride, step
+            )
+            m += tall
+        while m < rows:
+            s_m, to = s_at + m * s_stride, out_at + m * out_stride
+            expand_across(
+                1, wide, arena, first, count, following, rank, s, s_m, column, s_stride, out, to, out_stride, step
+            )
+            m += 1
 
     return shrink, gather, expand
