@@ -1,11 +1,16 @@
 """Several tokens in one step: the texts are what they are with one token at a time."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from minilora.errors import RequestError
+from minilora.model.attention import first_item
 from minilora.params import SamplingParams
 from minilora.sequence import AdapterUse, State
+from minilora_kernels.jit import program
+from minilora_kernels.pages import SPLIT
 
 from .support import load_weights, make_adapter, make_engine, random_tokens
 
@@ -97,6 +102,35 @@ def test_a_long_text_grows_over_splits(weights, kind):
         texts.submit(prompt, params)
         found.append(texts.run())
     assert found[0] == found[1] and len(texts.bursts) <= 45
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_a_long_text_in_a_window(tiny, kind):
+    """Threads share the splits that the window still sees; others are not even looked at."""
+    weights, prompt = load_weights(tiny("mistral"), "int4"), random_tokens(RNG, 500)
+    found = []
+    for threads in (1, 2, 4):
+        texts = Texts(weights, 3, threads=threads, kv_cache_dtype=kind)
+        texts.submit(prompt, SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
+        found.append(texts.run())
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize(("first", "last"), [(0, 257), (0, 512), (0, 4129), (96, 300), (3840, 4937), (480, 512)])
+def test_threads_share_a_long_text_by_positions(first, last, size):
+    begin, heads = program(first_item), 3
+
+    def positions(items):
+        splits = [item // heads for item in items]
+        return sum(min(last, split * SPLIT + SPLIT) - max(first, split * SPLIT) for split in splits)
+
+    cuts = [begin(first, last, heads, rank, size) for rank in range(size + 1)]
+    parts = [range(*cut) for cut in pairwise(cuts)]
+    assert cuts[0] == first // SPLIT * heads and cuts == sorted(cuts)
+    assert sum(map(positions, parts)) == heads * (last - first)
+    fair = heads * (last - first) / size
+    assert all(abs(positions(part) - fair) <= SPLIT for part in parts)
 
 
 def test_texts_that_come_meanwhile(weights):

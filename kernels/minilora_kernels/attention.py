@@ -16,7 +16,7 @@ from . import attention_float, attention_int8, cpu
 from .attention_float import AT_ONCE, MOST_ROWS
 from .jit import kernel
 from .kinds import FLOATS, INTEGERS, NUMBER, array, named
-from .pages import KV, KV_DTYPES, KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, Query, token_at, values_behind
+from .pages import KV, KV_DTYPES, KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, Query, first_seen, token_at, values_behind
 from .simd import exp, fma, hmax, hsum, keep_lanes, splat_f32, vmax
 from .simd_memory import load_f32, store_f32
 from .unit import unit
@@ -185,19 +185,11 @@ def _divide_row(sums, at, size, total, out, out_at):
 
 
 @kernel
-def _first_seen(query, start):
-    """The first subpage's position that any row of the query sees, in the split that begins at `start`."""
-    if query.window == 0:
-        return start
-    return max(start, (query.position - query.window + 1) // SUBPAGE * SUBPAGE)
-
-
-@kernel
 def _next_keys(query, split, splits, following):
     """(query, position): the keys that follow those of a split, in its own text or in the next one."""
     if split + 1 < splits:
         return query, (split + 1) * SPLIT
-    return following, _first_seen(following, 0)
+    return following, first_seen(following, 0)
 
 
 def _make_split(kv_format, head_unit):
@@ -212,7 +204,7 @@ def _make_split(kv_format, head_unit):
         """
         rows, last = query.tokens * query.group, query.position + query.tokens
         start, end = split * SPLIT, min(split * SPLIT + SPLIT, last)
-        first = _first_seen(query, start)
+        first = first_seen(query, start)
         stop = start + (end - start + 15) // 16 * 16
         for p in range(first, end, SUBPAGE):
             keys = token_at(kv, query, pages, p + AHEAD) if asked <= p + AHEAD < end else -1
@@ -284,7 +276,7 @@ def make_attention(kv_format: int, head_unit: int = 16):
         state = weights + padded * SPLIT
         load_queries(kv, query, q, q_at, q_stride, scratch, scratch_at)
         splits = (query.position + query.tokens + SPLIT - 1) // SPLIT
-        split0 = _first_seen(query, 0) // SPLIT
+        split0 = first_seen(query, 0) // SPLIT
         then, ahead = _next_keys(query, split0, splits, following)
         asked = attend_split(kv, query, pages, split0, asked, then, ahead, scratch, scratch_at, weights, sums, state)
         more_state = state + 2 * padded
@@ -323,7 +315,7 @@ def make_attention(kv_format: int, head_unit: int = 16):
         rows, padded = query.tokens * query.group, _padded_rows(query.tokens * query.group)
         sums = _behind_queries(kv, scratch_at, rows) + SUBPAGE * kv.size
         weights = sums + padded * kv.size
-        state, to, ahead = weights + padded * SPLIT, parts_at, _first_seen(following, then * SPLIT)
+        state, to, ahead = weights + padded * SPLIT, parts_at, first_seen(following, then * SPLIT)
         load_queries(kv, query, q, q_at, q_stride, scratch, scratch_at)
         asked = attend_split(
             kv, query, pages, split, asked, following, ahead, scratch, scratch_at, weights, sums, state

@@ -98,6 +98,14 @@ def token_at(kv, query, pages, position):
     return first_token(kv, query.layer, pages[query.pages_at + index], query.head) + position - index * kv.page
 
 
+@kernel
+def first_seen(query, start):
+    """The first subpage's position from `start` on that any row of the query sees; `start` itself where there is no window."""
+    if query.window == 0:
+        return start
+    return max(start, (query.position - query.window + 1) // SUBPAGE * SUBPAGE)
+
+
 def make_write(kv_format: int):
     """(write_key, write_value) for a pool of this format."""
     quantized = kv_format == KV_INT8

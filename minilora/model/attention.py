@@ -13,11 +13,33 @@ from minilora_kernels.batch import (
 )
 from minilora_kernels.held import by_value
 from minilora_kernels.jit import kernel
-from minilora_kernels.pages import NOBODY, SPLIT, Query
+from minilora_kernels.pages import NOBODY, SPLIT, Query, first_seen
 from minilora_kernels.sync import barrier, claim
 
 from ..plan import WINDOW
 from .arrays import share_of
+
+
+@kernel
+def first_item(first, last, heads, rank, size):
+    """The item that thread `rank` begins with; for `size` the end of all items.
+
+    Items are heads of splits, split by split. Each thread gets about as many of the positions first .. last: the splits at
+    both ends hold fewer than others.
+    """
+    if rank == size:
+        return (last + SPLIT - 1) // SPLIT * heads
+    at = first + (last - first) * rank // size
+    split = at // SPLIT
+    start, end = max(first, split * SPLIT), min(last, (split + 1) * SPLIT)
+    return split * heads + ((at - start) * heads + (end - start) // 2) // (end - start)
+
+
+@kernel
+def long_query(c, layer, i, head, group):
+    """One kv head of a long token."""
+    position, window = c.batch.long[i, LONG_POSITION] + c.turn, c.w.layers[layer, WINDOW]
+    return Query(layer, head, group, position, 1, window, c.batch.long[i, LONG_PAGES])
 
 
 def make_attend_all(attend, attend_part):
@@ -32,7 +54,7 @@ def make_attend_all(attend, attend_part):
         attend_tiles(c, layer, group)
         barrier(c.sync, c.size)
         if len(c.batch.long) > 0:
-            merge_long(c, group)
+            merge_long(c, layer, group)
             barrier(c.sync, c.size)
 
     @kernel
@@ -76,16 +98,15 @@ def make_attend_all(attend, attend_part):
     def attend_long(c, layer, i, group):
         """This thread's part of one long token: split by split, in each all heads, which are neighbours in memory."""
         shape, kv, batch, b = c.shape, by_value(c.kv), c.batch, c.buffers
-        row, position = batch.long[i, LONG_ROW], batch.long[i, LONG_POSITION] + c.turn
-        splits, heads = position // SPLIT + 1, shape.kv_heads
-        window, pages_at, scratch_at = c.w.layers[layer, WINDOW], batch.long[i, LONG_PAGES], c.rank * b.scratch_stride
-        low, high = share_of(c, splits * heads)
-        asked = 0
-        for item in range(low, high):
+        row, heads, scratch_at = batch.long[i, LONG_ROW], shape.kv_heads, c.rank * b.scratch_stride
+        query = long_query(c, layer, i, 0, group)
+        first, last, asked = first_seen(query, 0), query.position + 1, 0
+        splits, high = query.position // SPLIT + 1, first_item(first, last, heads, c.rank + 1, c.size)
+        for item in range(first_item(first, last, heads, c.rank, c.size), high):
             split, head = item // heads, item % heads
-            query = Query(layer, head, group, position, 1, window, pages_at)
+            query = long_query(c, layer, i, head, group)
             # What follows this thread's last split is another's.
-            then = Query(layer, (item + 1) % heads, group, position, 1, window, pages_at) if item + 1 < high else NOBODY
+            then = long_query(c, layer, i, (item + 1) % heads, group) if item + 1 < high else NOBODY
             asked = attend_part(
                 kv,
                 query,
@@ -104,14 +125,16 @@ def make_attend_all(attend, attend_part):
             )
 
     @kernel
-    def merge_long(c, group):
-        """Join the splits of the long tokens."""
+    def merge_long(c, layer, group):
+        """Join the splits of the long tokens, from the first that any position is seen of."""
         batch, b, heads, size = c.batch, c.buffers, c.shape.heads, c.shape.head_dim
         low, high = share_of(c, len(batch.long) * heads)
         for item in range(low, high):
             i, head = item // heads, item % heads
-            splits, row = (batch.long[i, LONG_POSITION] + c.turn) // SPLIT + 1, batch.long[i, LONG_ROW]
-            part = batch.long[i, LONG_PARTS] + head // group * splits * group * (size + 2)
-            merge_parts(b.parts, part, splits, group, head % group, size, b.a.values, row * b.a.stride + head * size)
+            query, row = long_query(c, layer, i, head // group, group), batch.long[i, LONG_ROW]
+            splits, split0 = query.position // SPLIT + 1, first_seen(query, 0) // SPLIT
+            part = batch.long[i, LONG_PARTS] + (query.head * splits + split0) * group * (size + 2)
+            to = row * b.a.stride + head * size
+            merge_parts(b.parts, part, splits - split0, group, head % group, size, b.a.values, to)
 
     return attend_all

@@ -21,7 +21,8 @@ import pytest
 from minilora.cli import serve
 from minilora.server import drain
 
-TIMEOUT = 60
+# A process may first compile, beside all other tests.
+TIMEOUT = 300
 
 
 class Process:
