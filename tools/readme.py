@@ -20,7 +20,8 @@ def speed() -> str:
     documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     documents.sort(key=lambda document: document["about"]["multiply_g_per_s"], reverse=True)
     machines = [{row["case"]: row for row in document["rows"]} for document in documents]
-    names = [f"{about['cpu']} ({about['family']})" for about in (document["about"] for document in documents)]
+    abouts = [document["about"] for document in documents]
+    names = [f"{about['cpu']} ({about['family']})" for about in abouts]
     lines = [
         f"| | {' | '.join(names)} |",
         "|---" * (len(names) + 1) + "|",
@@ -29,7 +30,7 @@ def speed() -> str:
             for case in dict.fromkeys(case for rows in machines for case in rows)
         ),
         "",
-        *(machine(document["about"]) for document in documents),
+        *map(machine, abouts),
     ]
     return "\n".join([*lines, ""])
 
