@@ -21,11 +21,11 @@ def linear_cases():
 
 @pytest.mark.parametrize("case", linear_cases(), ids=lambda case: case.name)
 def test_linear_rows_do_not_depend_on_their_number(case):
-    size = {**case.small[0], "M": 15}
+    size = {**case.small[0], "M": 41}
     weights, table, matrix, rows, row, count, first, end, out, at, stride, _ = case.make(np.random.default_rng(1), size)
     together = np.zeros_like(out)
     case.compiled(weights, table, matrix, rows, row, count, first, end, together, at, stride, 0)
-    for start, length in [(0, 1), (14, 1), (3, 2), (5, 4), (2, 8), (1, 13)]:
+    for start, length in [(0, 1), (40, 1), (3, 2), (5, 4), (2, 8), (1, 13), (6, 20), (2, 36)]:
         alone = np.zeros_like(out)
         case.compiled(weights, table, matrix, rows, start, length, first, end, alone, at, stride, 0)
         assert np.array_equal(alone[: length * stride], together[start * stride : (start + length) * stride])

@@ -16,21 +16,22 @@ def test_equals_twin(case):
         assert difference <= case.tolerance, f"{case.name} {size}: {difference}"
 
 
+@pytest.mark.parametrize("count", [15, 20])
 @pytest.mark.parametrize("lowest", [False, True])
 @pytest.mark.parametrize("name", ["linear int4", "linear int4+min", "linear int8", "linear int8+min"])
-def test_the_largest_integers_do_not_overflow(name, lowest):
+def test_the_largest_integers_do_not_overflow(name, lowest, count):
     """All weights at one end of their range and all activations at +-127, in every tile: sums are as large as can be."""
     [case] = [case for case in CASES if case.name == name]
     bits, scales = int(name[10]), np.full((32, 2), 0.01, np.float16)
     levels = np.full((32, 256), 0 if lowest else 2**bits - 1, np.uint8)
     packed = pack_quantized(Quantized(levels, scales, -scales if "min" in name else None, bits))
-    size = {"N": 32, "K": 256, "M": 15, "group": 128}
+    size = {"N": 32, "K": 256, "M": count, "group": 128}
     arguments = (packed, *case.make(np.random.default_rng(0), size)[1:])
     rows = arguments[3]
-    for r in range(size["M"]):
+    for r in range(count):
         reference.quantize_row(np.full(256, (-1.0) ** r, np.float32), 0, 256, 128, rows, r, 0)
-    assert (np.abs(rows.q[: 15 * rows.stride].reshape(15, -1)[:, :256]) == 127).all()
-    mine, theirs = np.zeros(15 * 32, np.float32), np.zeros(15 * 32, np.float32)
+    assert (np.abs(rows.q[: count * rows.stride].reshape(count, -1)[:, :256]) == 127).all()
+    mine, theirs = np.zeros(count * 32, np.float32), np.zeros(count * 32, np.float32)
     case.compiled(*arguments[:8], mine, *arguments[9:])
     case.twin(*arguments[:8], theirs, *arguments[9:])
     assert np.allclose(mine, theirs, rtol=1e-5) and np.abs(theirs).min() > 1

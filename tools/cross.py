@@ -25,8 +25,9 @@ def pretend(triple: str, name: str, features: str) -> None:
     """Make kernels lower for this CPU."""
     known = frozenset(feature[1:] for feature in features.split(",") if feature.startswith("+"))
     cpu.target = lambda: (triple, name, known)  # type: ignore[assignment]
-    for function in (cpu.family, cpu.vectors, cpu.streams_past_caches, cpu.has_fma, cpu.has_half, cpu.has_i8mm):
-        function.cache_clear()
+    for answer in vars(cpu).values():
+        if hasattr(answer, "cache_clear"):
+            answer.cache_clear()
 
 
 def target_machine(triple: str, name: str, features: str):

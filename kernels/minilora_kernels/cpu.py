@@ -47,6 +47,12 @@ def vectors() -> int:
 
 
 @cache
+def full_width() -> bool:
+    """Whether two vectors of 512 bits are multiplied in a cycle: so on Zen 5, while Zen 4 takes two cycles for that."""
+    return target()[1] == "znver5"
+
+
+@cache
 def streams_past_caches() -> bool:
     """Whether what a busy kernel reads once is best fetched past the second-level cache: so on Zen 5, not on Zen 4."""
     return target()[1] == "znver5"

@@ -81,9 +81,9 @@ def _make_linear(fmt: int) -> Make:
 
 def _linear_case(fmt: int) -> Case:
     group = {} if is_float(fmt) else {"group": 32}
-    tests = [{"N": 80, "K": 96, "M": m, **group, "add": m % 2} for m in (1, 3, 8, 15)]
+    tests = [{"N": 80, "K": 96, "M": m, **group, "add": m % 2} for m in (1, 3, 8, 15, 33)]
     if group:
-        tests += [{"N": 64, "K": 256, "M": 5, "group": g} for g in (64, 128)]
+        tests += [{"N": 64, "K": 256, "M": m, "group": g} for m in (5, 20) for g in (64, 128)]
     shapes = [{"N": 2048, "K": 2048, "M": m, **group} for m in (1, 8, 512)]
     if group:
         shapes += [{"N": 2048, "K": 2048, "M": m, "group": g} for m in (1, 512) for g in (64, 128)]
