@@ -134,8 +134,13 @@ def _quantized_tile(rows: int, width: int, fmt: int, askers: int = 1):
                     start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
                 for n in range(width):
                     dots[m, n] = start
-            # With steps that LLVM knew, it would unroll the loop, order its sums anew and run out of registers.
-            parts, steps = (group // at_once, min(group, at_once) // 4) if at_once else (1, group // 4)
+            # With steps that LLVM knew, it would unroll the loop, order its sums anew and run out of registers: but for MANY.
+            if rows == MANY:
+                parts, steps = group // GROUP_MIN, GROUP_MIN // 4
+            elif at_once > 0:
+                parts, steps = group // at_once, min(group, at_once) // 4
+            else:
+                parts, steps = 1, group // 4
             for part in range(parts):
                 for m in range(rows):
                     for n in range(width):
