@@ -15,9 +15,6 @@ from .lora_shrink import gather_panel, shrink_tile
 from .pack import INT8, PANEL
 from .unit import unit
 
-# How many panels of B ahead of their use memory is asked for.
-PANELS_AHEAD = 8
-
 
 def _largest_tiles(fmt: int) -> tuple[int, int, int]:
     """Of expand: rows of the tallest tile, its panels, and panels of one row. Integers want two sums for each number; as
@@ -72,14 +69,14 @@ def make_lora(fmt: int):
             at += head + columns * PANEL * size
 
     @inlined
-    def expand_across(
-        rows, most, arena, at, count, following, rank, s, s_at, column, s_stride, out, to, out_stride, step
-    ):
-        """`rows` rows of expand and all of its `count` panels, `most` at once while so many are left."""
-        panel, p = head + rank * PANEL * size, 0
-        end, distance = at + count * panel, min(PANELS_AHEAD, count) * panel
+    def expand_across(rows, most, arena, at, count, asked, rank, s, s_at, column, s_stride, out, to, out_stride, step):
+        """`rows` rows of expand and all of its `count` panels, `most` at once while so many are left.
+
+        asked: the byte from which on as many panels are asked for meanwhile, or -1.
+        """
+        panel, p, distance = head + rank * PANEL * size, 0, asked - at
         while p < count:
-            ahead = at + distance if at + distance < end else following + at + distance - end
+            ahead = at + distance if asked >= 0 else -1
             if p + most <= count:
                 expand_some(rows, most, arena, at, ahead, rank, s, s_at, column, s_stride, out, to, out_stride, step)
                 p, at, to = p + most, at + most * panel, to + most * step
@@ -89,13 +86,13 @@ def make_lora(fmt: int):
 
     @kernel
     def expand(
-        arena, at, rank, panel0, panel1, following, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
+        arena, at, rank, panel0, panel1, asked, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
     ):
         """out[m, panel p] += sum over r < rank of s[m, column + r] * B[p, r], m < rows, panel0 <= p < panel1.
 
         arena: uint8, B's panels from byte `at`; rank, column: multiples of 4; s: as shrink leaves it, row m at m * stride;
         out: float32 likewise; panel p is the 16 numbers at out_at + (p - panel0) * panel_step: 16, or 32 where two
-        matrices are interleaved. following: the byte that is likely to be read after these panels, for prefetching.
+        matrices are interleaved. asked: the byte from which on as many panels are likely to be read soon, for prefetching.
         """
         first, count, step = at + panel0 * (head + rank * PANEL * size), panel1 - panel0, panel_step
         m = 0
@@ -103,14 +100,14 @@ def make_lora(fmt: int):
         while rows - m >= tall:
             s_m, to = s_at + m * s_stride, out_at + m * out_stride
             expand_across(
-                tall, broad, arena, first, count, following, rank, s, s_m, column, s_stride, out, to, out_stride, step
+                tall, broad, arena, first, count, asked, rank, s, s_m, column, s_stride, out, to, out_stride, step
             )
-            m += tall
+            m, asked = m + tall, -1
         while m < rows:
             s_m, to = s_at + m * s_stride, out_at + m * out_stride
             expand_across(
-                1, wide, arena, first, count, following, rank, s, s_m, column, s_stride, out, to, out_stride, step
+                1, wide, arena, first, count, asked, rank, s, s_m, column, s_stride, out, to, out_stride, step
             )
-            m += 1
+            m, asked = m + 1, -1
 
     return shrink, gather, expand

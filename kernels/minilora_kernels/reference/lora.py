@@ -70,7 +70,7 @@ def make_lora(fmt):
         s[s_at : s_at + panels * PANEL] = leave(numbers).reshape(-1)
 
     def expand(
-        arena, at, rank, panel0, panel1, following, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
+        arena, at, rank, panel0, panel1, asked, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
     ):
         b, whole = _panels(arena, at, panel1, rank, fmt, words=True), -(-(column + rank) // PANEL) * PANEL
         shrunk = grid(s, s_at, s_stride, rows, whole)
