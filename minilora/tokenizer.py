@@ -132,6 +132,8 @@ class Tokenizer:
 
     def as_plain(self, text: str) -> str:
         """A text, for encode, in which the names of special tokens are just text."""
+        # A mark of the text's own is marked in its middle, so that it stays.
+        text = text.replace(_MENTION, _MENTION[0] + _MENTION + _MENTION[1:])
         for name in self.special_tokens:
             # Names overlap in texts such as <<s><s>: each time one less is left.
             while len(name) > 1 and name in text:

@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
@@ -228,6 +228,7 @@ def files(template=TEMPLATE):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=40))
+@example("\ufdd0\ufdd1 and \ufdd0\ufdd0\ufdd1\ufdd1")
 def test_stream_gives_the_whole_text(text):
     tokenizer = Tokenizer(files())
     stream = TextStream(tokenizer)
