@@ -134,7 +134,7 @@ def shop(serve, shelf, tmp_path):
         enable_runtime_lora=True,
         api_keys=("user",),
         admin_keys=("admin",),
-        engine={"max_cpu_loras": 16},
+        engine={"max_cpu_loras": 16, "max_model_len": 4096},
     )
     running.folder = folder
     yield running
