@@ -101,7 +101,7 @@ def encode_chat(
         raise UsageError(f"chat_template_kwargs may not hold {reserved[0]!r}", param="chat_template_kwargs")
     names = {**tokenizer.files.names, **_as_plain(tokenizer, variables)}
     text = render(template, [_as_plain(tokenizer, message) for message in messages], names, add_generation_prompt)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text, add_special_tokens=False, marked=True)
 
 
 def _as_plain(tokenizer: Tokenizer, given: Message) -> Message:

@@ -120,18 +120,18 @@ class Tokenizer:
                 engine.add_special_tokens([AddedToken(token.content, normalized=False, special=True, **sides)])
         return engine
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text in which special tokens count as such, but for those that as_plain has marked.
+    def encode(self, text: str, add_special_tokens: bool = True, marked: bool = False) -> list[int]:
+        """Ids of a text in which special tokens count as such.
 
-        add_special_tokens: with what the tokenizer adds itself.
+        add_special_tokens: with what the tokenizer adds itself; marked: but for those that as_plain has marked.
         """
-        engine = self._engine_for_mentions if _MENTION in text else self._engine
+        engine = self._engine_for_mentions if marked and _MENTION in text else self._engine
         # Unlike `encode`, this lets other threads go on meanwhile: a text of a megabyte takes seconds.
         [found] = engine.encode_batch_fast([_valid(text)], add_special_tokens=add_special_tokens)
         return found.ids
 
     def as_plain(self, text: str) -> str:
-        """A text, for encode, in which the names of special tokens are just text."""
+        """A text, for encode with `marked`, in which the names of special tokens are just text."""
         # A mark of the text's own is marked in its middle, so that it stays.
         text = text.replace(_MENTION, _MENTION[0] + _MENTION + _MENTION[1:])
         for name in self.special_tokens:

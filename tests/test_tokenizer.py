@@ -233,9 +233,14 @@ def test_stream_gives_the_whole_text(text):
     tokenizer = Tokenizer(files())
     stream = TextStream(tokenizer)
     # Hypothesis tries the texts that it finds in this file too: names of special tokens.
-    pieces = [stream.push(i) for i in tokenizer.encode(tokenizer.as_plain(text))]
+    pieces = [stream.push(i) for i in tokenizer.encode(tokenizer.as_plain(text), marked=True)]
     assert "".join(pieces) + stream.finish() == text
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_a_text_that_is_not_marked_keeps_such_characters():
+    tokenizer, text = Tokenizer(files()), "\ufdd0\ufdd1 and \ufdd0\ufdd0\ufdd1\ufdd1"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_stream_shows_broken_bytes_at_the_end_only():
@@ -297,7 +302,7 @@ def test_names_that_overlap_stay_text():
     engine = make_tokenizer()
     engine.add_special_tokens([AddedToken("|x|x|", special=True, normalized=False)])
     tokenizer = Tokenizer(TokenizerFiles(engine.to_str()))
-    ids = tokenizer.encode(tokenizer.as_plain(f"|x|x|x|x|<{name}>"))
+    ids = tokenizer.encode(tokenizer.as_plain(f"|x|x|x|x|<{name}>"), marked=True)
     assert not set(ids) & set(tokenizer.special_tokens.values())
     assert tokenizer.decode(ids) == f"|x|x|x|x|<{name}>"
 

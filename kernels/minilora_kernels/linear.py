@@ -94,13 +94,14 @@ def _asker(rows: int):
     return prefetch_beside if rows in (MANY, _shapes()[0][0]) else prefetch_once
 
 
-def _quantized_tile(rows: int, width: int, fmt: int, askers: int = 1):
+def _quantized_tile(rows: int, width: int, fmt: int):
     """rows x 1 block of an integer format; with width 1 the first or second half of its weight rows.
 
     Its kernel takes `linear`'s arguments, and of the block `at`, its first byte; half: with width 1, 0 or 1 for which;
-    ahead: how many bytes further on memory is asked for meanwhile, 0 for none, as many bytes as the block's or, with
-    several askers, this tile's share of them; columns and group: of the matrix.
+    ahead: how many bytes further on memory is asked for meanwhile, 0 for none, as much as the block takes, of which the
+    tile of MANY asks for one of ASKERS parts; columns and group: of the matrix.
     """
+    askers = ASKERS if rows == MANY else 1
     nibbles, minimum, header = fmt in (INT4, INT4_MIN), has_minimum(fmt), header_bytes(fmt)
     step = 64 if nibbles else 128
     dot, start_at = (dot4_short, times8) if nibbles else (dot4_bytes, start_unsigned if minimum else start_bytes)
@@ -134,7 +135,7 @@ def _quantized_tile(rows: int, width: int, fmt: int, askers: int = 1):
                     start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
                 for n in range(width):
                     dots[m, n] = start
-            # With steps that LLVM knew, it would unroll the loop, order its sums anew and run out of registers: but for MANY.
+            # With steps that LLVM knows, it unrolls the loop and orders its sums anew. Only MANY rows have registers left.
             if rows == MANY:
                 parts, steps = group // GROUP_MIN, GROUP_MIN // 4
             elif at_once > 0:
@@ -241,7 +242,7 @@ def _whole_block(fmt: int):
     rest = _block(fmt, _shapes())
     if is_float(fmt) or not cpu.full_width():
         return rest
-    tile_of_many = _quantized_tile(MANY, 2, fmt, ASKERS)
+    tile_of_many = _quantized_tile(MANY, 2, fmt)
 
     @kernel
     def whole_block(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):

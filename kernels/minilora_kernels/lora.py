@@ -72,11 +72,11 @@ def make_lora(fmt: int):
     def expand_across(rows, most, arena, at, count, asked, rank, s, s_at, column, s_stride, out, to, out_stride, step):
         """`rows` rows of expand and all of its `count` panels, `most` at once while so many are left.
 
-        asked: the byte from which on as many panels are asked for meanwhile, or -1.
+        asked: the byte from which on as many panels are asked for meanwhile.
         """
         panel, p, distance = head + rank * PANEL * size, 0, asked - at
         while p < count:
-            ahead = at + distance if asked >= 0 else -1
+            ahead = at + distance
             if p + most <= count:
                 expand_some(rows, most, arena, at, ahead, rank, s, s_at, column, s_stride, out, to, out_stride, step)
                 p, at, to = p + most, at + most * panel, to + most * step
@@ -102,12 +102,12 @@ def make_lora(fmt: int):
             expand_across(
                 tall, broad, arena, first, count, asked, rank, s, s_m, column, s_stride, out, to, out_stride, step
             )
-            m, asked = m + tall, -1
+            m += tall
         while m < rows:
             s_m, to = s_at + m * s_stride, out_at + m * out_stride
             expand_across(
                 1, wide, arena, first, count, asked, rank, s, s_m, column, s_stride, out, to, out_stride, step
             )
-            m, asked = m + 1, -1
+            m += 1
 
     return shrink, gather, expand

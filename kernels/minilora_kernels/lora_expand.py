@@ -27,7 +27,7 @@ _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16}
 def expand_tile(fmt: int):
     """out[m, p] += sum over r < rank of s[m, column + r] * B[p, r] for 1 to 4 rows and panels of B from byte `at` on.
 
-    Panels of `out` are panel_step apart; meanwhile as many bytes from `ahead` on are asked for, unless it is -1.
+    Panels of `out` are panel_step apart; meanwhile as many bytes from `ahead` on are asked for.
     """
     return _int8_tile() if fmt == INT8 else _float_tile(fmt)
 
@@ -41,7 +41,7 @@ def _float_tile(fmt: int):
         rows, panels, arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step
     ):
         acc, b, panel = new_acc(), new_b(), rank * PANEL * size
-        for i in range(0, panels * panel if ahead >= 0 else 0, 64):
+        for i in range(0, panels * panel, 64):
             prefetch_beside(arena, ahead + i)
         for p in range(panels):
             for m in range(rows):
@@ -72,7 +72,7 @@ def _int8_tile():
         acc, dots, b, minus = new_acc(), new_dots(), new_b(), new_minus()
         panel, first = HEAD + rank * PANEL, column // 4
         word, end = first, first + rank // 4
-        for i in range(0, panels * panel if ahead >= 0 else 0, 64):
+        for i in range(0, panels * panel, 64):
             prefetch_beside(arena, ahead + i)
         for m in range(rows):
             for p in range(panels):
