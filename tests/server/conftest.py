@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import shutil
 import threading
 import time
@@ -87,7 +88,8 @@ def expected(llm):
 
 @contextlib.contextmanager
 def served(engine: AsyncEngine, config: ServerConfig, loras: Sequence[Lora] = ()) -> Iterator[Running]:
-    """A real server in a thread, on a free port of 127.0.0.1."""
+    """A real server in a thread, on a free port of 127.0.0.1 whatever port `config` names."""
+    config = dataclasses.replace(config, port=0)
     app = create_app(engine, config)
     for lora in loras:
         asyncio.run(app.state.server.names.register(*lora))
@@ -115,10 +117,9 @@ def serve(model):
 
         def start(engine=None, **options) -> Running:
             options = {"served_model_name": (MODEL,), "enable_page": True, **options}
-            config = ServerConfig(port=0, **options)
             made = AsyncEngine(model, **{**SIZES, **(engine or {})})
             stack.callback(made.close)
-            return stack.enter_context(served(made, config))
+            return stack.enter_context(served(made, ServerConfig(**options)))
 
         yield start
 

@@ -166,7 +166,7 @@ def mortal(model, **options):
     """A server of its own, for an engine that may die."""
     engine = AsyncEngine(model, **SIZES)
     try:
-        with served(engine, ServerConfig(port=0, served_model_name=("tiny",), **options)) as server:
+        with served(engine, ServerConfig(served_model_name=("tiny",), **options)) as server:
             yield server
     finally:
         engine.close()
