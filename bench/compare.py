@@ -186,11 +186,11 @@ class Ours:
         config, weights, case = self.bench.config, self.bench.weights, self.case
         ends = {weights.embed, weights.head}
         if case.test == "prefill":
-            # The head takes one row of a prompt, the embedding is looked up.
+            # The embedding is looked up; the head, and all of the last layer but keys and values, take one row of a prompt.
             numbers = sum(int(m[ROWS] * m[COLUMNS]) for i, m in enumerate(weights.matrices) if i not in ends)
-            seen = (PROMPT + 1) / 2
-            attention = 2 * config.layers * config.heads * config.head_dim * seen
-            return found.multiply * 1e9 / (numbers + attention)
+            seen, whole, pair = (PROMPT + 1) / 2, config.layers - 1, 2 * config.kv_heads * config.head_dim
+            attention = 2 * whole * config.heads * config.head_dim * seen
+            return found.multiply * 1e9 / (numbers * whole / config.layers + pair * config.hidden_size + attention)
         token = {"float16": 2, "int8": 1}[case.cache] * 2 * config.layers * config.kv_heads * config.head_dim
         read = len(weights.arena) + case.batch * token * case.depth + self.bench.engine.runner.adapter_pool.used
         if weights.embed != weights.head:

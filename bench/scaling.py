@@ -73,9 +73,11 @@ def phases(weights: Weights, rows: int) -> list[Phase]:
     head = weights.matrices[weights.head]
     inner = [m for i, m in enumerate(weights.matrices) if i not in (weights.embed, weights.head)]
     each = sum(int(m[ROWS] // BLOCK * m[BLOCK_BYTES]) for m in inner) / sum(int(m[ROWS] * m[COLUMNS]) for m in inner)
-    found = [Phase(name, units[name], int(n * k * each), rows * n * k, config.layers) for name, (n, k) in sizes.items()]
-    found.append(Phase("attention", rows * config.kv_heads, 0, 0, config.layers))
     blocks, logits = int(head[ROWS]) // BLOCK, rows if rows < PROMPT else 1
+    # The last layer, too, does next to nothing where few logits are wanted.
+    layers = config.layers - (logits < rows)
+    found = [Phase(name, units[name], int(n * k * each), rows * n * k, layers) for name, (n, k) in sizes.items()]
+    found.append(Phase("attention", rows * config.kv_heads, 0, 0, layers))
     products = logits * int(head[ROWS] * head[COLUMNS])
     return [*found, Phase("head", blocks, blocks * int(head[BLOCK_BYTES]), products, 1)]
 

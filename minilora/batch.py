@@ -1,7 +1,7 @@
 """The rows of one step: pieces of texts in, the arrays that the step reads out."""
 
 from collections.abc import Collection
-from itertools import chain
+from itertools import accumulate, chain
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -47,6 +47,12 @@ class Chunk(NamedTuple):
     uses: tuple[Use, ...]
     first_logits: int
 
+    def wanted(self) -> "Chunk":
+        """The part whose logits are wanted, itself where that is all."""
+        end = self.start + self.length
+        first = min(max(self.first_logits, self.start), end)
+        return self if first == self.start else self._replace(start=first, length=end - first)
+
 
 def tokens_per_tile(group: int) -> int:
     """How many tokens of a prompt one attention tile takes: a power of two, about 32 rows."""
@@ -76,40 +82,40 @@ class Packer:
         rounds: tokens to choose for each draw, where each chunk is one token and has the draw of the same place, and
         pages for all; ends: see StepInput.
         """
+        pages_at = [*accumulate((len(chunk.pages) for chunk in chunks), initial=0)]
+        wanted, out_rows, row = [chunk.wanted() for chunk in chunks], [], 0
+        for chunk, part in zip(chunks, wanted, strict=True):
+            row += chunk.length
+            out_rows += range(row - part.length, row)
+        rows, out = self._rows(chunks, pages_at, rounds), {}
+        if len(out_rows) < row:
+            out = {f"out_{name}": part for name, part in self._rows(wanted, pages_at, rounds).items()}
+        pages = [*chain.from_iterable(chunk.pages for chunk in chunks)]
+        return pack(pages=pages, out_rows=out_rows, ends=ends, **rows, **out, **_choices(draws, rounds))
+
+    def _rows(self, chunks: list[Chunk], first_pages: list[int], rounds: int) -> dict[str, list]:
+        """StepInput's parts for all rows of these chunks. first_pages: where in its `pages` those of each chunk begin."""
         tokens: list[int] = []
         positions: list[int] = []
-        pages: list[int] = []
         pages_at: list[int] = []
-        out_rows: list[int] = []
-        starts, first_pages, out_starts = [0], [0], [0]
-        for chunk in chunks:
+        starts = [0]
+        for chunk, page in zip(chunks, first_pages, strict=False):
             end = chunk.start + chunk.length
             tokens += chunk.tokens[chunk.start : end]
             positions += range(chunk.start, end)
-            pages_at += [len(pages)] * chunk.length
-            pages += chunk.pages
-            out_rows += range(starts[-1] + max(chunk.first_logits - chunk.start, 0), len(tokens))
+            pages_at += [page] * chunk.length
             starts.append(len(tokens))
-            first_pages.append(len(pages))
-            out_starts.append(len(out_rows))
         tiles, long = self._tiles(chunks, starts, first_pages, rounds)
         segments, scales = _segments(chunks, starts, self.ranks)
-        out_segments, out_scales = _segments(chunks, out_starts, self.ranks)
-        return pack(
-            tokens=tokens,
-            positions=positions,
-            pages_at=pages_at,
-            pages=pages,
-            tiles=tiles,
-            long=long,
-            segments=segments,
-            scales=scales,
-            out_rows=out_rows,
-            out_segments=out_segments,
-            out_scales=out_scales,
-            ends=ends,
-            **_choices(draws, rounds),
-        )
+        return {
+            "tokens": tokens,
+            "positions": positions,
+            "pages_at": pages_at,
+            "tiles": tiles,
+            "long": long,
+            "segments": segments,
+            "scales": scales,
+        }
 
     def _tiles(
         self, chunks: list[Chunk], rows: list[int], pages_at: list[int], rounds: int
@@ -117,7 +123,7 @@ class Packer:
         tiles: list[tuple[int, ...]] = []
         long: list[int] = []
         parts = 0
-        spare = len(chunks) * self._kv_heads < self._workers
+        spare = sum(chunk.length > 0 for chunk in chunks) * self._kv_heads < self._workers
         for chunk, row, pages in zip(chunks, rows, pages_at, strict=False):
             splits = (chunk.start + chunk.length + rounds - 1 + SPLIT - 1) // SPLIT
             room = parts + splits * self._part <= self._most_parts

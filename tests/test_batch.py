@@ -19,7 +19,7 @@ from minilora_kernels.batch import (
 )
 from minilora_kernels.jit import kernel, program
 
-WIDTHS = (1, 1, 1, 1, 4, 4, 4, 1, 4, 4, 1, 1, 1, 1, 3)
+WIDTHS = (1, 1, 1, 1, 4, 4, 4, 1, 1, 1, 1, 4, 4, 4, 4, 1, 1, 1, 1, 3)
 
 
 @kernel
@@ -30,7 +30,16 @@ def _copy(packed, rows, ints, floats):
         for value in part:
             ints[i] = value
             i += 1
-    for table in (batch.tiles, batch.long, batch.segments, batch.out_segments, batch.choices):
+    for part in (batch.out_tokens, batch.out_positions, batch.out_pages_at):
+        for value in part:
+            ints[i] = value
+            i += 1
+    for table in (batch.tiles, batch.long, batch.segments, batch.choices):
+        for row in range(table.shape[0]):
+            for column in range(table.shape[1]):
+                ints[i] = table[row, column]
+                i += 1
+    for table in (batch.out_tiles, batch.out_long, batch.out_segments):
         for row in range(table.shape[0]):
             for column in range(table.shape[1]):
                 ints[i] = table[row, column]
@@ -70,7 +79,7 @@ def test_what_is_packed_comes_out(rows):
     assert packed.chosen == ints[-1]
     counts, numbers, reals = np.zeros(6, np.int64), np.zeros(200, np.int64), np.zeros(50, np.float32)
     COPY(packed, counts, numbers, reals)
-    order = (0, 1, 2, 3, 7, 10, 11, 4, 5, 6, 8, 9)
+    order = (0, 1, 2, 3, 7, 15, 16, 8, 9, 10, 4, 5, 6, 14, 11, 12, 13)
     assert counts[:4].tolist() == [rows] * 4
     assert numbers[: counts[4]].tolist() == [value for i in order for value in ints[i]]
     assert reals[: counts[5]].tolist() == [value for part in floats for value in part]
@@ -101,11 +110,25 @@ def test_a_step_of_a_prompt_and_two_decodes():
     assert found["tiles"].tolist() == [[13, 1, 39, 2], [8, 5, 10, 0], [14, 1, 9, 5], [0, 8, 2, 0]], "the longest first"
     assert found["segments"].tolist() == [[13, 15, 5, 0], [13, 15, 6, 96]] and found["scales"].tolist() == [0.5, 2.0]
     assert found["out_rows"].tolist() == [12, 13]
-    assert found["out_segments"].tolist() == [[1, 2, 5, 0], [1, 2, 6, 96]]
+    assert found["out_tokens"].tolist() == [114, 339] and found["out_positions"].tolist() == [14, 39]
+    assert found["out_pages_at"].tolist() == [0, 2]
+    assert found["out_tiles"].tolist() == [[1, 1, 39, 2], [0, 1, 14, 0]]
+    assert found["out_segments"].tolist() == [[1, 2, 5, 0], [1, 2, 6, 96]] and found["out_scales"].tolist() == [
+        0.5,
+        2.0,
+    ]
     assert (
         found["choices"].tolist() == [[0, 0, 9, 15], [1, 40, -3, 40]] and found["chosen"].tolist() == [NOT_CHOSEN] * 2
     )
     assert found["cuts"].tolist() == [[0.0, 1.0, 0.0], [0.5, 0.75, 0.25]]
+
+
+def test_of_a_step_whose_logits_are_all_wanted_nothing_is_said_twice():
+    packer = Packer(group=3, kv_heads=3, part=10, most_parts=0, workers=8)
+    chunks = [Chunk([*range(20)], 10, 3, [7], (), 0), Chunk([*range(9)], 8, 1, [4], (Use(5, 0.5),), 8)]
+    found = parts_of(packer.pack(chunks, []))
+    assert found["out_rows"].tolist() == [0, 1, 2, 3] and len(found["tokens"]) == 4
+    assert not any(len(part) for name, part in found.items() if name.startswith("out_") and name != "out_rows")
 
 
 @kernel

@@ -40,9 +40,10 @@ class StepInput(NamedTuple):
     tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 4] and
     long: [n, 4], what attention has to do, each row in one of them. segments: [S, 4], first row, end row, slot and
     first column in the shrunk rows of each run of rows with one adapter; scales: [S], factors on these adapters.
-    out_rows: rows whose logits are wanted; out_segments, out_scales: like segments, counted in out_rows. choices:
-    [n, 4], tokens to choose: the row, counted in out_rows, top_k, and the key of the random number, seed and position;
-    cuts: [n, 3], temperature (0 for the best token), top_p and min_p; chosen: [rounds, n], the answers.
+    out_rows: rows whose logits are wanted; the other out_* say of these what the same names without it say of all, rows
+    counted in out_rows: nothing where all are wanted. choices: [n, 4], tokens to choose: the row, counted in out_rows,
+    top_k, and the key of the random number, seed and position; cuts: [n, 3], temperature (0 for the best token), top_p and
+    min_p; chosen: [rounds, n], the answers.
 
     In a step of several rounds all this is the first one's. In each later one every row holds the token that the one
     before chose for it, one position on: there row r, out_rows[r] and choices[r] belong to one text. ends: tokens that
@@ -57,6 +58,11 @@ class StepInput(NamedTuple):
     long: np.ndarray
     segments: np.ndarray
     out_rows: np.ndarray
+    out_tokens: np.ndarray
+    out_positions: np.ndarray
+    out_pages_at: np.ndarray
+    out_tiles: np.ndarray
+    out_long: np.ndarray
     out_segments: np.ndarray
     choices: np.ndarray
     ends: np.ndarray
@@ -67,7 +73,7 @@ class StepInput(NamedTuple):
 
 
 # How many parts are int64, and how many float32.
-INTS, FLOATS = 12, 3
+INTS, FLOATS = 17, 3
 
 
 class Packed(NamedTuple):
@@ -142,13 +148,47 @@ def unpack(packed):
         _table(n, n[5], n[6], 4),
         _table(n, n[6], n[7], 4),
         _part(n, n[7], n[8]),
-        _table(n, n[8], n[9], 4),
-        _table(n, n[9], n[10], 4),
+        _part(n, n[8], n[9]),
+        _part(n, n[9], n[10]),
         _part(n, n[10], n[11]),
-        _part(n, n[11], n[12]),
+        _table(n, n[11], n[12], 4),
+        _table(n, n[12], n[13], 4),
+        _table(n, n[13], n[14], 4),
+        _table(n, n[14], n[15], 4),
+        _part(n, n[15], n[16]),
+        _part(n, n[16], n[17]),
         _part(x, n[at], n[at + 1]),
         _part(x, n[at + 1], n[at + 2]),
         _table(x, n[at + 2], n[at + 3], 3),
+    )
+
+
+@kernel
+def wanted_rows(batch):
+    """The StepInput of the rows whose logits are wanted alone."""
+    if len(batch.out_rows) == len(batch.tokens):
+        return batch
+    return StepInput(
+        batch.out_tokens,
+        batch.out_positions,
+        batch.out_pages_at,
+        batch.pages,
+        batch.out_tiles,
+        batch.out_long,
+        batch.out_segments,
+        batch.out_rows,
+        batch.out_tokens,
+        batch.out_positions,
+        batch.out_pages_at,
+        batch.out_tiles,
+        batch.out_long,
+        batch.out_segments,
+        batch.choices,
+        batch.ends,
+        batch.chosen,
+        batch.out_scales,
+        batch.out_scales,
+        batch.cuts,
     )
 
 

@@ -17,20 +17,20 @@ def make_logits(linear, shrink_all, expand_all):
 
     @kernel
     def logits(c):
-        """Logits of the rows that batch.out_rows names, -inf beyond the vocabulary. Ends with a barrier."""
+        """Logits of all rows, -inf beyond the vocabulary. Ends with a barrier."""
         w, shape, batch, b = c.w, c.shape, c.batch, c.buffers
-        count, group, padded = len(batch.out_rows), w.matrices[w.head, GROUP], w.matrices[w.head, ROWS]
+        count, group, padded = len(batch.tokens), w.matrices[w.head, GROUP], w.matrices[w.head, ROWS]
         low, high = share_of(c, count)
         for j in range(low, high):
-            norm_row(c, w.final_norm, group, batch.out_segments, batch.out_rows[j], j)
+            norm_row(c, w.final_norm, group, batch.segments, j, j)
         barrier(c.sync, c.size)
-        if len(batch.out_segments) > 0:
-            shrink_all(c, batch.out_segments, batch.out_scales, shape.layers, 0, shape.width, b.a, 0)
+        if len(batch.segments) > 0:
+            shrink_all(c, batch.segments, batch.scales, shape.layers, 0, shape.width, b.a, 0)
         block0, block1 = share_of(c, padded // BLOCK)
         linear(w.arena, w.matrices, w.head, b.a, 0, count, block0, block1, b.logits, block0 * BLOCK, padded, 0)
         panel0, panel1 = 2 * block0, min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)
         to = Place(b.logits, 0, padded, PANEL)
-        expand_all(c, batch.out_segments, shape.layers, 0, 0, count, panel0, panel1, to, 0, panel0)
+        expand_all(c, batch.segments, shape.layers, 0, 0, count, panel0, panel1, to, 0, panel0)
         for j in range(count):
             for i in range(max(shape.vocabulary, block0 * BLOCK), block1 * BLOCK):
                 b.logits[j * padded + i] = -np.inf

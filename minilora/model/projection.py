@@ -74,23 +74,26 @@ def make_projection(linear, expand_all, write_key, write_value):
                 finish(c, layer, r, head)
 
     @kernel
-    def project_heads(c, layer, x_row):
-        """q k v, ready for attention. Ends with a barrier. Many rows are shared by rows, few by heads."""
+    def project_heads(c, layer, x_row, first):
+        """q k v of the heads from `first` on, 0 or the first of the keys, ready for attention. Ends with a barrier.
+
+        Many rows are shared by rows, few by heads.
+        """
         shape, count, step = c.shape, len(c.batch.tokens), rows_at_once(c.shape.width)
         if count >= ROWS_EACH * c.size:
             # Whole tiles of 8 rows.
             low, high = share_of(c, (count + FEW - 1) // FEW)
             end = min(high * FEW, count)
             for row in range(low * FEW, end, step):
-                project_some(c, layer, x_row, row, min(step, end - row), 0, shape.heads + 2 * shape.kv_heads)
+                project_some(c, layer, x_row, row, min(step, end - row), first, shape.heads + 2 * shape.kv_heads)
         else:
             for row in range(0, count, step):
-                project_mine(c, layer, x_row, row, min(step, count - row))
+                project_mine(c, layer, x_row, row, min(step, count - row), first)
         barrier(c.sync, c.size)
 
     @kernel
-    def project_mine(c, layer, x_row, row, rows):
-        """q k v of this thread's heads.
+    def project_mine(c, layer, x_row, row, rows, first):
+        """q k v of this thread's part of the heads from `first` on.
 
         Each kind of head is shared by itself: keys take longest to write, and those who have more queries get fewer of them.
         For a single row they take little, and weights are better read in one piece.
@@ -98,7 +101,7 @@ def make_projection(linear, expand_all, write_key, write_value):
         shape = c.shape
         keys, values = shape.heads, shape.heads + shape.kv_heads
         if shape.head_dim % BLOCK == 0 and len(c.batch.tokens) > 1:
-            low, high = share_of(c, shape.heads)
+            low, high = share_of(c, shape.heads - first)
             project_some(c, layer, x_row, row, rows, low, high)
             low, high = share(shape.kv_heads, c.size - 1 - c.rank, c.size)
             project_some(c, layer, x_row, row, rows, keys + low, keys + high)
@@ -106,7 +109,8 @@ def make_projection(linear, expand_all, write_key, write_value):
             project_some(c, layer, x_row, row, rows, values + low, values + high)
         else:
             # Two heads may share a block: pairs of them stay together.
-            low, high = share_of(c, (values + shape.kv_heads + 1) // 2)
-            project_some(c, layer, x_row, row, rows, 2 * low, min(2 * high, values + shape.kv_heads))
+            pair = first // 2
+            low, high = share_of(c, (values + shape.kv_heads + 1) // 2 - pair)
+            project_some(c, layer, x_row, row, rows, 2 * (pair + low), min(2 * (pair + high), values + shape.kv_heads))
 
     return project_heads

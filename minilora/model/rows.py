@@ -1,7 +1,9 @@
-"""Inputs of the products: normalised, quantised."""
+"""Rows of the stream: the inputs of products, normalised and quantised, and those that go on to the end."""
 
 from minilora_kernels.jit import kernel
+from minilora_kernels.pack import BLOCK, PANEL
 from minilora_kernels.pointwise import quantize_row, rms_norm
+from minilora_kernels.simd_memory import load_f32, store_f32
 from minilora_kernels.sync import barrier
 
 from .arrays import FEW, share_of
@@ -60,3 +62,15 @@ def quantize_attended(c, group):
         quantize_row(a.values, r * a.stride, columns, group, a, r, 0)
     barrier(c.sync, c.size)
     return 0
+
+
+@kernel
+def keep_wanted(c):
+    """Close ranks: row j of the stream is row out_rows[j]. Ends with a barrier."""
+    x, width = c.buffers.x, c.shape.width
+    low, high = share_of(c, width // BLOCK)
+    for j in range(len(c.batch.out_rows)):
+        at, to = c.batch.out_rows[j] * width, j * width
+        for i in range(low * BLOCK, high * BLOCK, PANEL):
+            store_f32(x, to + i, load_f32(x, at + i))
+    barrier(c.sync, c.size)

@@ -3,7 +3,7 @@
 from functools import cache
 
 from minilora_kernels.attention import make_attention
-from minilora_kernels.batch import SAMPLING, all_ended, rounds_of, unpack
+from minilora_kernels.batch import SAMPLING, all_ended, rounds_of, unpack, wanted_rows
 from minilora_kernels.held import hold
 from minilora_kernels.jit import kernel
 from minilora_kernels.linear import make_linear
@@ -20,7 +20,7 @@ from .head import choose_all, make_logits
 from .lora import make_adapters
 from .products import make_add_product, make_gate_up
 from .projection import make_projection
-from .rows import norm_rows, quantize_attended
+from .rows import keep_wanted, norm_rows, quantize_attended
 
 
 @cache
@@ -50,23 +50,36 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
         return x_row
 
     @kernel
-    def forward(c):
-        """All layers and the head: writes the rows' pages, buffers.logits and the chosen tokens."""
+    def run_layer(c, layer):
+        """One layer of all rows."""
         w = c.w
+        o, down = w.layers[layer, O], w.layers[layer, DOWN]
+        x_row = prepare(c, layer, INPUT_NORM, QKV, QKV_IN)
+        project_heads(c, layer, x_row, 0)
+        attend_all(c, layer)
+        x_row = quantize_attended(c, w.matrices[o, GROUP])
+        add_product(c, layer, o, w.layers[layer, O_BIAS], O_IN, O_OUT, c.buffers.a, x_row, 0)
+        x_row = prepare(c, layer, POST_NORM, GATE_UP, GATE_UP_IN)
+        gate_up(c, layer, x_row)
+        add_product(c, layer, down, w.layers[layer, DOWN_BIAS], DOWN_IN, DOWN_OUT, c.buffers.b, 0, 0)
+
+    @kernel
+    def forward(c, wanted):
+        """All layers and the head: writes the rows' pages, buffers.logits and the chosen tokens.
+
+        wanted: of the rows whose logits are wanted alone. Of others nobody sees more than their keys and values.
+        """
+        last = c.shape.layers - 1
         embed_rows(c)
-        for layer in range(c.shape.layers):
-            o, down = w.layers[layer, O], w.layers[layer, DOWN]
-            x_row = prepare(c, layer, INPUT_NORM, QKV, QKV_IN)
-            project_heads(c, layer, x_row)
-            attend_all(c, layer)
-            x_row = quantize_attended(c, w.matrices[o, GROUP])
-            add_product(c, layer, o, w.layers[layer, O_BIAS], O_IN, O_OUT, c.buffers.a, x_row, 0)
-            x_row = prepare(c, layer, POST_NORM, GATE_UP, GATE_UP_IN)
-            gate_up(c, layer, x_row)
-            add_product(c, layer, down, w.layers[layer, DOWN_BIAS], DOWN_IN, DOWN_OUT, c.buffers.b, 0, 0)
-        if len(c.batch.out_rows) > 0:
-            logits(c)
-            choose_all(c)
+        for layer in range(last):
+            run_layer(c, layer)
+        if len(wanted.batch.tokens) < len(c.batch.tokens):
+            project_heads(c, last, prepare(c, last, INPUT_NORM, QKV, QKV_IN), c.shape.heads)
+            keep_wanted(c)
+        if len(wanted.batch.tokens) > 0:
+            run_layer(wanted, last)
+            logits(wanted)
+            choose_all(wanted)
 
     @kernel
     def step(rank, size, sync, packed, fixed):
@@ -74,7 +87,9 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
         batch, (w, shape, kv, adapters, buffers) = unpack(packed), fixed
         turn, going = 0, True
         while going:
-            forward(hold(Context(rank, size, sync, turn, w, shape, kv, batch, adapters, buffers)))
+            every = hold(Context(rank, size, sync, turn, w, shape, kv, batch, adapters, buffers))
+            wanted = Context(rank, size, sync, turn, w, shape, kv, wanted_rows(batch), adapters, buffers)
+            forward(every, hold(wanted))
             turn += 1
             going = turn < rounds_of(batch) and not all_ended(batch, turn - 1)
 
