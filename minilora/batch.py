@@ -82,16 +82,18 @@ class Packer:
         rounds: tokens to choose for each draw, where each chunk is one token and has the draw of the same place, and
         pages for all; ends: see StepInput.
         """
-        pages_at = [*accumulate((len(chunk.pages) for chunk in chunks), initial=0)]
-        wanted, out_rows, row = [chunk.wanted() for chunk in chunks], [], 0
+        first_pages = [*accumulate((len(chunk.pages) for chunk in chunks), initial=0)]
+        wanted = [chunk.wanted() for chunk in chunks]
+        out_rows: list[int] = []
+        end = 0
         for chunk, part in zip(chunks, wanted, strict=True):
-            row += chunk.length
-            out_rows += range(row - part.length, row)
-        rows, out = self._rows(chunks, pages_at, rounds), {}
-        if len(out_rows) < row:
-            out = {f"out_{name}": part for name, part in self._rows(wanted, pages_at, rounds).items()}
+            end += chunk.length
+            out_rows += range(end - part.length, end)
+        parts = self._rows(chunks, first_pages, rounds)
+        if len(out_rows) < end:
+            parts |= {f"out_{name}": part for name, part in self._rows(wanted, first_pages, rounds).items()}
         pages = [*chain.from_iterable(chunk.pages for chunk in chunks)]
-        return pack(pages=pages, out_rows=out_rows, ends=ends, **rows, **out, **_choices(draws, rounds))
+        return pack(pages=pages, out_rows=out_rows, ends=ends, **parts, **_choices(draws, rounds))
 
     def _rows(self, chunks: list[Chunk], first_pages: list[int], rounds: int) -> dict[str, list]:
         """StepInput's parts for all rows of these chunks. first_pages: where in its `pages` those of each chunk begin."""

@@ -3,10 +3,21 @@
 import numpy as np
 import pytest
 
+from minilora.params import SamplingParams
 from minilora.reference import Reference
 from minilora.sequence import AdapterUse
 
-from .support import ARCHITECTURES, LINEAR, load_weights, make_adapter, make_engine, prompt_logits, random_tokens
+from .support import (
+    ARCHITECTURES,
+    GREEDY,
+    LINEAR,
+    load_weights,
+    make_adapter,
+    make_engine,
+    prompt_logits,
+    random_tokens,
+    run,
+)
 
 
 def log_softmax(x):
@@ -40,6 +51,21 @@ def test_every_architecture_equals_the_reference(tiny, name):
     tokens = random_tokens(np.random.default_rng(1), 150)
     found = prompt_logits(engine, tokens)
     assert largest_error(found, reference_logprobs(weights, tokens, engine.length), tokens) < 2e-4
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("length", [7, 150])
+def test_it_does_not_matter_whose_logits_are_wanted(tiny, name, threads, length):
+    """A text goes on bit for bit as it does where its prompt's log-probabilities are asked for too."""
+    weights = load_weights(tiny(name))
+    prompt, texts = random_tokens(np.random.default_rng(4), length), []
+    for wanted in (None, 0):
+        engine = make_engine(weights, max_num_batched_tokens=128, threads=threads)
+        params = SamplingParams(max_tokens=4, logprobs=3, prompt_logprobs=wanted, **GREEDY)
+        [sequence] = engine.submit(prompt, params)
+        texts.append([output.logprobs for output in run(engine)[sequence]])
+    assert texts[0] == texts[1] and len(texts[0]) == 4
 
 
 def test_texts_longer_than_a_split(tiny):
