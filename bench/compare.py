@@ -188,9 +188,10 @@ class Ours:
         if case.test == "prefill":
             # The embedding is looked up; the head, and all of the last layer but keys and values, take one row of a prompt.
             numbers = sum(int(m[ROWS] * m[COLUMNS]) for i, m in enumerate(weights.matrices) if i not in ends)
-            seen, whole, pair = (PROMPT + 1) / 2, config.layers - 1, 2 * config.kv_heads * config.head_dim
-            attention = 2 * whole * config.heads * config.head_dim * seen
-            return found.multiply * 1e9 / (numbers * whole / config.layers + pair * config.hidden_size + attention)
+            layers, seen = config.layers - 1, (PROMPT + 1) / 2
+            attention = 2 * layers * config.heads * config.head_dim * seen
+            last = 2 * config.kv_heads * config.head_dim * config.hidden_size
+            return found.multiply * 1e9 / (numbers * layers / config.layers + last + attention)
         token = {"float16": 2, "int8": 1}[case.cache] * 2 * config.layers * config.kv_heads * config.head_dim
         read = len(weights.arena) + case.batch * token * case.depth + self.bench.engine.runner.adapter_pool.used
         if weights.embed != weights.head:

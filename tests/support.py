@@ -47,7 +47,7 @@ ARCHITECTURES = {
     "llama-tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "llama-bias": {"attention_bias": True, "mlp_bias": True},
     "llama-wide-heads": {"head_dim": 48, "num_key_value_heads": 1},
-    "llama-odd-heads": {"num_attention_heads": 3, "num_key_value_heads": 1},
+    "llama-odd-heads": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1},
     "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 16.0}, "max_position_embeddings": 64},
     "llama-llama3": {

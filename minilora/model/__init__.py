@@ -7,13 +7,14 @@ its work over the threads; a barrier ends it:
 
     step.py         the order of the phases
     arrays.py       what they work on, and how threads share it
-    rows.py         inputs of the products: norm, quantisation
+    rows.py         inputs of the products: norm, quantisation; which rows go on to the end
     projection.py   q k v, rotation, pages
     attention.py    attention
     products.py     o, gate up and down
     head.py         logits and the choice of tokens
     lora.py         the embedding, and what adapters add to each product
 
+Rows whose logits nobody wants leave the last layer once their keys and values are in their pages.
 For up to FEW rows every thread normalises and quantises all of them itself, which costs less than a barrier.
 With adapters, `shrink` and a barrier come before each product. A step may go on in further rounds, each with the
 tokens that the one before chose. Whatever the batch and the team, each number is computed by the same operations in

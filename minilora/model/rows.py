@@ -66,7 +66,7 @@ def quantize_attended(c, group):
 
 @kernel
 def keep_wanted(c):
-    """Close ranks: row j of the stream is row out_rows[j]. Ends with a barrier."""
+    """Row j of the stream becomes what row out_rows[j] was: those that are wanted close ranks. Ends with a barrier."""
     x, width = c.buffers.x, c.shape.width
     low, high = share_of(c, width // BLOCK)
     for j in range(len(c.batch.out_rows)):

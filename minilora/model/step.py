@@ -67,7 +67,8 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
     def forward(c, wanted):
         """All layers and the head: writes the rows' pages, buffers.logits and the chosen tokens.
 
-        wanted: of the rows whose logits are wanted alone. Of others nobody sees more than their keys and values.
+        wanted: c with the rows alone whose logits are wanted. Of the others nobody sees more of the last layer than keys and
+        values.
         """
         last = c.shape.layers - 1
         embed_rows(c)
@@ -87,9 +88,9 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
         batch, (w, shape, kv, adapters, buffers) = unpack(packed), fixed
         turn, going = 0, True
         while going:
-            every = hold(Context(rank, size, sync, turn, w, shape, kv, batch, adapters, buffers))
+            c = Context(rank, size, sync, turn, w, shape, kv, batch, adapters, buffers)
             wanted = Context(rank, size, sync, turn, w, shape, kv, wanted_rows(batch), adapters, buffers)
-            forward(every, hold(wanted))
+            forward(hold(c), hold(wanted))
             turn += 1
             going = turn < rounds_of(batch) and not all_ended(batch, turn - 1)
 
