@@ -132,7 +132,8 @@ def test_of_a_step_whose_logits_are_all_wanted_nothing_is_said_twice():
 
 
 def test_the_last_row_of_a_long_prompt_is_shared_by_all_threads():
-    packer = Packer(group=3, kv_heads=1, part=10, most_parts=40, workers=8)
+    """It is the only row that the last layer's attention has, though there are two chunks."""
+    packer = Packer(group=3, kv_heads=1, part=10, most_parts=40, workers=2)
     chunks = [Chunk([0] * 613, 600, 13, [1], (), 612), Chunk([0] * 900, 300, 8, [2], (), 900)]
     found = parts_of(packer.pack(chunks, []))
     assert found["out_rows"].tolist() == [12] and found["out_long"].tolist() == [[0, 612, 0, 0]]
