@@ -26,20 +26,14 @@ WIDTHS = (1, 1, 1, 1, 4, 4, 4, 1, 1, 1, 1, 4, 4, 4, 4, 1, 1, 1, 1, 3)
 def _copy(packed, rows, ints, floats):
     """All parts behind each other; rows of each."""
     batch, i, f = unpack(packed), 0, 0
-    for part in (batch.tokens, batch.positions, batch.pages_at, batch.pages, batch.out_rows, batch.ends, batch.chosen):
+    rows_of_all = batch.tokens, batch.positions, batch.pages_at, batch.pages
+    rows_of_wanted = batch.out_rows, batch.out_tokens, batch.out_positions, batch.out_pages_at
+    for part in (*rows_of_all, *rows_of_wanted, batch.ends, batch.chosen):
         for value in part:
             ints[i] = value
             i += 1
-    for part in (batch.out_tokens, batch.out_positions, batch.out_pages_at):
-        for value in part:
-            ints[i] = value
-            i += 1
-    for table in (batch.tiles, batch.long, batch.segments, batch.choices):
-        for row in range(table.shape[0]):
-            for column in range(table.shape[1]):
-                ints[i] = table[row, column]
-                i += 1
-    for table in (batch.out_tiles, batch.out_long, batch.out_segments):
+    tables = batch.tiles, batch.long, batch.segments, batch.out_tiles, batch.out_long, batch.out_segments, batch.choices
+    for table in tables:
         for row in range(table.shape[0]):
             for column in range(table.shape[1]):
                 ints[i] = table[row, column]
@@ -79,7 +73,7 @@ def test_what_is_packed_comes_out(rows):
     assert packed.chosen == ints[-1]
     counts, numbers, reals = np.zeros(6, np.int64), np.zeros(200, np.int64), np.zeros(50, np.float32)
     COPY(packed, counts, numbers, reals)
-    order = (0, 1, 2, 3, 7, 15, 16, 8, 9, 10, 4, 5, 6, 14, 11, 12, 13)
+    order = (0, 1, 2, 3, 7, 8, 9, 10, 15, 16, 4, 5, 6, 11, 12, 13, 14)
     assert counts[:4].tolist() == [rows] * 4
     assert numbers[: counts[4]].tolist() == [value for i in order for value in ints[i]]
     assert reals[: counts[5]].tolist() == [value for part in floats for value in part]
@@ -113,10 +107,8 @@ def test_a_step_of_a_prompt_and_two_decodes():
     assert found["out_tokens"].tolist() == [114, 339] and found["out_positions"].tolist() == [14, 39]
     assert found["out_pages_at"].tolist() == [0, 2]
     assert found["out_tiles"].tolist() == [[1, 1, 39, 2], [0, 1, 14, 0]]
-    assert found["out_segments"].tolist() == [[1, 2, 5, 0], [1, 2, 6, 96]] and found["out_scales"].tolist() == [
-        0.5,
-        2.0,
-    ]
+    assert found["out_segments"].tolist() == [[1, 2, 5, 0], [1, 2, 6, 96]]
+    assert found["out_scales"].tolist() == [0.5, 2.0]
     assert (
         found["choices"].tolist() == [[0, 0, 9, 15], [1, 40, -3, 40]] and found["chosen"].tolist() == [NOT_CHOSEN] * 2
     )
