@@ -42,10 +42,10 @@ def forget(typing_context):
 
 
 @kernel
-def _read(rank, size, sync, job, fixed):
+def _read(thread, threads, sync, job, fixed):
     """Add up all of data: nothing but loads."""
     data, out = job
-    low, high = share(len(data) // 1024, rank, size)
+    low, high = share(len(data) // 1024, thread, threads)
     sums = _sums()
     for i in range(16):
         sums[i] = splat_i32(np.int32(0))
@@ -55,11 +55,11 @@ def _read(rank, size, sync, job, fixed):
     total = sums[0]
     for i in range(1, 16):
         total = total + sums[i]
-    out[16 * rank] = hsum_i32(total)
+    out[16 * thread] = hsum_i32(total)
 
 
 @kernel
-def _multiply(rank, size, sync, job, fixed):
+def _multiply(thread, threads, sync, job, fixed):
     """The dot product of nibbles, the fastest one, on registers only."""
     loops, data, out = job
     dots = _dots()
@@ -76,7 +76,7 @@ def _multiply(rank, size, sync, job, fixed):
     total = splat_i32(np.int32(0))
     for i in range(DOTS):
         total = total + end_short(splat_i32(np.int32(0)), dots[i])
-    out[16 * rank] = hsum_i32(total)
+    out[16 * thread] = hsum_i32(total)
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ PROMPT = 64
 
 
 @kernel
-def _meet(rank, size, sync, times, fixed):
+def _meet(thread, threads, sync, times, fixed):
     for _ in range(times):
-        barrier(sync, size)
+        barrier(sync, threads)
 
 
 def arrival_seconds(threads: int) -> float:

@@ -6,7 +6,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from minilora_kernels.attention import partial_size
-from minilora_kernels.batch import NOT_CHOSEN, TILE_POSITION, Packed, pack
+from minilora_kernels.batch import NO_ROWS, NOT_CHOSEN, TILE_POSITION, Packed, StepRows, pack
 from minilora_kernels.pages import SPLIT
 
 from .params import SamplingParams
@@ -89,14 +89,13 @@ class Packer:
         for chunk, part in zip(chunks, wanted, strict=True):
             end += chunk.length
             out_rows += range(end - part.length, end)
-        parts = self._rows(chunks, first_pages, rounds)
-        if len(out_rows) < end:
-            parts |= {f"out_{name}": part for name, part in self._rows(wanted, first_pages, rounds).items()}
+        rows = self._rows(chunks, first_pages, rounds)
+        some = self._rows(wanted, first_pages, rounds) if len(out_rows) < end else NO_ROWS
         pages = [*chain.from_iterable(chunk.pages for chunk in chunks)]
-        return pack(pages=pages, out_rows=out_rows, ends=ends, **parts, **_choices(draws, rounds))
+        return pack(rows, some, pages=pages, out_rows=out_rows, ends=ends, **_choices(draws, rounds))
 
-    def _rows(self, chunks: list[Chunk], first_pages: list[int], rounds: int) -> dict[str, list]:
-        """StepInput's parts for all rows of these chunks. first_pages: where in its `pages` those of each chunk begin."""
+    def _rows(self, chunks: list[Chunk], first_pages: list[int], rounds: int) -> StepRows:
+        """All rows of these chunks. first_pages: where in StepInput's `pages` those of each chunk begin."""
         tokens: list[int] = []
         positions: list[int] = []
         pages_at: list[int] = []
@@ -109,15 +108,7 @@ class Packer:
             starts.append(len(tokens))
         tiles, long = self._tiles(chunks, starts, first_pages, rounds)
         segments, scales = _segments(chunks, starts, self.ranks)
-        return {
-            "tokens": tokens,
-            "positions": positions,
-            "pages_at": pages_at,
-            "tiles": tiles,
-            "long": long,
-            "segments": segments,
-            "scales": scales,
-        }
+        return StepRows(tokens, positions, pages_at, tiles, long, segments, scales)
 
     def _tiles(
         self, chunks: list[Chunk], rows: list[int], pages_at: list[int], rounds: int

@@ -38,18 +38,18 @@ class Questions(NamedTuple):
 
 
 @kernel
-def _choose(rank, size, sync, job, room):
+def _choose(thread, threads, sync, job, room):
     (logits, packed), (width, chances, ids) = job, room
-    batch = unpack(packed)
+    batch, _, _ = unpack(packed)
     i = claim(sync)
     while i < len(batch.choices):
         best = argmax(logits, batch.choices[i, CHOICE_ROW] * width, width)
-        choose(batch, i, 0, best, logits, width, chances, ids, rank * width)
+        choose(batch, i, 0, best, logits, width, chances, ids, thread * width)
         i = claim(sync)
 
 
 @kernel
-def _look_up(rank, size, sync, questions, rows):
+def _look_up(thread, threads, sync, questions, rows):
     logits, width = rows
     i = claim(sync)
     while i < len(questions.at):

@@ -118,20 +118,20 @@ def test_a_long_text_in_a_window(tiny, kind):
     assert len(found) == 5 and all(text == found[0] for text in found)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize(("first", "last"), [(0, 257), (0, 512), (0, 4129), (96, 300), (3840, 4937), (480, 512)])
-def test_threads_share_a_long_text_by_positions(first, last, size):
+def test_threads_share_a_long_text_by_positions(first, last, threads):
     begin, heads = program(first_item), 3
 
     def positions(items):
         splits = [item // heads for item in items]
         return sum(min(last, split * SPLIT + SPLIT) - max(first, split * SPLIT) for split in splits)
 
-    cuts = [begin(first, last, heads, rank, size) for rank in range(size + 1)]
+    cuts = [begin(first, last, heads, thread, threads) for thread in range(threads + 1)]
     parts = [range(*cut) for cut in pairwise(cuts)]
     assert cuts[0] == first // SPLIT * heads and cuts == sorted(cuts)
     assert sum(map(positions, parts)) == heads * (last - first)
-    fair = heads * (last - first) / size
+    fair = heads * (last - first) / threads
     assert all(abs(positions(part) - fair) <= SPLIT for part in parts)
 
 

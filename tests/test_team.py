@@ -14,42 +14,42 @@ from minilora_kernels.team import Each, Team, team_program
 
 
 @kernel
-def _rounds(rank, size, sync, job, fixed):
-    """marks[round, rank] = 1; late counts threads that were let through a barrier too early."""
+def _rounds(thread, threads, sync, job, fixed):
+    """marks[round, thread] = 1; late counts threads that were let through a barrier too early."""
     marks, late = job
     for i in range(len(marks)):
-        marks[i, rank] = 1
-        barrier(sync, size)
-        for other in range(size):
-            late[rank] += 1 - marks[i, other]
-        barrier(sync, size)
+        marks[i, thread] = 1
+        barrier(sync, threads)
+        for other in range(threads):
+            late[thread] += 1 - marks[i, other]
+        barrier(sync, threads)
 
 
 @kernel
-def _claims(rank, size, sync, taken, fixed):
+def _claims(thread, threads, sync, taken, fixed):
     for turn in range(len(taken)):
         i = claim(sync)
         while i < taken.shape[1]:
             taken[turn, i] += 1
             i = claim(sync)
-        barrier(sync, size)
+        barrier(sync, threads)
 
 
 @kernel
-def _shares(rank, size, sync, taken, fixed):
-    first, end = share(len(taken), rank, size)
+def _shares(thread, threads, sync, taken, fixed):
+    first, end = share(len(taken), thread, threads)
     for i in range(first, end):
         taken[i] += 1
 
 
 @kernel
-def _own(rank, size, sync, shared, number):
-    shared[rank] = number
+def _own(thread, threads, sync, shared, number):
+    shared[thread] = number
 
 
 @kernel
-def _who_ran(rank, size, sync, ran, fixed):
-    ran[rank] = size
+def _who_ran(thread, threads, sync, ran, fixed):
+    ran[thread] = threads
 
 
 ROUNDS, CLAIMS, SHARES = team_program(_rounds), team_program(_claims), team_program(_shares)
@@ -59,14 +59,14 @@ OWN, WHO_RAN = team_program(_own), team_program(_who_ran)
 class Odd:
     """A program that does something of its own on one thread, and ROUNDS on the others."""
 
-    def __init__(self, rank, act):
-        self.rank, self.act = rank, act
+    def __init__(self, thread, act):
+        self.thread, self.act = thread, act
 
     def compile(self, types):
         ROUNDS.compile(types)
 
-    def __call__(self, rank, *args):
-        return self.act() if rank == self.rank else ROUNDS(rank, *args)
+    def __call__(self, thread, *args):
+        return self.act() if thread == self.thread else ROUNDS(thread, *args)
 
 
 def meets(team):
@@ -114,14 +114,14 @@ def test_shares_cover_everything_once(team, total):
     assert (taken == 1).all()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_in_one_thread_frees_the_others(pair, rank):
+@pytest.mark.parametrize("thread", [0, 1])
+def test_an_error_in_one_thread_frees_the_others(pair, thread):
     def fail():
         raise ZeroDivisionError("on purpose")
 
     for _ in range(3):
         with pytest.raises(ZeroDivisionError, match="on purpose"):
-            pair.run(Odd(rank, fail), (np.zeros((200, 2), np.int64), np.zeros(2, np.int64)))
+            pair.run(Odd(thread, fail), (np.zeros((200, 2), np.int64), np.zeros(2, np.int64)))
         assert meets(pair), "the team still works"
 
 
@@ -263,7 +263,7 @@ def test_lingering_threads_take_the_next_job_or_leave(team):
 
 def test_a_thread_that_lingers_does_not_go_back_to_python(pair, monkeypatch):
     calls, part = [], pair.part
-    monkeypatch.setattr(pair, "part", lambda rank, run: calls.append(rank) or part(rank, run))
+    monkeypatch.setattr(pair, "part", lambda thread, run: calls.append(thread) or part(thread, run))
     for _ in range(200):
         job = np.zeros(7, np.int64)
         pair.run(SHARES, job)

@@ -34,50 +34,56 @@ SAMPLING = make_sample.unit()
 NO_NUMBER, NOT_CHOSEN = -1, -2
 
 
-class StepInput(NamedTuple):
-    """What one step computes: int64, then float32. T rows, rows of a sequence together.
+# An array in kernels; before it is packed a flat list, a table row after row.
+Part = np.ndarray | Collection
+
+
+class StepRows(NamedTuple):
+    """T rows of a step, those of a sequence together: int64, then float32.
 
     tokens, positions, pages_at: [T]; pages_at: where in `pages` the row's sequence starts. tiles: [n, 4] and
     long: [n, 4], what attention has to do, each row in one of them. segments: [S, 4], first row, end row, slot and
     first column in the shrunk rows of each run of rows with one adapter; scales: [S], factors on these adapters.
-    out_rows: rows whose logits are wanted; the other out_* say of these what the same names without it say of all, rows
-    counted in out_rows: nothing where all are wanted. choices: [n, 4], tokens to choose: the row, counted in out_rows,
-    top_k, and the key of the random number, seed and position; cuts: [n, 3], temperature (0 for the best token), top_p and
-    min_p; chosen: [rounds, n], the answers.
+    """
+
+    tokens: Part
+    positions: Part
+    pages_at: Part
+    tiles: Part
+    long: Part
+    segments: Part
+    scales: Part
+
+
+class StepInput(NamedTuple):
+    """What one step computes beside its rows: int64, then float32.
+
+    pages: page numbers, sequence after sequence. out_rows: rows whose logits are wanted. choices: [n, 4], tokens to
+    choose: the row, counted in out_rows, top_k, and the key of the random number, seed and position; cuts: [n, 3],
+    temperature (0 for the best token), top_p and min_p; chosen: [rounds, n], the answers.
 
     In a step of several rounds all this is the first one's. In each later one every row holds the token that the one
     before chose for it, one position on: there row r, out_rows[r] and choices[r] belong to one text. ends: tokens that
     most likely end a text; after a round in which all texts end there is no other.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    pages_at: np.ndarray
-    pages: np.ndarray
-    tiles: np.ndarray
-    long: np.ndarray
-    segments: np.ndarray
-    out_rows: np.ndarray
-    out_tokens: np.ndarray
-    out_positions: np.ndarray
-    out_pages_at: np.ndarray
-    out_tiles: np.ndarray
-    out_long: np.ndarray
-    out_segments: np.ndarray
-    choices: np.ndarray
-    ends: np.ndarray
-    chosen: np.ndarray
-    scales: np.ndarray
-    out_scales: np.ndarray
-    cuts: np.ndarray
+    pages: Part
+    out_rows: Part
+    choices: Part
+    ends: Part
+    chosen: Part
+    cuts: Part
 
 
-# How many parts are int64, and how many float32.
-INTS, FLOATS = 17, 3
+NO_ROWS = StepRows(*[()] * len(StepRows._fields))
+# Parts of rows that are int64; all parts that are, those of all rows, of the wanted ones and of StepInput, and that are
+# float32, one of each.
+ROWS_INTS = len(StepRows._fields) - 1
+INTS, FLOATS = 2 * ROWS_INTS + len(StepInput._fields) - 1, 3
 
 
 class Packed(NamedTuple):
-    """A StepInput in two arrays, part after part.
+    """A step's rows and StepInput in two arrays, part after part.
 
     ints begins with where each of its parts begins and the last one ends, then where those of floats do.
     """
@@ -91,12 +97,16 @@ class Packed(NamedTuple):
         return self.ints[int(self.ints[INTS - 1]) :].tolist()
 
 
-def pack(**parts: Collection) -> Packed:
-    """The parts of a StepInput by name, row after row, as arrays; those that are not given are empty."""
-    lists = [parts.pop(name, []) for name in StepInput._fields]
-    if parts:
-        raise TypeError(f"a step's input has no {', '.join(parts)}")
-    ints, floats = lists[:INTS], lists[INTS:]
+def pack(rows: StepRows = NO_ROWS, wanted: StepRows = NO_ROWS, /, **others: Part) -> Packed:
+    """All rows, those alone whose logits are wanted, unless that is all, and parts of StepInput by name, as arrays.
+
+    Parts that are not given are empty.
+    """
+    parts = StepInput(*(others.pop(name, ()) for name in StepInput._fields))
+    if others:
+        raise TypeError(f"a step's input has no {', '.join(others)}")
+    three = rows, wanted, parts
+    ints, floats = [part for one in three for part in one[:-1]], [one[-1] for one in three]
     places = [*accumulate(map(len, ints), initial=INTS + 1 + FLOATS + 1), *accumulate(map(len, floats), initial=0)]
     return Packed(
         np.array([*places, *chain.from_iterable(ints)], np.int64), np.array([*chain.from_iterable(floats)], np.float32)
@@ -136,60 +146,35 @@ def _table(typing_context, array, first, end, columns):
 
 
 @kernel
-def unpack(packed):
-    """The StepInput that was packed: views, nothing is copied."""
-    n, x, at = packed.ints, packed.floats, INTS + 1
-    return StepInput(
-        _part(n, n[0], n[1]),
-        _part(n, n[1], n[2]),
-        _part(n, n[2], n[3]),
-        _part(n, n[3], n[4]),
-        _table(n, n[4], n[5], 4),
-        _table(n, n[5], n[6], 4),
-        _table(n, n[6], n[7], 4),
-        _part(n, n[7], n[8]),
-        _part(n, n[8], n[9]),
-        _part(n, n[9], n[10]),
-        _part(n, n[10], n[11]),
-        _table(n, n[11], n[12], 4),
-        _table(n, n[12], n[13], 4),
-        _table(n, n[13], n[14], 4),
-        _table(n, n[14], n[15], 4),
-        _part(n, n[15], n[16]),
-        _part(n, n[16], n[17]),
-        _part(x, n[at], n[at + 1]),
-        _part(x, n[at + 1], n[at + 2]),
-        _table(x, n[at + 2], n[at + 3], 3),
+def _rows(packed, i, scales):
+    """The rows whose parts are number i and the next ones of ints, and whose scales lie between n[scales] and n[scales + 1]."""
+    n = packed.ints
+    return StepRows(
+        _part(n, n[i], n[i + 1]),
+        _part(n, n[i + 1], n[i + 2]),
+        _part(n, n[i + 2], n[i + 3]),
+        _table(n, n[i + 3], n[i + 4], 4),
+        _table(n, n[i + 4], n[i + 5], 4),
+        _table(n, n[i + 5], n[i + 6], 4),
+        _part(packed.floats, n[scales], n[scales + 1]),
     )
 
 
 @kernel
-def wanted_rows(batch):
-    """The StepInput of the rows whose logits are wanted alone."""
-    if len(batch.out_rows) == len(batch.tokens):
-        return batch
-    return StepInput(
-        batch.out_tokens,
-        batch.out_positions,
-        batch.out_pages_at,
-        batch.pages,
-        batch.out_tiles,
-        batch.out_long,
-        batch.out_segments,
-        batch.out_rows,
-        batch.out_tokens,
-        batch.out_positions,
-        batch.out_pages_at,
-        batch.out_tiles,
-        batch.out_long,
-        batch.out_segments,
-        batch.choices,
-        batch.ends,
-        batch.chosen,
-        batch.out_scales,
-        batch.out_scales,
-        batch.cuts,
+def unpack(packed):
+    """(StepInput, all rows, the rows alone whose logits are wanted): views, nothing is copied."""
+    n, i, floats = packed.ints, 2 * ROWS_INTS, INTS + 1
+    batch = StepInput(
+        _part(n, n[i], n[i + 1]),
+        _part(n, n[i + 1], n[i + 2]),
+        _table(n, n[i + 2], n[i + 3], 4),
+        _part(n, n[i + 3], n[i + 4]),
+        _part(n, n[i + 4], n[i + 5]),
+        _table(packed.floats, n[floats + 2], n[floats + 3], 3),
     )
+    rows = _rows(packed, 0, floats)
+    wanted = rows if len(batch.out_rows) == len(rows.tokens) else _rows(packed, ROWS_INTS, floats + 1)
+    return batch, rows, wanted
 
 
 @kernel
@@ -199,10 +184,10 @@ def rounds_of(batch):
 
 
 @kernel
-def token_at(batch, turn, row):
+def token_at(batch, rows, turn, row):
     """The token of a row in round `turn`; any that exists after one that could not be chosen."""
     if turn == 0:
-        return batch.tokens[row]
+        return rows.tokens[row]
     return max(0, batch.chosen[(turn - 1) * len(batch.choices) + row])
 
 

@@ -145,9 +145,9 @@ _WALL, _CPU = getattr(time, "CLOCK_MONOTONIC", 0), getattr(time, "CLOCK_THREAD_C
 
 
 @kernel
-def begin(sync, rank, size, job):
+def begin(sync, thread, job):
     """Thread 0 hands the job to all; the others wait for it, unless the run is aborted before."""
-    if rank == 0:
+    if thread == 0:
         for place in (ARRIVED, CLAIMED, LEFT):
             sync[place] = 0
         _put_job(sync, job)
@@ -155,17 +155,17 @@ def begin(sync, rank, size, job):
     looks = 0
     while _atomic_load(sync, BEGUN) != sync[RUN] and _atomic_load(sync, ABORT) == 0:
         looks = _look_again(looks)
-    line = THREADS + LINE * rank
+    line = THREADS + LINE * thread
     sync[line + LAST] = sync[RUN]
     sync[line + CLOCK] = _nanoseconds(_CPU) - _nanoseconds(_WALL)
 
 
 @kernel
-def end(sync, rank, size):
+def end(sync, thread, threads):
     """Thread 0 waits for the others. These linger; returns whether another run of this kind has begun meanwhile."""
-    line = THREADS + LINE * rank
+    line = THREADS + LINE * thread
     sync[line + CLOCK] += _nanoseconds(_WALL) - _nanoseconds(_CPU)
-    if rank > 0:
+    if thread > 0:
         run, kind = sync[RUN], sync[KIND]
         _atomic_store(sync, line + LINGERS, 1)
         _atomic_add(sync, LEFT, 1)
@@ -173,11 +173,11 @@ def end(sync, rank, size):
         _atomic_store(sync, line + LINGERS, 0)
         return called
     looks = 0
-    while _atomic_load(sync, LEFT) < size - 1 and _atomic_load(sync, ABORT) == 0:
+    while _atomic_load(sync, LEFT) < threads - 1 and _atomic_load(sync, ABORT) == 0:
         looks = _look_again(looks)
     sync[LOST] = 0
-    for thread in range(size):
-        sync[LOST] += sync[THREADS + LINE * thread + CLOCK]
+    for each in range(threads):
+        sync[LOST] += sync[THREADS + LINE * each + CLOCK]
     return False
 
 
@@ -210,13 +210,13 @@ def _look_again(looks):
 
 
 @kernel
-def barrier(sync, size):
-    """Wait until all `size` threads are here. Resets `claim`. After an abort it lets everybody through."""
-    if size == 1:
+def barrier(sync, threads):
+    """Wait until all `threads` threads are here. Resets `claim`. After an abort it lets everybody through."""
+    if threads == 1:
         _atomic_store(sync, CLAIMED, 0)
         return
     generation = _atomic_load(sync, GENERATION)
-    if _atomic_add(sync, ARRIVED, 1) == size - 1:
+    if _atomic_add(sync, ARRIVED, 1) == threads - 1:
         _atomic_store(sync, ARRIVED, 0)
         _atomic_store(sync, CLAIMED, 0)
         _atomic_store(sync, GENERATION, generation + 1)
@@ -227,9 +227,9 @@ def barrier(sync, size):
 
 
 @kernel
-def share(total, rank, size):
-    """(first, end) of thread `rank`'s part of range(total): contiguous, sizes differ by at most one."""
-    return total * rank // size, total * (rank + 1) // size
+def share(total, thread, threads):
+    """(first, end) of thread `thread`'s part of range(total): contiguous, sizes differ by at most one."""
+    return total * thread // threads, total * (thread + 1) // threads
 
 
 @kernel

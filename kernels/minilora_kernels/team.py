@@ -21,14 +21,14 @@ _POLL = 0.0002
 
 
 def team_program(body: Callable, constants: tuple = (), units: Iterable[Any] = ()) -> Callable:
-    """A kernel body(rank, size, sync, job, fixed) as a program for Team.run. constants, units: see jit.program."""
+    """A kernel body(thread, threads, sync, job, fixed) as a program for Team.run. constants, units: see jit.program."""
 
-    def part(rank, size, sync, job, fixed):
+    def part(thread, threads, sync, job, fixed):
         going = True
         while going:
-            begin(sync, rank, size, job)
-            body(rank, size, sync, job, fixed)
-            going = end(sync, rank, size)
+            begin(sync, thread, job)
+            body(thread, threads, sync, job, fixed)
+            going = end(sync, thread, threads)
             if going:
                 job = take_job(sync, job)
 
@@ -55,12 +55,12 @@ _NOTHING = _Run(0, 0, None, (), ())
 class _Worker:
     """One thread beside the caller: waits for a run that it is in and does its part."""
 
-    def __init__(self, team: "Team", rank: int):
-        self._team, self._rank = team, rank
+    def __init__(self, team: "Team", number: int):
+        self._team, self._number = team, number
         self._error: BaseException | None = None
         self._last = 0
         self._news = threading.Condition()
-        self._thread = threading.Thread(target=self._loop, name=f"minilora-{rank}", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name=f"minilora-{number}", daemon=True)
         self._thread.start()
 
     def call(self) -> None:
@@ -87,18 +87,18 @@ class _Worker:
     def _loop(self) -> None:
         while (run := self._next()) is not None:
             try:
-                self._team.part(self._rank, run)
+                self._team.part(self._number, run)
             except BaseException as error:
                 self._error = error
                 self._team.abort()
             # In compiled code it may have gone on to later runs.
-            self._last = max(run.number, self._team.last(self._rank))
+            self._last = max(run.number, self._team.last(self._number))
 
     def _next(self) -> _Run | None:
         """The next run that this thread is in; None when there will be none."""
         with self._news:
             while (run := self._team.current) is not None:
-                if run.number > self._last and self._rank < run.threads:
+                if run.number > self._last and self._number < run.threads:
                     return run
                 self._news.wait()
         return None
@@ -123,7 +123,7 @@ class Team:
         self._sync = np.zeros(THREADS + LINE * size, np.int64)
         self._lock = threading.Lock()
         self._compiled: set[Any] = set()
-        self._workers = [_Worker(self, rank) for rank in range(1, size)]
+        self._workers = [_Worker(self, number) for number in range(1, size)]
 
     def run(self, program, job: Any, fixed: Any = (), most: int | None = None) -> None:
         """Run a team_program on every active thread, or on `most` of them; returns when all are done.
@@ -146,9 +146,9 @@ class Team:
             error: BaseException | None = None
             try:
                 run = self._announce(program, job, fixed, count)
-                for rank, worker in enumerate(self._workers[: count - 1], 1):
+                for thread, worker in enumerate(self._workers[: count - 1], 1):
                     # One that stops lingering just now looks for a new run before it sleeps.
-                    if not self._sync[THREADS + LINE * rank + LINGERS]:
+                    if not self._sync[THREADS + LINE * thread + LINGERS]:
                         worker.call()
                 self.part(0, run)
             except BaseException as cause:
@@ -185,18 +185,18 @@ class Team:
             program.compile(tuple(typeof(arg) for arg in (0, self.size, self._sync, job, own)))
             self._compiled.add(program)
 
-    def part(self, rank: int, run: _Run) -> None:
-        """Thread `rank`'s part of a run."""
-        own = run.fixed[rank] if isinstance(run.fixed, Each) else run.fixed
+    def part(self, thread: int, run: _Run) -> None:
+        """Thread `thread`'s part of a run."""
+        own = run.fixed[thread] if isinstance(run.fixed, Each) else run.fixed
         if self._cpus is None:
-            run.program(rank, run.threads, self._sync, run.job, own)
+            run.program(thread, run.threads, self._sync, run.job, own)
         else:
-            with _bound(self._cpus[rank]):
-                run.program(rank, run.threads, self._sync, run.job, own)
+            with _bound(self._cpus[thread]):
+                run.program(thread, run.threads, self._sync, run.job, own)
 
-    def last(self, rank: int) -> int:
+    def last(self, thread: int) -> int:
         """The number of the last run that a thread began."""
-        return int(self._sync[THREADS + LINE * rank + LAST])
+        return int(self._sync[THREADS + LINE * thread + LAST])
 
     @property
     def lost(self) -> float:

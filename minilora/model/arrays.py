@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora_kernels.batch import StepInput
+from minilora_kernels.batch import StepInput, StepRows
 from minilora_kernels.jit import kernel
 from minilora_kernels.linear import Rows
 from minilora_kernels.pages import KV
@@ -72,19 +72,20 @@ class Fixed(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every phase of a step sees: the thread's number, the team's size and barrier, the round, and all arrays.
+    """What every phase of a step sees: the thread's number, how many there are, their barrier, the round, and all arrays.
 
     Kernels get it by address, see `hold`.
     """
 
-    rank: int
-    size: int
+    thread: int
+    threads: int
     sync: np.ndarray
     turn: int
     w: Network
     shape: Shape
     kv: KV
     batch: StepInput
+    rows: StepRows
     adapters: AdapterArrays
     buffers: Buffers
 
@@ -101,7 +102,7 @@ class Place(NamedTuple):
 @kernel
 def share_of(c, total):
     """(first, end) of this thread's part of range(total)."""
-    return share(total, c.rank, c.size)
+    return share(total, c.thread, c.threads)
 
 
 @kernel

@@ -21,15 +21,15 @@ from .arrays import share_of
 
 
 @kernel
-def first_item(first, last, heads, rank, size):
-    """The item that thread `rank` begins with; for `size` the end of all items.
+def first_item(first, last, heads, thread, threads):
+    """The item that thread `thread` begins with; for `threads` the end of all items.
 
     Items are heads of splits, split by split. Each thread gets about as many of the positions first .. last: the splits at
     both ends hold fewer than others.
     """
-    if rank == size:
+    if thread == threads:
         return (last + SPLIT - 1) // SPLIT * heads
-    at = first + (last - first) * rank // size
+    at = first + (last - first) * thread // threads
     split = at // SPLIT
     start, end = max(first, split * SPLIT), min(last, (split + 1) * SPLIT)
     return split * heads + ((at - start) * heads + (end - start) // 2) // (end - start)
@@ -38,8 +38,8 @@ def first_item(first, last, heads, rank, size):
 @kernel
 def long_query(c, layer, i, head, group):
     """One kv head of a long token."""
-    position, window = c.batch.long[i, LONG_POSITION] + c.turn, c.w.layers[layer, WINDOW]
-    return Query(layer, head, group, position, 1, window, c.batch.long[i, LONG_PAGES])
+    position, window = c.rows.long[i, LONG_POSITION] + c.turn, c.w.layers[layer, WINDOW]
+    return Query(layer, head, group, position, 1, window, c.rows.long[i, LONG_PAGES])
 
 
 def make_attend_all(attend, attend_part):
@@ -49,38 +49,38 @@ def make_attend_all(attend, attend_part):
     def attend_all(c, layer):
         """Attention of all heads; results are rows of buffers.a. Ends with a barrier."""
         group = c.shape.heads // c.shape.kv_heads
-        for i in range(len(c.batch.long)):
+        for i in range(len(c.rows.long)):
             attend_long(c, layer, i, group)
         attend_tiles(c, layer, group)
-        barrier(c.sync, c.size)
-        if len(c.batch.long) > 0:
+        barrier(c.sync, c.threads)
+        if len(c.rows.long) > 0:
             merge_long(c, layer, group)
-            barrier(c.sync, c.size)
+            barrier(c.sync, c.threads)
 
     @kernel
     def tile_query(c, layer, item, group):
         """One kv head of one tile; NOBODY where there is no such item."""
         tile, head = item // c.shape.kv_heads, item % c.shape.kv_heads
-        if tile >= len(c.batch.tiles):
+        if tile >= len(c.rows.tiles):
             return NOBODY
-        tokens, position = c.batch.tiles[tile, TILE_TOKENS], c.batch.tiles[tile, TILE_POSITION] + c.turn
+        tokens, position = c.rows.tiles[tile, TILE_TOKENS], c.rows.tiles[tile, TILE_POSITION] + c.turn
         window = c.w.layers[layer, WINDOW]
-        return Query(layer, head, group, position, tokens, window, c.batch.tiles[tile, TILE_PAGES])
+        return Query(layer, head, group, position, tokens, window, c.rows.tiles[tile, TILE_PAGES])
 
     @kernel
     def attend_tiles(c, layer, group):
         """Tile by tile, as threads come free; each takes one ahead, to ask for its keys."""
-        kv, batch, b, scratch_at = by_value(c.kv), c.batch, c.buffers, c.rank * c.buffers.scratch_stride
+        kv, b, scratch_at = by_value(c.kv), c.buffers, c.thread * c.buffers.scratch_stride
         item, asked = claim(c.sync), 0
         query = tile_query(c, layer, item, group)
         while query.tokens > 0:
             following = claim(c.sync)
             then = tile_query(c, layer, following, group)
-            row, column = batch.tiles[item // c.shape.kv_heads, TILE_ROW], query.head * group * c.shape.head_dim
+            row, column = c.rows.tiles[item // c.shape.kv_heads, TILE_ROW], query.head * group * c.shape.head_dim
             asked = attend(
                 kv,
                 query,
-                batch.pages,
+                c.batch.pages,
                 asked,
                 then,
                 b.qkv,
@@ -97,12 +97,12 @@ def make_attend_all(attend, attend_part):
     @kernel
     def attend_long(c, layer, i, group):
         """This thread's part of one long token: split by split, in each all heads, which are neighbours in memory."""
-        shape, kv, batch, b = c.shape, by_value(c.kv), c.batch, c.buffers
-        row, heads, scratch_at = batch.long[i, LONG_ROW], shape.kv_heads, c.rank * b.scratch_stride
+        shape, kv, b = c.shape, by_value(c.kv), c.buffers
+        row, heads, scratch_at = c.rows.long[i, LONG_ROW], shape.kv_heads, c.thread * b.scratch_stride
         query = long_query(c, layer, i, 0, group)
         first, last, asked = first_seen(query, 0), query.position + 1, 0
-        splits, high = query.position // SPLIT + 1, first_item(first, last, heads, c.rank + 1, c.size)
-        for item in range(first_item(first, last, heads, c.rank, c.size), high):
+        splits, high = query.position // SPLIT + 1, first_item(first, last, heads, c.thread + 1, c.threads)
+        for item in range(first_item(first, last, heads, c.thread, c.threads), high):
             split, head = item // heads, item % heads
             query = long_query(c, layer, i, head, group)
             # What follows this thread's last split is another's.
@@ -110,7 +110,7 @@ def make_attend_all(attend, attend_part):
             asked = attend_part(
                 kv,
                 query,
-                batch.pages,
+                c.batch.pages,
                 split,
                 asked,
                 then,
@@ -119,7 +119,7 @@ def make_attend_all(attend, attend_part):
                 row * b.qkv_stride + head * group * shape.head_dim,
                 b.qkv_stride,
                 b.parts,
-                batch.long[i, LONG_PARTS] + (head * splits + split) * group * (shape.head_dim + 2),
+                c.rows.long[i, LONG_PARTS] + (head * splits + split) * group * (shape.head_dim + 2),
                 b.scratch,
                 scratch_at,
             )
@@ -127,13 +127,13 @@ def make_attend_all(attend, attend_part):
     @kernel
     def merge_long(c, layer, group):
         """Join the splits of the long tokens, from the first that any position is seen of."""
-        batch, b, heads, size = c.batch, c.buffers, c.shape.heads, c.shape.head_dim
-        low, high = share_of(c, len(batch.long) * heads)
+        b, heads, size = c.buffers, c.shape.heads, c.shape.head_dim
+        low, high = share_of(c, len(c.rows.long) * heads)
         for item in range(low, high):
             i, head = item // heads, item % heads
-            query, row = long_query(c, layer, i, head // group, group), batch.long[i, LONG_ROW]
+            query, row = long_query(c, layer, i, head // group, group), c.rows.long[i, LONG_ROW]
             splits, split0 = query.position // SPLIT + 1, first_seen(query, 0) // SPLIT
-            part = batch.long[i, LONG_PARTS] + (query.head * splits + split0) * group * (size + 2)
+            part = c.rows.long[i, LONG_PARTS] + (query.head * splits + split0) * group * (size + 2)
             to = row * b.a.stride + head * size
             merge_parts(b.parts, part, splits - split0, group, head % group, size, b.a.values, to)
 

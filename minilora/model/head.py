@@ -18,25 +18,24 @@ def make_logits(linear, shrink_all, expand_all):
     @kernel
     def logits(c):
         """Logits of all rows, -inf beyond the vocabulary. Ends with a barrier."""
-        w, shape, batch, b = c.w, c.shape, c.batch, c.buffers
-        count, group, padded = len(batch.tokens), w.matrices[w.head, GROUP], w.matrices[w.head, ROWS]
+        w, shape, b = c.w, c.shape, c.buffers
+        count, group, padded = len(c.rows.tokens), w.matrices[w.head, GROUP], w.matrices[w.head, ROWS]
         low, high = share_of(c, count)
         for j in range(low, high):
-            norm_row(c, w.final_norm, group, batch.segments, j, j)
-        barrier(c.sync, c.size)
-        if len(batch.segments) > 0:
-            shrink_all(c, batch.segments, batch.scales, shape.layers, 0, shape.width, b.a, 0)
+            norm_row(c, w.final_norm, group, j, j)
+        barrier(c.sync, c.threads)
+        shrink_all(c, shape.layers, 0, shape.width, b.a, 0)
         block0, block1 = share_of(c, padded // BLOCK)
         linear(w.arena, w.matrices, w.head, b.a, 0, count, block0, block1, b.logits, block0 * BLOCK, padded, 0)
         panel0, panel1 = 2 * block0, min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)
         to = Place(b.logits, 0, padded, PANEL)
-        expand_all(c, batch.segments, shape.layers, 0, 0, count, panel0, panel1, to, 0, panel0)
+        expand_all(c, shape.layers, 0, 0, count, panel0, panel1, to, 0, panel0)
         for j in range(count):
             for i in range(max(shape.vocabulary, block0 * BLOCK), block1 * BLOCK):
                 b.logits[j * padded + i] = -np.inf
             first = block0 * BLOCK
-            b.bests[j * c.size + c.rank] = first + argmax(b.logits, j * padded + first, (block1 - block0) * BLOCK)
-        barrier(c.sync, c.size)
+            b.bests[j * c.threads + c.thread] = first + argmax(b.logits, j * padded + first, (block1 - block0) * BLOCK)
+        barrier(c.sync, c.threads)
 
     return logits
 
@@ -48,18 +47,18 @@ def choose_all(c):
     i = claim(c.sync)
     while i < len(batch.choices):
         best = _best(c, batch.choices[i, CHOICE_ROW], padded)
-        choose(batch, i, c.turn, best, b.logits, padded, b.chances, b.ids, c.rank * padded)
+        choose(batch, i, c.turn, best, b.logits, padded, b.chances, b.ids, c.thread * padded)
         i = claim(c.sync)
-    barrier(c.sync, c.size)
+    barrier(c.sync, c.threads)
 
 
 @kernel
 def _best(c, row, padded):
     """The best of all threads' best columns of a row, as argmax has it: threads have them in order."""
     b = c.buffers
-    best = b.bests[row * c.size]
-    for thread in range(1, c.size):
-        other = b.bests[row * c.size + thread]
+    best = b.bests[row * c.threads]
+    for thread in range(1, c.threads):
+        other = b.bests[row * c.threads + thread]
         so_far = b.logits[row * padded + best]
         if not (np.isnan(so_far) or b.logits[row * padded + other] <= so_far):
             best = other

@@ -18,12 +18,14 @@ def make_adapters(lora_format, shrink, gather, expand):
     head, size = head_bytes(lora_format), PANEL * number_bytes(lora_format)
 
     @kernel
-    def shrink_all(c, segments, scales, layer, which, columns, x, x_row):
-        """s = scale * x A of every segment, for the matrices that read input `which`. Ends with a barrier.
+    def shrink_all(c, layer, which, columns, x, x_row):
+        """s = scale * x A of every segment, if there is one, for the matrices that read input `which`. Ends with a barrier.
 
         A unit of work is one panel and up to 32 rows; neighbouring units read neighbouring bytes.
         """
-        inputs, b, arena, units = c.adapters.inputs, c.buffers, c.adapters.arena, 0
+        inputs, b, arena, segments, units = c.adapters.inputs, c.buffers, c.adapters.arena, c.rows.segments, 0
+        if len(segments) == 0:
+            return
         for i in range(len(segments)):
             pieces = (segments[i, SEGMENT_END] - segments[i, SEGMENT_FIRST] + BLOCK - 1) // BLOCK
             units += pieces * (inputs[segments[i, SEGMENT_SLOT], layer, which, 1] // PANEL)
@@ -32,7 +34,10 @@ def make_adapters(lora_format, shrink, gather, expand):
         for i in range(len(segments)):
             first, end, slot = segments[i, SEGMENT_FIRST], segments[i, SEGMENT_END], segments[i, SEGMENT_SLOT]
             at, panels = inputs[slot, layer, which, 0], inputs[slot, layer, which, 1] // PANEL
-            then, scale = inputs[segments[min(i + 1, len(segments) - 1), SEGMENT_SLOT], layer, which, 0], scales[i]
+            then, scale = (
+                inputs[segments[min(i + 1, len(segments) - 1), SEGMENT_SLOT], layer, which, 0],
+                c.rows.scales[i],
+            )
             for panel in range(panels):
                 following = then if panel + 1 == panels else at + (panel + 1) * (head + columns * size)
                 for row in range(first, end, BLOCK):
@@ -44,15 +49,16 @@ def make_adapters(lora_format, shrink, gather, expand):
                             arena, at, ahead, columns, panel, x.values, x_at, x.stride, rows, scale, b.s, to, b.s_stride
                         )
                     unit += 1
-        barrier(c.sync, c.size)
+        barrier(c.sync, c.threads)
 
     @kernel
-    def expand_all(c, segments, layer, which, row0, row1, low, high, to, next_which, next_low):
+    def expand_all(c, layer, which, row0, row1, low, high, to, next_which, next_low):
         """Add s B of matrix `which` to rows row0 .. row1, panels low .. high; to: Place of row row0, panel 0.
 
         next_which, next_low: the matrix and the panel that follow after the last segment, for prefetching.
         """
-        outputs, b, arena, last = c.adapters.outputs, c.buffers, c.adapters.arena, len(segments) - 1
+        outputs, b, arena, segments = c.adapters.outputs, c.buffers, c.adapters.arena, c.rows.segments
+        last = len(segments) - 1
         for i in range(len(segments) if low < high else 0):
             first, end = max(row0, segments[i, SEGMENT_FIRST]), min(row1, segments[i, SEGMENT_END])
             slot = segments[i, SEGMENT_SLOT]
@@ -87,20 +93,20 @@ def make_adapters(lora_format, shrink, gather, expand):
     @kernel
     def embed_rows(c):
         """x = the rows of the input embedding, with the adapters' parts. Ends with a barrier."""
-        batch, b, width = c.batch, c.buffers, c.shape.width
-        low, high = share_of(c, len(batch.tokens))
+        b, segments, width = c.buffers, c.rows.segments, c.shape.width
+        low, high = share_of(c, len(c.rows.tokens))
         for r in range(low, high):
-            embed(c.w.arena, c.w.matrices, c.w.embed, token_at(batch, c.turn, r), b.x, r * width)
-        for i in range(len(batch.segments)):
-            slot, arena = batch.segments[i, SEGMENT_SLOT], c.adapters.arena
+            embed(c.w.arena, c.w.matrices, c.w.embed, token_at(c.batch, c.rows, c.turn, r), b.x, r * width)
+        for i in range(len(segments)):
+            slot, arena = segments[i, SEGMENT_SLOT], c.adapters.arena
             a_at, b_at, ranks = c.adapters.embed[slot, 0], c.adapters.embed[slot, 1], c.adapters.embed[slot, 2]
             panels = (ranks + PANEL - 1) // PANEL
-            first, end = max(low, batch.segments[i, SEGMENT_FIRST]), min(high, batch.segments[i, SEGMENT_END])
+            first, end = max(low, segments[i, SEGMENT_FIRST]), min(high, segments[i, SEGMENT_END])
             for r in range(first, end if ranks > 0 else first):
-                s_at = r * b.s_stride + batch.segments[i, SEGMENT_COLUMN]
-                token = token_at(batch, c.turn, r)
-                gather(arena, a_at, c.shape.vocabulary, panels, token, batch.scales[i], b.s, s_at)
+                s_at = r * b.s_stride + segments[i, SEGMENT_COLUMN]
+                token = token_at(c.batch, c.rows, c.turn, r)
+                gather(arena, a_at, c.shape.vocabulary, panels, token, c.rows.scales[i], b.s, s_at)
                 expand(arena, b_at, ranks, 0, width // PANEL, b_at, b.s, s_at, 0, 0, 1, b.x, r * width, 0, PANEL)
-        barrier(c.sync, c.size)
+        barrier(c.sync, c.threads)
 
     return shrink_all, expand_all, embed_rows

@@ -20,20 +20,19 @@ def make_add_product(linear, shrink_all, expand_all):
 
         x_row: first of the quantised rows of `x`; values_row: of the float ones, which adapters read.
         """
-        w, b, batch, width, count = c.w, c.buffers, c.batch, c.shape.width, len(c.batch.tokens)
+        w, b, width, count = c.w, c.buffers, c.shape.width, len(c.rows.tokens)
         columns = w.matrices[matrix, COLUMNS]
-        if len(batch.segments) > 0:
-            shrink_all(c, batch.segments, batch.scales, layer, which_in, columns, x, values_row)
+        shrink_all(c, layer, which_in, columns, x, values_row)
         block0, block1 = share_of(c, width // BLOCK)
         column, step = block0 * BLOCK, rows_at_once(columns)
         for row in range(0, count, step):
             rows, at = min(step, count - row), row * width
             linear(w.arena, w.matrices, matrix, x, x_row + row, rows, block0, block1, b.x, at + column, width, 1)
             to, low, high = Place(b.x, at, width, PANEL), 2 * block0, 2 * block1
-            expand_all(c, batch.segments, layer, which_out, row, row + rows, low, high, to, which_out, low)
+            expand_all(c, layer, which_out, row, row + rows, low, high, to, which_out, low)
             for r in range(rows if bias >= 0 else 0):
                 add_row(b.x, at + r * width + column, w.arena, bias + 4 * column, (block1 - block0) * BLOCK)
-        barrier(c.sync, c.size)
+        barrier(c.sync, c.threads)
 
     return add_product
 
@@ -45,9 +44,9 @@ def make_gate_up(linear, expand_all):
     def finish(c, layer, group, row, rows, block, end):
         """silu(gate) * up of a chunk in scratch, quantised: columns of buffers.b."""
         b, count, stride = c.buffers, end - block, CHUNK_BLOCKS * BLOCK
-        at, bias = c.rank * b.scratch_stride, c.w.layers[layer, GATE_UP_BIAS]
+        at, bias = c.thread * b.scratch_stride, c.w.layers[layer, GATE_UP_BIAS]
         for r in range(row, row + rows):
-            values, to = place_of_values(c, group, c.batch.segments, b.b, r * b.b.stride + block * PANEL, at)
+            values, to = place_of_values(c, group, b.b, r * b.b.stride + block * PANEL, at)
             if bias >= 0:
                 add_row(b.scratch, at, c.w.arena, bias + 4 * block * BLOCK, count * BLOCK)
             silu_mul(b.scratch, at, count, values, to)
@@ -58,11 +57,11 @@ def make_gate_up(linear, expand_all):
     @kernel
     def gate_up(c, layer, x_row):
         """silu(gate) * up for this thread's columns. Ends with a barrier."""
-        w, b, count = c.w, c.buffers, len(c.batch.tokens)
+        w, b, count = c.w, c.buffers, len(c.rows.tokens)
         matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
         unit = max(1, group // PANEL)
         low, high = share_of(c, c.shape.forward // PANEL // unit)
-        step, scratch, stride = rows_at_once(c.shape.width), c.rank * b.scratch_stride, CHUNK_BLOCKS * BLOCK
+        step, scratch, stride = rows_at_once(c.shape.width), c.thread * b.scratch_stride, CHUNK_BLOCKS * BLOCK
         for row in range(0, count, step):
             rows = min(step, count - row)
             for block in range(low * unit, high * unit, CHUNK_BLOCKS):
@@ -70,10 +69,9 @@ def make_gate_up(linear, expand_all):
                 linear(w.arena, w.matrices, matrix, b.a, x_row + row, rows, block, end, b.scratch, scratch, stride, 0)
                 gate = Place(b.scratch, scratch - block * BLOCK, stride, BLOCK)
                 up = Place(b.scratch, gate.at + PANEL, stride, BLOCK)
-                segments, row_end = c.batch.segments, row + rows
-                expand_all(c, segments, layer, GATE_OUT, row, row_end, block, end, gate, UP_OUT, block)
-                expand_all(c, segments, layer, UP_OUT, row, row_end, block, end, up, GATE_OUT, end)
+                expand_all(c, layer, GATE_OUT, row, row + rows, block, end, gate, UP_OUT, block)
+                expand_all(c, layer, UP_OUT, row, row + rows, block, end, up, GATE_OUT, end)
                 finish(c, layer, group, row, rows, block, end)
-        barrier(c.sync, c.size)
+        barrier(c.sync, c.threads)
 
     return gate_up

@@ -38,7 +38,7 @@ def make_projection(linear, expand_all, write_key, write_value):
             panels = (shape.heads if which == Q_OUT else shape.kv_heads) * shape.head_dim // PANEL
             to = Place(b.qkv, row0 * b.qkv_stride + start * PANEL, b.qkv_stride, PANEL)
             low, high = max(first - start, 0), min(end - start, panels)
-            expand_all(c, c.batch.segments, layer, which, row0, row1, low, high, to, min(which + 1, 2), 0)
+            expand_all(c, layer, which, row0, row1, low, high, to, min(which + 1, 2), 0)
             start += panels
 
     @kernel
@@ -46,9 +46,9 @@ def make_projection(linear, expand_all, write_key, write_value):
         """Bias, norm and rotation of one head; keys and values go to their page. Heads: q, then k, then v."""
         w, shape, kv, x = c.w, c.shape, c.kv, c.buffers.qkv
         key, value = head - shape.heads, head - shape.heads - shape.kv_heads
-        column, position = head * shape.head_dim, c.batch.positions[row] + c.turn
+        column, position = head * shape.head_dim, c.rows.positions[row] + c.turn
         at = row * c.buffers.qkv_stride + column
-        page, slot = c.batch.pages[c.batch.pages_at[row] + position // kv.page], position % kv.page
+        page, slot = c.batch.pages[c.rows.pages_at[row] + position // kv.page], position % kv.page
         if w.layers[layer, QKV_BIAS] >= 0:
             add_row(x, at, w.arena, w.layers[layer, QKV_BIAS] + 4 * column, shape.head_dim)
         if value >= 0:
@@ -79,8 +79,8 @@ def make_projection(linear, expand_all, write_key, write_value):
 
         Many rows are shared by rows, few by heads.
         """
-        shape, count, step = c.shape, len(c.batch.tokens), rows_at_once(c.shape.width)
-        if count >= ROWS_EACH * c.size:
+        shape, count, step = c.shape, len(c.rows.tokens), rows_at_once(c.shape.width)
+        if count >= ROWS_EACH * c.threads:
             # Whole tiles of 8 rows.
             low, high = share_of(c, (count + FEW - 1) // FEW)
             end = min(high * FEW, count)
@@ -89,7 +89,7 @@ def make_projection(linear, expand_all, write_key, write_value):
         else:
             for row in range(0, count, step):
                 project_mine(c, layer, x_row, row, min(step, count - row), first)
-        barrier(c.sync, c.size)
+        barrier(c.sync, c.threads)
 
     @kernel
     def project_mine(c, layer, x_row, row, rows, first):
@@ -100,10 +100,10 @@ def make_projection(linear, expand_all, write_key, write_value):
         """
         shape = c.shape
         keys, values = shape.heads, shape.heads + shape.kv_heads
-        if shape.head_dim % BLOCK == 0 and len(c.batch.tokens) > 1:
+        if shape.head_dim % BLOCK == 0 and len(c.rows.tokens) > 1:
             low, high = share_of(c, shape.heads - first)
             project_some(c, layer, x_row, row, rows, low, high)
-            low, high = share(shape.kv_heads, c.size - 1 - c.rank, c.size)
+            low, high = share(shape.kv_heads, c.threads - 1 - c.thread, c.threads)
             project_some(c, layer, x_row, row, rows, keys + low, keys + high)
             low, high = share_of(c, shape.kv_heads)
             project_some(c, layer, x_row, row, rows, values + low, values + high)

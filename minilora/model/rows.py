@@ -10,21 +10,21 @@ from .arrays import FEW, share_of
 
 
 @kernel
-def place_of_values(c, group, segments, rows, at, scratch_at):
+def place_of_values(c, group, rows, at, scratch_at):
     """(array, at): where a row's floats go: rows.values[at] if adapters, or weights that are floats, read them there.
 
     If they are only to be quantised they stay in scratch, in the nearest cache.
     """
-    if group == 0 or len(segments) > 0:
+    if group == 0 or len(c.rows.segments) > 0:
         return rows.values, at
     return c.buffers.scratch, scratch_at
 
 
 @kernel
-def norm_row(c, norm_at, group, segments, x_row, row):
+def norm_row(c, norm_at, group, x_row, row):
     """Row x_row of the stream, normalised and quantised: row `row` of buffers.a."""
     a, width = c.buffers.a, c.shape.width
-    values, at = place_of_values(c, group, segments, a, row * a.stride, c.rank * c.buffers.scratch_stride)
+    values, at = place_of_values(c, group, a, row * a.stride, c.thread * c.buffers.scratch_stride)
     rms_norm(c.buffers.x, x_row * width, width, c.w.arena, norm_at, c.shape.eps, values, at)
     if group > 0:
         quantize_row(values, at, width, group, a, row, 0)
@@ -33,34 +33,34 @@ def norm_row(c, norm_at, group, segments, x_row, row):
 @kernel
 def norm_rows(c, norm_at, group):
     """All rows of the stream, normalised and quantised; returns the row of buffers.a where this thread finds the first."""
-    count = len(c.batch.tokens)
+    count = len(c.rows.tokens)
     if count <= FEW:
-        first = c.buffers.shared + c.rank * FEW
+        first = c.buffers.shared + c.thread * FEW
         for r in range(count):
-            norm_row(c, norm_at, group, c.batch.segments, r, first + r)
+            norm_row(c, norm_at, group, r, first + r)
         return first
     low, high = share_of(c, count)
     for r in range(low, high):
-        norm_row(c, norm_at, group, c.batch.segments, r, r)
-    barrier(c.sync, c.size)
+        norm_row(c, norm_at, group, r, r)
+    barrier(c.sync, c.threads)
     return 0
 
 
 @kernel
 def quantize_attended(c, group):
     """Quantise what attention left in the rows of buffers.a; returns as norm_rows does."""
-    count, a, columns = len(c.batch.tokens), c.buffers.a, c.shape.heads * c.shape.head_dim
+    count, a, columns = len(c.rows.tokens), c.buffers.a, c.shape.heads * c.shape.head_dim
     if group == 0:
         return 0
     if count <= FEW:
-        first = c.buffers.shared + c.rank * FEW
+        first = c.buffers.shared + c.thread * FEW
         for r in range(count):
             quantize_row(a.values, r * a.stride, columns, group, a, first + r, 0)
         return first
     low, high = share_of(c, count)
     for r in range(low, high):
         quantize_row(a.values, r * a.stride, columns, group, a, r, 0)
-    barrier(c.sync, c.size)
+    barrier(c.sync, c.threads)
     return 0
 
 
@@ -73,4 +73,4 @@ def keep_wanted(c):
         at, to = c.batch.out_rows[j] * width, j * width
         for i in range(low * BLOCK, high * BLOCK, PANEL):
             store_f32(x, to + i, load_f32(x, at + i))
-    barrier(c.sync, c.size)
+    barrier(c.sync, c.threads)

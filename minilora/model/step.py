@@ -3,7 +3,7 @@
 from functools import cache
 
 from minilora_kernels.attention import make_attention
-from minilora_kernels.batch import SAMPLING, all_ended, rounds_of, unpack, wanted_rows
+from minilora_kernels.batch import SAMPLING, all_ended, rounds_of, unpack
 from minilora_kernels.held import hold
 from minilora_kernels.jit import kernel
 from minilora_kernels.linear import make_linear
@@ -45,8 +45,7 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
     def prepare(c, layer, norm, matrix, which_in):
         """Normalised rows for a product, and the adapters' share of them; returns as norm_rows does."""
         x_row = norm_rows(c, c.w.layers[layer, norm], c.w.matrices[c.w.layers[layer, matrix], GROUP])
-        if len(c.batch.segments) > 0:
-            shrink_all(c, c.batch.segments, c.batch.scales, layer, which_in, c.shape.width, c.buffers.a, x_row)
+        shrink_all(c, layer, which_in, c.shape.width, c.buffers.a, x_row)
         return x_row
 
     @kernel
@@ -74,22 +73,22 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
         embed_rows(c)
         for layer in range(last):
             run_layer(c, layer)
-        if len(wanted.batch.tokens) < len(c.batch.tokens):
+        if len(wanted.rows.tokens) < len(c.rows.tokens):
             project_heads(c, last, prepare(c, last, INPUT_NORM, QKV, QKV_IN), c.shape.heads)
             keep_wanted(c)
-        if len(wanted.batch.tokens) > 0:
+        if len(wanted.rows.tokens) > 0:
             run_layer(wanted, last)
             logits(wanted)
             choose_all(wanted)
 
     @kernel
-    def step(rank, size, sync, packed, fixed):
+    def step(thread, threads, sync, packed, fixed):
         """A forward pass of batch's rows, and as many more, each with the tokens of the one before, as it asks for."""
-        batch, (w, shape, kv, adapters, buffers) = unpack(packed), fixed
+        (batch, rows, out), (w, shape, kv, adapters, buffers) = unpack(packed), fixed
         turn, going = 0, True
         while going:
-            c = Context(rank, size, sync, turn, w, shape, kv, batch, adapters, buffers)
-            wanted = Context(rank, size, sync, turn, w, shape, kv, wanted_rows(batch), adapters, buffers)
+            c = Context(thread, threads, sync, turn, w, shape, kv, batch, rows, adapters, buffers)
+            wanted = Context(thread, threads, sync, turn, w, shape, kv, batch, out, adapters, buffers)
             forward(hold(c), hold(wanted))
             turn += 1
             going = turn < rounds_of(batch) and not all_ended(batch, turn - 1)
