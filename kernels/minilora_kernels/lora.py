@@ -6,24 +6,13 @@ How A and B lie in memory: see `lora_pack`. Sums run in a fixed order: see the t
 from numba import types
 from numba.core.typing import signature
 
-from . import cpu
-from .jit import inlined, kernel
+from .jit import kernel
 from .kinds import BYTES, FLOATS, NUMBER
-from .lora_expand import expand_tile
+from .lora_expand import ROWS, Lines, Panels, expand_rows
 from .lora_pack import head_bytes, number_bytes
 from .lora_shrink import gather_panel, shrink_tile
-from .pack import INT8, PANEL
+from .pack import PANEL
 from .unit import unit
-
-
-def _largest_tiles(fmt: int) -> tuple[int, int, int]:
-    """Of expand: rows of the tallest tile, its panels, and panels of one row. Integers want two sums for each number; as
-    pairs of 16 bits, both bytes of each widened.
-    """
-    if cpu.vectors() >= 32:
-        return (4, 2, 4) if fmt == INT8 else (4, 2, 2)
-    return (2, 1, 2) if fmt == INT8 else (4, 1, 2)
-
 
 _PLACE, _ROWS, _SCALE = (FLOATS, NUMBER), (FLOATS, NUMBER, NUMBER), types.float32
 _SHRINK = signature(types.none, BYTES, *[NUMBER] * 4, *_ROWS, NUMBER, _SCALE, *_ROWS)
@@ -34,8 +23,7 @@ _EXPAND = signature(types.none, BYTES, *[NUMBER] * 5, *_PLACE, *[NUMBER] * 3, *_
 @unit(lambda fmt: (_SHRINK, _GATHER, _EXPAND))
 def make_lora(fmt: int):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
-    tall, broad, wide = _largest_tiles(fmt)
-    shrink_some, expand_some = shrink_tile(fmt), expand_tile(fmt)
+    shrink_some, expand_some = shrink_tile(fmt), expand_rows(fmt)
     gather_one, size, head = gather_panel(fmt), number_bytes(fmt), head_bytes(fmt)
 
     @kernel
@@ -43,7 +31,7 @@ def make_lora(fmt: int):
         """s[m, 16 * panel + i] = scale * sum over k of x[m, k] * A[16 * panel + i, k], m < rows, i < 16.
 
         arena: uint8, A's panels from byte `at`; columns: K, a multiple of 4; x, s: float32, row m at m * stride; int8
-        adapters leave wide integers in s, 16 numbers in 16 places, see wide.store_sixteen. following: the byte that is
+        adapters leave bytes in s, 16 numbers in the places of 16, see lora_shrink.store_bytes. following: the byte that is
         likely to be read after this panel, for prefetching.
         """
         at += panel * (head + columns * PANEL * size)
@@ -68,22 +56,6 @@ def make_lora(fmt: int):
             gather_one(arena, at, token, scale, s, s_at + panel * PANEL)
             at += head + columns * PANEL * size
 
-    @inlined
-    def expand_across(rows, most, arena, at, count, asked, rank, s, s_at, column, s_stride, out, to, out_stride, step):
-        """`rows` rows of expand and all of its `count` panels, `most` at once while so many are left.
-
-        asked: the byte from which on as many panels are asked for meanwhile.
-        """
-        panel, p, distance = head + rank * PANEL * size, 0, asked - at
-        while p < count:
-            ahead = at + distance
-            if p + most <= count:
-                expand_some(rows, most, arena, at, ahead, rank, s, s_at, column, s_stride, out, to, out_stride, step)
-                p, at, to = p + most, at + most * panel, to + most * step
-            else:
-                expand_some(rows, 1, arena, at, ahead, rank, s, s_at, column, s_stride, out, to, out_stride, step)
-                p, at, to = p + 1, at + panel, to + step
-
     @kernel
     def expand(
         arena, at, rank, panel0, panel1, asked, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
@@ -94,20 +66,19 @@ def make_lora(fmt: int):
         out: float32 likewise; panel p is the 16 numbers at out_at + (p - panel0) * panel_step: 16, or 32 where two
         matrices are interleaved. asked: the byte from which on as many panels are likely to be read soon, for prefetching.
         """
-        first, count, step = at + panel0 * (head + rank * PANEL * size), panel1 - panel0, panel_step
+        panel = head + rank * PANEL * size
+        first, count = at + panel0 * panel, panel1 - panel0
         m = 0
-        # Rows outside: their numbers of `out` are neighbours, and B stays in the caches.
-        while rows - m >= tall:
-            s_m, to = s_at + m * s_stride, out_at + m * out_stride
-            expand_across(
-                tall, broad, arena, first, count, asked, rank, s, s_m, column, s_stride, out, to, out_stride, step
-            )
-            m += tall
+        # Rows outside: their numbers of `out` are neighbours, and B stays in the caches. Only the first ones ask for memory.
         while m < rows:
-            s_m, to = s_at + m * s_stride, out_at + m * out_stride
-            expand_across(
-                1, wide, arena, first, count, asked, rank, s, s_m, column, s_stride, out, to, out_stride, step
-            )
-            m += 1
+            b = Panels(arena, first, count, panel, asked - first if m == 0 else 0)
+            s_m = Lines(s, s_at + m * s_stride, s_stride, PANEL)
+            out_m = Lines(out, out_at + m * out_stride, out_stride, panel_step)
+            if rows - m >= ROWS:
+                expand_some(ROWS, b, rank, s_m, column, out_m)
+                m += ROWS
+            else:
+                expand_some(1, b, rank, s_m, column, out_m)
+                m += 1
 
     return shrink, gather, expand

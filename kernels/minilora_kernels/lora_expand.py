@@ -1,110 +1,146 @@
-"""LoRA's second half, tiles of s B: for float32 and float16 adapters in float32, for int8 ones as bytes with wide integers.
+"""LoRA's second half, rows of s B: for float32 and float16 adapters in float32, for int8 ones as products of bytes.
 
 Sums run over the rank one by one; those of bytes are exact for 16 ranks, which share a scale.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-from .dot import start_wide, wide_first_unsigned, wide_second_unsigned
+from . import cpu
+from .dot import dot4_bytes, start_bytes
 from .jit import inlined
 from .lora_pack import head_bytes, number_bytes
+from .lora_shrink import MINUS, SCALE
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import f32x16, fma, i32x16, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
 from .simd_memory import load_f16, load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
-from .wide import MINUS, SCALE, SECOND, SECOND_SUM, join_sums
 
-# Rows, and panels, of a tile.
-MOST = 4
-# Bytes of an int8 panel's scales, and of four ranks in it.
+# Rows at once, where there are so many.
+ROWS = 4
+# Bytes of an int8 panel's scales, and of four ranks in it; words of four ranks that share a scale.
 HEAD = head_bytes(INT8)
 STEP = 4 * PANEL * number_bytes(INT8)
+WORDS = PANEL // 4
 
 ZERO, NOTHING = np.float32(0), np.int32(0)
 
 _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16}
 
 
-def expand_tile(fmt: int):
-    """out[m, p] += sum over r < rank of s[m, column + r] * B[p, r] for 1 to 4 rows and panels of B from byte `at` on.
+class Panels(NamedTuple):
+    """`number` panels of B, each of `size` bytes, from byte `at` on; those that lie `ahead` are asked for, unless that is 0."""
 
-    Panels of `out` are panel_step apart; meanwhile as many bytes from `ahead` on are asked for.
-    """
-    return _int8_tile() if fmt == INT8 else _float_tile(fmt)
+    arena: np.ndarray
+    at: int
+    number: int
+    size: int
+    ahead: int
 
 
-def _float_tile(fmt: int):
-    load, size = _LOAD[fmt], number_bytes(fmt)
-    new_acc, new_b = tile(f32x16, MOST, MOST), tile(f32x16, MOST)
+class Lines(NamedTuple):
+    """Rows of float32 `stride` apart, the first from `at` on; of each, panels `step` apart."""
+
+    array: np.ndarray
+    at: int
+    stride: int
+    step: int
+
+
+def expand_rows(fmt: int):
+    """out[m, p] += sum over r < rank of s[m, column + r] * B[p, r] for 1 or ROWS rows m and all panels p."""
+    return _int8_rows() if fmt == INT8 else _float_rows(fmt)
+
+
+def _float_rows(fmt: int):
+    load, numbers = _LOAD[fmt], PANEL * number_bytes(fmt)
+    # Panels at once, of several rows and of one.
+    broad, wide = (2, 4) if cpu.vectors() >= 32 else (1, 2)
+    new_acc, new_b = tile(f32x16, ROWS, wide), tile(f32x16, wide)
 
     @inlined
-    def expand_floats(
-        rows, panels, arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step
-    ):
-        acc, b, panel = new_acc(), new_b(), rank * PANEL * size
-        for i in range(0, panels * panel, 64):
-            prefetch_beside(arena, ahead + i)
+    def expand_some(rows, panels, b, first, rank, s, column, out):
+        acc, numbers_of, at, to = new_acc(), new_b(), b.at + first * b.size, out.at + first * out.step
+        if b.ahead != 0:
+            for i in range(0, panels * b.size, 64):
+                prefetch_beside(b.arena, at + b.ahead + i)
         for p in range(panels):
             for m in range(rows):
                 acc[m, p] = splat_f32(ZERO)
         for r in range(rank):
             for p in range(panels):
-                b[p] = load(arena, at + p * panel + r * PANEL * size)
+                numbers_of[p] = load(b.arena, at + p * b.size + r * numbers)
             for m in range(rows):
-                x = splat_f32(load_scalar_f32(s, s_at + m * s_stride + column + r))
+                x = splat_f32(load_scalar_f32(s.array, s.at + m * s.stride + column + r))
                 for p in range(panels):
-                    acc[m, p] = fma(b[p], x, acc[m, p])
+                    acc[m, p] = fma(numbers_of[p], x, acc[m, p])
         for m in range(rows):
             for p in range(panels):
-                to = out_at + m * out_stride + p * panel_step
-                store_f32(out, to, load_f32(out, to) + acc[m, p])
+                place = to + m * out.stride + p * out.step
+                store_f32(out.array, place, load_f32(out.array, place) + acc[m, p])
+
+    @inlined
+    def expand_floats(rows, b, rank, s, column, out):
+        most, p = wide if rows == 1 else broad, 0
+        while p + most <= b.number:
+            expand_some(rows, most, b, p, rank, s, column, out)
+            p += most
+        while p < b.number:
+            expand_some(rows, 1, b, p, rank, s, column, out)
+            p += 1
 
     return expand_floats
 
 
-def _int8_tile():
-    new_acc, new_dots, new_b = tile(f32x16, MOST, MOST), tile(i32x16, 2 * MOST, MOST), tile(u8x64, MOST)
-    new_minus = tile(i32x16, MOST)
+def _int8_rows():
+    new_words, new_dots = tile(u8x64, ROWS, WORDS), tile(i32x16, ROWS)
+    new_starts, new_scales = tile(i32x16, ROWS), tile(f32x16, ROWS)
 
     @inlined
-    def expand_int8(
-        rows, panels, arena, at, ahead, rank, s, s_at, column, s_stride, out, out_at, out_stride, panel_step
-    ):
-        acc, dots, b, minus = new_acc(), new_dots(), new_b(), new_minus()
-        panel, first = HEAD + rank * PANEL, column // 4
-        word, end = first, first + rank // 4
-        for i in range(0, panels * panel, 64):
-            prefetch_beside(arena, ahead + i)
+    def expand_words(rows, count, b, first, group, word, out):
+        """`count` words of the group of 16 numbers that s is at, from `word` on; B's lie from byte `first` of a panel on.
+
+        They stay in registers for all panels.
+        """
+        words, dots, starts, scales, at, to = new_words(), new_dots(), new_starts(), new_scales(), b.at, out.at
         for m in range(rows):
-            for p in range(panels):
-                acc[m, p] = splat_f32(ZERO)
-        while word < end:
-            # As many words as share a scale.
-            here, stop = s_at + word // 4 * PANEL, min(end, (word // 4 + 1) * 4)
+            s, minus = group.at + m * group.stride, splat_i32(NOTHING)
+            for w in range(count):
+                words[m, w] = repeat4(load_word(group.array, s + word + w))
+                minus = minus + splat_i32(load_word(group.array, s + MINUS + word + w))
+            starts[m], scales[m] = start_bytes(minus), splat_f32(load_scalar_f32(group.array, s + SCALE))
+        for _ in range(b.number):
+            if b.ahead != 0:
+                prefetch_beside(b.arena, at + b.ahead)
             for m in range(rows):
-                minus[m] = splat_i32(NOTHING)
-                for p in range(panels):
-                    dots[2 * m, p] = splat_i32(NOTHING)
-                    dots[2 * m + 1, p] = splat_i32(NOTHING)
-            for w in range(word, stop):
-                for p in range(panels):
-                    b[p] = load_u8(arena, at + HEAD + p * panel + (w - first) * STEP)
+                dots[m] = starts[m]
+            for w in range(count):
+                place = at + first + w * STEP
+                if b.ahead != 0:
+                    prefetch_beside(b.arena, place + b.ahead)
+                four = load_u8(b.arena, place)
                 for m in range(rows):
-                    v, n = here + m * s_stride + w % 4, 2 * m + SECOND_SUM
-                    first_s, second_s = repeat4(load_word(s, v)), repeat4(load_word(s, v + SECOND))
-                    minus[m] = minus[m] + splat_i32(load_word(s, v + MINUS))
-                    for p in range(panels):
-                        dots[2 * m, p] = wide_first_unsigned(dots[2 * m, p], b[p], first_s)
-                        dots[n, p] = wide_second_unsigned(dots[n, p], b[p], second_s)
+                    dots[m] = dot4_bytes(dots[m], four, words[m, w])
+            lanes = load_f32(b.arena, at)
             for m in range(rows):
-                scale = splat_f32(load_scalar_f32(s, here + m * s_stride + SCALE))
-                for p in range(panels):
-                    total = join_sums(dots[2 * m, p], dots[2 * m + SECOND_SUM, p]) + start_wide(minus[m])
-                    acc[m, p] = fma(to_f32(total), scale, acc[m, p])
-            word = stop
-        for p in range(panels):
-            lanes = load_f32(arena, at + p * panel)
-            for m in range(rows):
-                to = out_at + m * out_stride + p * panel_step
-                store_f32(out, to, fma(acc[m, p], lanes, load_f32(out, to)))
+                place = to + m * out.stride
+                store_f32(out.array, place, fma(to_f32(dots[m]) * scales[m], lanes, load_f32(out.array, place)))
+            at, to = at + b.size, to + out.step
+
+    @inlined
+    def expand_int8(rows, b, rank, s, column, out):
+        word, end, first = column // 4, (column + rank) // 4, HEAD
+        while word < end:
+            group, at = Lines(s.array, s.at + word // WORDS * PANEL, s.stride, s.step), word % WORDS
+            count = min(end - word, WORDS - at)
+            if count == 4:
+                expand_words(rows, 4, b, first, group, at, out)
+            elif count == 3:
+                expand_words(rows, 3, b, first, group, at, out)
+            elif count == 2:
+                expand_words(rows, 2, b, first, group, at, out)
+            else:
+                expand_words(rows, 1, b, first, group, at, out)
+            word, first = word + count, first + count * STEP
 
     return expand_int8
