@@ -98,9 +98,9 @@ def _int8_rows():
 
     @inlined
     def expand_words(rows, count, b, first, group, word, out):
-        """`count` words of the group of 16 numbers that s is at, from `word` on; B's lie from byte `first` of a panel on.
+        """What `count` words of a group of 16 numbers give, from `word` on; B's lie from byte `first` of each panel on.
 
-        They stay in registers for all panels.
+        The words stay in registers for all panels.
         """
         words, dots, starts, scales, at, to = new_words(), new_dots(), new_starts(), new_scales(), b.at, out.at
         for m in range(rows):
