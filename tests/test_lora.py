@@ -30,39 +30,32 @@ STORED = {"float32": np.float32, "float16": lambda half: half.astype(np.float16)
 @pytest.mark.parametrize("rank", [1, 6, 19])
 @pytest.mark.parametrize("lora_dtype", STORED)
 def test_equals_merged_weights(tiny, lora_dtype, rank):
-    """What storing the numbers costs is left out: the expected update is of the numbers as they are stored.
-
-    With int8, what A leaves is rounded to bytes too: some thousandths of what the adapter changes.
-    """
+    """What storing the numbers costs is left out: the expected update is of the numbers as they are stored."""
     weights, tokens = load_weights(tiny("llama")), random_tokens(np.random.default_rng(rank), 40)
-    size, others = 0.1 if lora_dtype == "int8" else 1.0, {"k_proj": 3, "up_proj": 9, "o_proj": 2}
-    tensors = peft_tensors(weights.config, rank, EVERYTHING, rank, size)
+    tensors, others = peft_tensors(weights.config, rank, EVERYTHING, rank), {"k_proj": 3, "up_proj": 9, "o_proj": 2}
     for module, other in others.items():
-        tensors |= peft_tensors(weights.config, other, (module,), rank, size)
+        tensors |= peft_tensors(weights.config, other, (module,), rank)
     settings = {"r": rank, "lora_alpha": 2 * rank, "rank_pattern": others}
     adapter = adapter_from_arrays(tensors, settings, weights.config)
     engine = make_engine(weights, lora_dtype=lora_dtype)
     found = prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(adapter), 0.5),))
     stored = Adapter({module: Pair(*map(STORED[lora_dtype], pair)) for module, pair in adapter.pairs.items()})
     expected = reference_logprobs(weights, tokens, engine.length, [(stored, 0.5)])
-    effect = np.abs(expected - reference_logprobs(weights, tokens, engine.length, [])).max()
-    assert effect > 1
-    assert largest_error(found, expected, tokens) < (0.015 * effect if lora_dtype == "int8" else 2e-4)
+    error = largest_error(found, expected, tokens)
+    assert error < (1e-2 if lora_dtype == "int8" else 2e-4)
 
 
 def test_a_small_module_beside_a_large_one_keeps_its_digits(tiny):
-    """What A of q and of k leave shares a scale: k's A a millionth of q's, its B a million times as large: powers of two."""
+    """What A of q and of k leave shares a scale: k's A a millionth of q's, its B a million times as large."""
     weights, tokens = load_weights(tiny("llama")), random_tokens(np.random.default_rng(1), 40)
     adapter = make_adapter(weights.config, rank=4, modules=("q_proj", "k_proj"))
-    pairs = {
-        m: Pair(p.a * np.float32(2**-20), p.b * np.float32(2**20)) if m.endswith("k_proj") else p
-        for m, p in adapter.pairs.items()
-    }
+    pairs = {m: Pair(p.a * 1e-6, p.b * 1e6) if m.endswith("k_proj") else p for m, p in adapter.pairs.items()}
     texts = []
     for one in (adapter, Adapter(pairs)):
         engine = make_engine(weights, lora_dtype="int8")
         texts.append(prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(one), 1.0),)))
-    assert texts[0] == texts[1]
+    places = zip(*texts, strict=True)
+    assert max(abs(x.logprob - y.logprob) for x, y in places) < 1e-3
 
 
 def test_an_a_of_almost_nothing_is_nothing(tiny):
@@ -83,7 +76,7 @@ def test_a_number_that_is_not_finite_is_not_hidden(bad):
     x, s, stride = arguments[5], arguments[10], arguments[12]
     x[2 * 64 + 7] = bad
     SHRINK.compiled(*arguments)
-    numbers = np.isfinite(reference.from_bytes(s.reshape(5, 16)))
+    numbers = np.isfinite(reference.from_wide(s.reshape(5, 16)))
     assert not numbers[2].any() and numbers[[0, 1, 3, 4]].all()
     arguments = list(EXPAND.make(rng, {"R": 16, "N": 64, "M": 5}))
     arguments[6], arguments[9], arguments[3] = s, stride, 0
@@ -92,15 +85,14 @@ def test_a_number_that_is_not_finite_is_not_hidden(bad):
     assert not out[2].any() and out[[0, 1, 3, 4]].all()
 
 
-@pytest.mark.parametrize("size", [1e-15, 1, 1e15])
-def test_shrunk_numbers_are_right_to_half_a_step(size):
-    """A step is the 127th part of the largest of 16; no number of another 16 counts."""
-    rng = np.random.default_rng(1)
-    arguments = SHRINK.make(rng, {"R": 32, "K": 64, "M": 5})
-    a, x, scale, s = rng.standard_normal((32, 64), np.float32), arguments[5], arguments[9], arguments[10]
-    a[:16] *= np.float32(size)
-    for panel in (0, 1):
-        SHRINK.compiled(pack_shrink([a], INT8), *arguments[1:4], panel, *arguments[5:])
-    expected = float(scale) * x.reshape(5, 64).astype(np.float64) @ in_bytes(a).astype(np.float64).T
-    steps = np.repeat(np.abs(expected.reshape(5, 2, 16)).max(axis=2) / 127, 16, axis=1)
-    assert (np.abs(reference.from_bytes(s).reshape(5, 32) - expected) <= 0.501 * steps).all()
+def test_small_numbers_keep_their_share():
+    """Shrunk numbers have 14 bits: beside one of 100 times their size they are right to 0.3%."""
+    s = np.full(16, 0.01, np.float32)
+    s[3] = 1
+    assert np.abs(reference.from_wide(reference.to_wide(s)) - s).max() < 0.5 / (127 * 128) * 1.01
+    arguments = SHRINK.make(np.random.default_rng(1), {"R": 16, "K": 64, "M": 1})
+    a, x = np.zeros((16, 64), np.float32), arguments[5]
+    a[:, 0], x[:] = s, 0
+    x[0] = 2
+    SHRINK.compiled(pack_shrink([a], INT8), *arguments[1:])
+    assert np.abs(reference.from_wide(arguments[10]) - s).max() < 1e-4

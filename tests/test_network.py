@@ -151,5 +151,4 @@ def test_adapters_on_quantised_weights(tiny, dtype):
     tokens = random_tokens(np.random.default_rng(6), 60)
     found = prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(adapter), 1.0),))
     expected = reference_logprobs(weights, tokens, engine.length, [(adapter, 1.0)])
-    # Without the adapter, which changes as much as the weights give, it is 0.2.
-    assert largest_error(found, expected, tokens) < 0.6
+    assert largest_error(found, expected, tokens) < 0.4

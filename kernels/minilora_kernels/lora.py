@@ -8,7 +8,7 @@ from numba.core.typing import signature
 
 from .jit import kernel
 from .kinds import BYTES, FLOATS, NUMBER
-from .lora_expand import ROWS, Lines, Panels, expand_rows
+from .lora_expand import Lines, Panels, expand_rows, rows_at_once
 from .lora_pack import head_bytes, number_bytes
 from .lora_shrink import gather_panel, shrink_tile
 from .pack import PANEL
@@ -23,7 +23,7 @@ _EXPAND = signature(types.none, BYTES, *[NUMBER] * 5, *_PLACE, *[NUMBER] * 3, *_
 @unit(lambda fmt: (_SHRINK, _GATHER, _EXPAND))
 def make_lora(fmt: int):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
-    shrink_some, expand_some = shrink_tile(fmt), expand_rows(fmt)
+    shrink_some, expand_some, several = shrink_tile(fmt), expand_rows(fmt), rows_at_once(fmt)
     gather_one, size, head = gather_panel(fmt), number_bytes(fmt), head_bytes(fmt)
 
     @kernel
@@ -31,7 +31,7 @@ def make_lora(fmt: int):
         """s[m, 16 * panel + i] = scale * sum over k of x[m, k] * A[16 * panel + i, k], m < rows, i < 16.
 
         arena: uint8, A's panels from byte `at`; columns: K, a multiple of 4; x, s: float32, row m at m * stride; int8
-        adapters leave bytes in s, 16 numbers in the places of 16, see lora_shrink.store_bytes. following: the byte that is
+        adapters leave wide integers in s, 16 numbers in 16 places, see wide.store_sixteen. following: the byte that is
         likely to be read after this panel, for prefetching.
         """
         at += panel * (head + columns * PANEL * size)
@@ -74,9 +74,9 @@ def make_lora(fmt: int):
             b = Panels(arena, first, count, panel, asked - first if m == 0 else 0)
             s_m = Lines(s, s_at + m * s_stride, s_stride, PANEL)
             out_m = Lines(out, out_at + m * out_stride, out_stride, panel_step)
-            if rows - m >= ROWS:
-                expand_some(ROWS, b, rank, s_m, column, out_m)
-                m += ROWS
+            if rows - m >= several:
+                expand_some(several, b, rank, s_m, column, out_m)
+                m += several
             else:
                 expand_some(1, b, rank, s_m, column, out_m)
                 m += 1

@@ -1,4 +1,4 @@
-"""LoRA's second half, rows of s B: for float32 and float16 adapters in float32, for int8 ones as products of bytes.
+"""LoRA's second half, rows of s B: for float32 and float16 adapters in float32, for int8 ones as bytes with wide integers.
 
 Sums run over the rank one by one; those of bytes are exact for 16 ranks, which share a scale.
 """
@@ -8,15 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 from . import cpu
-from .dot import dot4_bytes, start_bytes
+from .dot import start_wide, wide_first_unsigned, wide_second_unsigned
 from .jit import inlined
 from .lora_pack import head_bytes, number_bytes
-from .lora_shrink import MINUS, SCALE
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import f32x16, fma, i32x16, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
 from .simd_memory import load_f16, load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
+from .wide import MINUS, SCALE, SECOND, SECOND_SUM, join_sums
 
-# Rows at once, where there are so many.
+# Rows of a tile at most.
 ROWS = 4
 # Bytes of an int8 panel's scales, and of four ranks in it; words of four ranks that share a scale.
 HEAD = head_bytes(INT8)
@@ -47,8 +47,15 @@ class Lines(NamedTuple):
     step: int
 
 
+def rows_at_once(fmt: int) -> int:
+    """As many rows as are best taken together: of int8 adapters those whose words the registers hold."""
+    if fmt == INT8:
+        return 2 if cpu.vectors() >= 32 else 1
+    return ROWS
+
+
 def expand_rows(fmt: int):
-    """out[m, p] += sum over r < rank of s[m, column + r] * B[p, r] for 1 or ROWS rows m and all panels p."""
+    """out[m, p] += sum over r < rank of s[m, column + r] * B[p, r] for 1 or rows_at_once(fmt) rows m and all panels p."""
     return _int8_rows() if fmt == INT8 else _float_rows(fmt)
 
 
@@ -93,7 +100,7 @@ def _float_rows(fmt: int):
 
 
 def _int8_rows():
-    new_words, new_dots = tile(u8x64, ROWS, WORDS), tile(i32x16, ROWS)
+    new_words, new_dots = tile(u8x64, ROWS, 2 * WORDS), tile(i32x16, ROWS, 2)
     new_starts, new_scales = tile(i32x16, ROWS), tile(f32x16, ROWS)
 
     @inlined
@@ -107,24 +114,26 @@ def _int8_rows():
             s, minus = group.at + m * group.stride, splat_i32(NOTHING)
             for w in range(count):
                 words[m, w] = repeat4(load_word(group.array, s + word + w))
+                words[m, WORDS + w] = repeat4(load_word(group.array, s + SECOND + word + w))
                 minus = minus + splat_i32(load_word(group.array, s + MINUS + word + w))
-            starts[m], scales[m] = start_bytes(minus), splat_f32(load_scalar_f32(group.array, s + SCALE))
+            starts[m], scales[m] = start_wide(minus), splat_f32(load_scalar_f32(group.array, s + SCALE))
         for _ in range(b.number):
             if b.ahead != 0:
                 prefetch_beside(b.arena, at + b.ahead)
             for m in range(rows):
-                dots[m] = starts[m]
+                dots[m, 0], dots[m, 1] = splat_i32(NOTHING), splat_i32(NOTHING)
             for w in range(count):
                 place = at + first + w * STEP
                 if b.ahead != 0:
                     prefetch_beside(b.arena, place + b.ahead)
                 four = load_u8(b.arena, place)
                 for m in range(rows):
-                    dots[m] = dot4_bytes(dots[m], four, words[m, w])
+                    dots[m, 0] = wide_first_unsigned(dots[m, 0], four, words[m, w])
+                    dots[m, SECOND_SUM] = wide_second_unsigned(dots[m, SECOND_SUM], four, words[m, WORDS + w])
             lanes = load_f32(b.arena, at)
             for m in range(rows):
-                place = to + m * out.stride
-                store_f32(out.array, place, fma(to_f32(dots[m]) * scales[m], lanes, load_f32(out.array, place)))
+                place, total = to + m * out.stride, join_sums(dots[m, 0], dots[m, SECOND_SUM]) + starts[m]
+                store_f32(out.array, place, fma(to_f32(total) * scales[m], lanes, load_f32(out.array, place)))
             at, to = at + b.size, to + out.step
 
     @inlined

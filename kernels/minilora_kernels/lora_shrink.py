@@ -1,7 +1,7 @@
 """LoRA's first half, tiles of x A: numbers of every format, widened to float32.
 
-Sums run over k in four interleaved chains. What comes out are float32 numbers, or for int8 adapters bytes, 16 numbers with
-a scale, as `lora_expand` reads them.
+Sums run over k in four interleaved chains. What comes out are float32 numbers, or for int8 adapters wide integers, as
+`lora_expand` reads them.
 """
 
 import numpy as np
@@ -9,34 +9,17 @@ import numpy as np
 from .jit import inlined, kernel
 from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
-from .simd import f32x16, fma, hmax_i32, magnitude, number_of, round_i32, splat_f32, splat_i32, tile
-from .simd_memory import load_f16, load_f32, load_i8, load_scalar_f32, prefetch_beside, store_f32, store_i8, store_sums
-from .wide import inverse_of
+from .simd import f32x16, fma, splat_f32, tile
+from .simd_memory import load_f16, load_f32, load_i8, load_scalar_f32, prefetch_beside, store_f32
+from .wide import store_sixteen
 
 MOST_ROWS, CHAINS = 4, 4
 # How far ahead of its use memory is asked for, in bytes.
 AHEAD = 8192
 
-# Where store_bytes puts the scale, and the first of four sums.
-SCALE, MINUS = 4, 5
-
-ZERO, LARGEST, NOTHING = np.float32(0), np.float32(127), np.int32(0)
+ZERO = np.float32(0)
 
 _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16, INT8: load_i8}
-
-
-@kernel
-def store_bytes(s, at, numbers):
-    """16 numbers as int8 in their own places: scale = max |number| / 127, q = round(number / scale).
-
-    16 q from s[at] on, then the scale, then minus the sum of each four q. Where one of the numbers is not finite the scale is
-    not either: integers would hide it.
-    """
-    scale = number_of(hmax_i32(magnitude(numbers))) / LARGEST
-    q = round_i32(numbers * splat_f32(inverse_of(scale)))
-    store_i8(s, at, q)
-    s[at + SCALE] = scale
-    store_sums(s, at + MINUS, splat_i32(NOTHING) - q)
 
 
 def shrink_tile(fmt: int):
@@ -46,7 +29,7 @@ def shrink_tile(fmt: int):
     """
     load, size, quantized = _LOAD[fmt], number_bytes(fmt), fmt == INT8
     new_acc, new_a, head = tile(f32x16, MOST_ROWS, CHAINS), tile(f32x16, CHAINS), head_bytes(fmt)
-    store = store_bytes if quantized else store_f32
+    store = store_sixteen if quantized else store_f32
 
     @inlined
     def shrink(rows, arena, at, following, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
@@ -76,7 +59,7 @@ def shrink_tile(fmt: int):
 def gather_panel(fmt: int):
     """s = scale * column `token` of the panel of A at byte `at`."""
     load, size, quantized = _LOAD[fmt], number_bytes(fmt), fmt == INT8
-    head, store = head_bytes(fmt), store_bytes if quantized else store_f32
+    head, store = head_bytes(fmt), store_sixteen if quantized else store_f32
 
     @kernel
     def gather(arena, at, token, scale, s, s_at):

@@ -26,14 +26,14 @@ from .simd import (
     splat_i32,
     vmax_i32,
 )
-from .simd_memory import load_f32, store_even_i16, store_high_digits, store_low_digits, store_odd_i16
+from .simd_memory import load_f32, store_even_i16, store_high_digits, store_low_digits, store_odd_i16, store_sums
 
 # The largest integer whose high digit is 127.
 LARGEST = np.float32(127 * 128)
 ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.int32(0)
 INFINITY, TINY = np.float32(np.inf), np.finfo(np.float32).tiny
-# Where the second words of 16 numbers lie.
-SECOND = 4
+# Where the second words of 16 numbers lie, and what store_sixteen puts behind them.
+SECOND, SCALE, MINUS = 4, 8, 9
 # Of the sums of first and second words' products, which one the second ones' is.
 SECOND_SUM = 0 if PAIRS else 1
 
@@ -58,6 +58,12 @@ def inverse_of(scale):
     return ONE / scale if TINY <= scale < INFINITY else ZERO
 
 
+@kernel
+def _store_words(x, at, v):
+    _store_first(x, at, v)
+    _store_second(x, at + SECOND, v)
+
+
 def make_to_wide(minus: bool):
     """A kernel that turns numbers into wide integers, with minus their sum behind them or not."""
 
@@ -71,8 +77,7 @@ def make_to_wide(minus: bool):
         inverse, total = splat_f32(inverse_of(scale)), splat_i32(NOTHING)
         for i in range(first, end, 16):
             v = round_i32(load_f32(scratch, at + i) * inverse)
-            _store_first(scratch, at + i // 2, v)
-            _store_second(scratch, at + i // 2 + SECOND, v)
+            _store_words(scratch, at + i // 2, v)
             if minus:
                 total = total - v
         scratch[at + behind] = scale
@@ -80,3 +85,15 @@ def make_to_wide(minus: bool):
             scratch[at + behind + 1] = number_of(hsum_i32(total))
 
     return to_wide
+
+
+@kernel
+def store_sixteen(x, at, numbers):
+    """16 numbers as words at x[at]: 4 first ones, 4 second ones, the scale, and for each four numbers minus the sum of their
+    integers. Where one of them is not finite the scale is not either.
+    """
+    scale = number_of(hmax_i32(magnitude(numbers))) / LARGEST
+    v = round_i32(numbers * splat_f32(inverse_of(scale)))
+    _store_words(x, at, v)
+    x[at + SCALE] = scale
+    store_sums(x, at + MINUS, splat_i32(NOTHING) - v)

@@ -32,7 +32,7 @@ def _lora_cases(fmt: int) -> list[Case]:
         stride, out_stride = -(-(column + rank) // 16) * 16, rows // 16 * step
         shrunk, out = normal(rng, count * stride), normal(rng, count * out_stride)
         if quantized:
-            shrunk = reference.to_bytes(shrunk)
+            shrunk = reference.to_wide(shrunk)
         return b, 0, rank, 1, rows // 16, 0, shrunk, 0, column, stride, count, out, 0, out_stride, step
 
     def make_gather(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
@@ -41,8 +41,8 @@ def _lora_cases(fmt: int) -> list[Case]:
         return a, 0, tokens, panels, tokens - 1, np.float32(2), np.zeros(16 * panels, np.float32), 0
 
     def shrunk(at: int) -> Callable[[Arguments], list[np.ndarray]]:
-        """How to read the shrunk numbers in argument `at`: from bytes, which differ by one where numbers hardly do."""
-        return lambda arguments: [reference.from_bytes(arguments[at]) if quantized else arguments[at]]
+        """How to read the shrunk numbers in argument `at`: from words, whose integers differ by one where numbers hardly do."""
+        return lambda arguments: [reference.from_wide(arguments[at]) if quantized else arguments[at]]
 
     name = FORMAT_NAMES[fmt]
     shrinks = tuple({"R": r, "K": k, "M": m} for r, k, m in ((1, 64, 1), (24, 96, 5), (48, 128, 9)))
@@ -63,7 +63,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             shrink,
             twin_shrink,
             make_shrink,
-            1.01 / 127 if quantized else 3e-6,
+            1e-4 if quantized else 3e-6,
             shrinks,
             ({"R": 16, "K": 2048, "M": 1}, {"R": 16, "K": 2048, "M": 256}),
             lambda s: lora_pack.panel_bytes(s["K"], fmt),
@@ -87,7 +87,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             gather,
             twin_gather,
             make_gather,
-            1.01 / 127 if quantized else 1e-6,
+            1e-4 if quantized else 1e-6,
             ({"R": 5, "V": 40}, {"R": 16, "V": 3}, {"R": 40, "V": 7}),
             ({"R": 16, "V": 4096},),
             lambda s: s["R"] * 4,

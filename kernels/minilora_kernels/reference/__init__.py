@@ -4,10 +4,10 @@ Arrays are flat, as in the kernels; each twin first cuts out what its kernel wou
 in `cases`.
 """
 
-from .attention import attend, attend_part, merge_parts, wide_integers, wide_words, write_key, write_value
+from .attention import attend, attend_part, merge_parts, write_key, write_value
 from .convert import fit_ranges, narrow, quantize_panels, widen
 from .linear import dot4, linear
-from .lora import from_bytes, make_lora, to_bytes
+from .lora import from_wide, make_lora, to_wide, wide_integers, wide_words
 from .pointwise import add_row, embed, quantize_row, rms_norm, rope, silu_mul
 from .sample import argmax, log_sum_exp, rank, sample, top, uniform
 
@@ -19,7 +19,7 @@ __all__ = [
     "dot4",
     "embed",
     "fit_ranges",
-    "from_bytes",
+    "from_wide",
     "linear",
     "log_sum_exp",
     "make_lora",
@@ -32,7 +32,7 @@ __all__ = [
     "rope",
     "sample",
     "silu_mul",
-    "to_bytes",
+    "to_wide",
     "top",
     "uniform",
     "wide_integers",

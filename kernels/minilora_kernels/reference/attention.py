@@ -1,8 +1,7 @@
-"""Twins of attention, and of what writes its pages; the words that `wide` makes of integers."""
+"""Twins of attention, and of what writes its pages."""
 
 import numpy as np
 
-from ..dot import PAIRS
 from ..pages import KV, RUN, SPLIT, SUBPAGE, Query
 from .flat import grid, span
 
@@ -145,19 +144,3 @@ def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):
     )
     weight = np.exp(found[:, size] - found[:, size].max())
     out[out_at : out_at + size] = weight @ found[:, :size] / (weight @ found[:, size + 1])
-
-
-def wide_words(v):
-    """Integers [rows, 16] as words, float32 [rows, 8]."""
-    if PAIRS:
-        parts = [v[:, i::2].astype(np.int16) for i in (0, 1)]
-    else:
-        parts = [(v >> 7).astype(np.int8), (v & 127).astype(np.int8)]
-    return np.hstack([np.ascontiguousarray(part).view(np.float32) for part in parts])
-
-
-def wide_integers(words):
-    """The integers of words, int64 [rows, 16]."""
-    dtype = np.int16 if PAIRS else np.int8
-    first, second = (np.ascontiguousarray(words[:, i : i + 4]).view(dtype).astype(np.int64) for i in (0, 4))
-    return np.stack([first, second], axis=2).reshape(-1, 16) if PAIRS else 128 * first + second

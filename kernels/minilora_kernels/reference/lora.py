@@ -1,7 +1,8 @@
-"""Twins of adapters' kernels."""
+"""Twins of adapters' kernels; numbers as the integers of 14 bits that `wide` stores."""
 
 import numpy as np
 
+from ..dot import PAIRS
 from ..pack import FLOAT16, FLOAT32, INT8, PANEL
 from .flat import grid
 
@@ -21,28 +22,43 @@ def _panels(arena, at, panels, inner, fmt, words=False):
     return arena[at : at + count * dtype.itemsize].view(dtype).astype(np.float32).reshape(panels, inner, PANEL)
 
 
-def to_bytes(numbers):
-    """Numbers [rows, 16 n] as lora_shrink.store_bytes leaves them, float32 of the same shape."""
+def to_wide(numbers):
+    """Numbers [rows, 16 n] as wide.store_sixteen leaves them, float32 of the same shape."""
     panels = np.asarray(numbers, np.float32).reshape(-1, PANEL)
-    scale = np.abs(panels).max(axis=1) / np.float32(127)
-    q = np.rint(np.divide(panels, scale[:, None], out=np.zeros_like(panels), where=scale[:, None] > 0)).astype(np.int8)
+    scale = np.abs(panels).max(axis=1) / np.float32(127 * 128)
+    v = np.rint(np.divide(panels, scale[:, None], out=np.zeros_like(panels), where=scale[:, None] > 0)).astype(np.int32)
     out = np.zeros_like(panels)
-    out[:, :4] = q.view(np.float32)
-    out[:, 4] = scale
-    out[:, 5:9] = (-q.astype(np.int32)).reshape(-1, 4, 4).sum(axis=2, dtype=np.int32).view(np.float32)
+    out[:, :8] = wide_words(v)
+    out[:, 8] = scale
+    out[:, 9:13] = (-v).reshape(-1, 4, 4).sum(axis=2, dtype=np.int32).view(np.float32)
     return out.reshape(numbers.shape)
 
 
-def from_bytes(places):
-    """The numbers for which store_bytes's bytes stand, of the same shape."""
-    panels = places.reshape(-1, PANEL)
-    q = np.ascontiguousarray(panels[:, :4]).view(np.int8)
-    return (q * panels[:, 4:5]).astype(np.float32).reshape(places.shape)
+def from_wide(words):
+    """The numbers for which store_sixteen's words stand, of the same shape."""
+    panels = words.reshape(-1, PANEL)
+    return (wide_integers(panels[:, :8]) * panels[:, 8:9]).astype(np.float32).reshape(words.shape)
+
+
+def wide_words(v):
+    """Integers [rows, 16] as words, float32 [rows, 8]."""
+    if PAIRS:
+        parts = [v[:, i::2].astype(np.int16) for i in (0, 1)]
+    else:
+        parts = [(v >> 7).astype(np.int8), (v & 127).astype(np.int8)]
+    return np.hstack([np.ascontiguousarray(part).view(np.float32) for part in parts])
+
+
+def wide_integers(words):
+    """The integers of words, int64 [rows, 16]."""
+    dtype = np.int16 if PAIRS else np.int8
+    first, second = (np.ascontiguousarray(words[:, i : i + 4]).view(dtype).astype(np.int64) for i in (0, 4))
+    return np.stack([first, second], axis=2).reshape(-1, 16) if PAIRS else 128 * first + second
 
 
 def make_lora(fmt):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
-    leave = to_bytes if fmt == INT8 else lambda numbers: numbers
+    leave = to_wide if fmt == INT8 else lambda numbers: numbers
 
     def shrink(arena, at, following, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
         a = _panels(arena, at, panel + 1, columns, fmt)[panel]
@@ -58,7 +74,7 @@ def make_lora(fmt):
     ):
         b, whole = _panels(arena, at, panel1, rank, fmt, words=True), -(-(column + rank) // PANEL) * PANEL
         shrunk = grid(s, s_at, s_stride, rows, whole)
-        shrunk = (from_bytes(shrunk) if fmt == INT8 else shrunk)[:, column : column + rank]
+        shrunk = (from_wide(shrunk) if fmt == INT8 else shrunk)[:, column : column + rank]
         for p in range(panel0, panel1):
             grid(out, out_at + (p - panel0) * panel_step, out_stride, rows, PANEL)[:] += shrunk @ b[p]
 
