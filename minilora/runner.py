@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from minilora_kernels.attention import scratch_size
+from minilora_kernels.attention import part_scratch_size, scratch_size
 from minilora_kernels.limits import usable_cores
 from minilora_kernels.linear import Rows
 from minilora_kernels.memory import aligned_zeros
@@ -122,8 +122,9 @@ class Runner:
         part = split_size(model.heads, model.head_dim)
         parts = part * -(-self.length // SPLIT) * max(1, 4 * threads // model.kv_heads)
         rows = config.max_num_batched_tokens
-        attention = scratch_size(max(ROWS_PER_TILE, model.group), model.head_dim)
-        scratch = max(attention, MOST_ROWS * CHUNK_BLOCKS * BLOCK, padded_rows(model.hidden_size))
+        tile = scratch_size(max(ROWS_PER_TILE, model.group), model.head_dim)
+        long = part_scratch_size(model.kv_heads, model.group, model.head_dim)
+        scratch = max(tile, long, MOST_ROWS * CHUNK_BLOCKS * BLOCK, padded_rows(model.hidden_size))
         qkv = padded_rows(model.qkv_rows)
         self._buffers = Buffers(
             x=_floats(rows * model.hidden_size),

@@ -1,5 +1,7 @@
 """A request gives bitwise the same numbers whoever is beside it, however its prompt is cut, on any number of threads."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 
 from minilora.params import SamplingParams
 from minilora.sequence import AdapterUse
+from minilora_kernels.attention import partial_size
 from minilora_kernels.cases import CASES
+from minilora_kernels.pages import NOBODY
 
 from .support import GREEDY, load_weights, make_adapter, make_engine, random_tokens, run
 
@@ -31,20 +35,49 @@ def test_linear_rows_do_not_depend_on_their_number(case):
         assert np.array_equal(alone[: length * stride], together[start * stride : (start + length) * stride])
 
 
+def by_name(name):
+    return next(case for case in CASES if case.name == name)
+
+
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.name.startswith("attend ")], ids=lambda case: case.name
 )
 @pytest.mark.parametrize("window", [0, 290])
 def test_attention_rows_do_not_depend_on_their_tile(case, window):
     size = {"position": 505, "tokens": 12, "heads": 1, "group": 3, "size": 64, "window": window}
-    kv, query, pages, _, nobody, q, _, stride, out, _, _, scratch, _ = case.make(np.random.default_rng(2), size)
-    case.compiled(kv, query, pages, 0, nobody, q, 0, stride, out, 0, stride, scratch, 0)
+    kv, query, pages, nobody, q, _, stride, out, _, _, scratch, _ = case.make(np.random.default_rng(2), size)
+    case.compiled(kv, query, pages, nobody, q, 0, stride, out, 0, stride, scratch, 0)
     for start, count in [(0, 1), (11, 1), (2, 5), (6, 6)]:
         part = query._replace(position=query.position + start, tokens=count)
         alone = np.zeros_like(out)
-        # Nor on what was asked for before and will be asked for next.
-        case.compiled(kv, part, pages, 99 * start, query, q, start * stride, stride, alone, 0, stride, scratch, 0)
+        # Nor on what is asked for meanwhile.
+        case.compiled(kv, part, pages, query, q, start * stride, stride, alone, 0, stride, scratch, 0)
         assert np.array_equal(alone[: count * stride], out[start * stride : (start + count) * stride])
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("window", [0, 290])
+def test_attention_does_not_depend_on_who_does_which_part(kind, window):
+    """One token's splits, shared out in several ways and merged, as `attend` has them head by head."""
+    size = {"position": 1100, "heads": 3, "group": 5, "size": 80, "page": 64, "window": window, "low": 0, "high": 0}
+    attend, attend_part, merge = (
+        by_name(name).compiled for name in (f"attend {kind}", f"attend_part {kind}", "merge_parts")
+    )
+    kv, query, pages, heads, _, _, q, _, parts, _, scratch, _ = by_name(f"attend_part {kind}").make(
+        np.random.default_rng(3), size
+    )
+    row, group, splits, split0 = query.group * kv.size, query.group, 5, 3 if window else 0
+    expected, out = np.zeros_like(q), np.zeros_like(q)
+    for head in range(heads):
+        attend(kv, query._replace(head=head), pages, NOBODY, q, head * row, 0, expected, head * row, 0, scratch, 0)
+    for cuts in ([0, 15], [0, 4, 11, 15], range(16)):
+        parts[:] = np.nan
+        for low, high in pairwise(cuts):
+            attend_part(kv, query, pages, heads, low, high, q, 0, parts, 0, scratch, 0)
+        for r in range(heads * group):
+            at = (r // group * splits + split0) * group * partial_size(kv.size)
+            merge(parts, at, splits - split0, group, r % group, kv.size, out, r * kv.size)
+        assert np.array_equal(out, expected) and np.isfinite(out).all()
 
 
 def trace(engine, sequence, outputs):

@@ -3,8 +3,9 @@
 import numpy as np
 
 from . import cpu
+from .attention_span import beside, key_at, value_at
 from .jit import inlined, kernel
-from .pages import KV_FLOAT16, KV_FLOAT32, SPLIT, SUBPAGE
+from .pages import KV_FLOAT16, KV_FLOAT32, SPLIT, SUBPAGE, advance, cursor_at
 from .simd import f32x16, fma, splat_f32, tile
 from .simd_memory import load_f16, load_f32, load_scalar_f32, prefetch_beside, store_f32
 
@@ -15,6 +16,8 @@ _LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32}
 # Rows of the largest tile; and of each row, so that registers hold all sums: the vectors of 16 positions in a score tile,
 # and half the vectors of 16 columns in a value tile (of integers, which want two sums for each number, all of them).
 MOST_ROWS, AT_ONCE = (4, 2) if cpu.vectors() >= 32 else (3, 1)
+# Rows of the largest tile of float values, whose vectors want registers too.
+VALUE_ROWS = 4 if cpu.vectors() >= 32 else 2
 
 ZERO = np.float32(0)
 
@@ -22,12 +25,16 @@ ZERO = np.float32(0)
 def score_tile(kv_format: int):
     """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage.
 
-    With values >= 0 the values of token `values` and its subpage are prefetched, with keys >= 0 the keys likewise.
+    part: (token, values, keys), where the subpage's first token lies. If the tile asks, the values of token `values` and its
+    subpage are prefetched, with keys >= 0 the keys likewise.
     """
     dots = _dots(kv_format)
 
     @inlined
-    def score(rows, kv, token, count, values, keys, d0, scratch, q_at, scores_at):
+    def score(rows, kv, part, asks, scratch, q_at, scores_at):
+        token, values, keys = part
+        if not asks:
+            values, keys = -1, -1
         dots(rows, kv, kv.numbers, token * kv.size, values, keys, scratch, q_at, scores_at)
 
     return score
@@ -92,29 +99,35 @@ def _dots(kv_format: int):
 
 
 def value_tile(width: int, kv_format: int):
-    """sums[r] += sum over t of weight[r, t] * value[t] for 1 to MOST_ROWS rows, 16 * width columns from d on, `count` tokens.
+    """sums[r] = sum over t of weight[r, t] * value[t] for 1 to VALUE_ROWS rows, 16 * width columns from d on.
 
-    With keys >= 0 the keys of token `keys` and its subpage are prefetched.
+    part: (span, d). If the tile asks, keys are prefetched, see attention_span.
     """
     load, line = _LOAD[kv_format], _LINE[kv_format]
-    new_acc, new_value = tile(f32x16, MOST_ROWS, width), tile(f32x16, width)
+    new_acc, new_value = tile(f32x16, VALUE_ROWS, width), tile(f32x16, width)
 
     @inlined
-    def accumulate(rows, kv, token, count, values, keys, d, scratch, weights_at, sums_at):
+    def accumulate(rows, kv, part, asks, scratch, weights_at, sums_at):
+        span, d = part
         acc, value = new_acc(), new_value()
         for r in range(rows):
             for j in range(width):
-                acc[r, j] = load_f32(scratch, sums_at + r * kv.size + d + 16 * j)
-        for t in range(count):
-            at = (token + t) * kv.size + d
-            for j in range(width):
-                if keys >= 0 and 16 * j % line == 0:
-                    prefetch_beside(kv.numbers, (keys + t) * kv.size + d + 16 * j)
-                value[j] = load(kv.numbers, at + 16 * j)
-            for r in range(rows):
-                weight = splat_f32(load_scalar_f32(scratch, weights_at + r * SPLIT + t))
+                acc[r, j] = splat_f32(ZERO)
+        cursor, ahead = cursor_at(kv, span.first), beside(kv, span, d)
+        for p in range(span.first, span.end, SUBPAGE):
+            at, weights = value_at(kv, span, cursor) * kv.size + d, weights_at + p % SPLIT
+            keys = key_at(kv, span, ahead) if asks else -1
+            asked = keys * kv.size + ahead.column * SUBPAGE
+            for t in range(min(SUBPAGE, span.end - p)):
                 for j in range(width):
-                    acc[r, j] = fma(value[j], weight, acc[r, j])
+                    if keys >= 0 and 16 * j % line == 0:
+                        prefetch_beside(kv.numbers, asked + (t * width + j) * 16)
+                    value[j] = load(kv.numbers, at + t * kv.size + 16 * j)
+                for r in range(rows):
+                    weight = splat_f32(load_scalar_f32(scratch, weights + r * SPLIT + t))
+                    for j in range(width):
+                        acc[r, j] = fma(value[j], weight, acc[r, j])
+            cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, 16 * width)
         for r in range(rows):
             for j in range(width):
                 store_f32(scratch, sums_at + r * kv.size + d + 16 * j, acc[r, j])

@@ -65,6 +65,19 @@ class Query(NamedTuple):
 NOBODY = Query(0, 0, 1, 0, 0, 0, 0)
 
 
+class Cursor(NamedTuple):
+    """A place in a text that is walked through subpage by subpage.
+
+    position: the subpage's first; page: which of the text's pages it is in; slot: its first token there; column: how many of
+    its columns lie behind.
+    """
+
+    position: int
+    page: int
+    slot: int
+    column: int
+
+
 def empty_pool(kv_format: int, pages: int, layers: int, heads: int, size: int, page: int) -> KV:
     """At least so many pages of `page` tokens; memory that is never written is never taken from the system."""
     tokens = -(-pages // RUN) * layers * heads * 2 * RUN * page
@@ -91,11 +104,27 @@ def values_behind(kv):
 
 
 @kernel
-def token_at(kv, query, pages, position):
-    """Where the key at a position of the query's sequence lies, counted in tokens."""
-    index = position // kv.page
-    # No remainder: a division costs more than all else here.
-    return first_token(kv, query.layer, pages[query.pages_at + index], query.head) + position - index * kv.page
+def cursor_at(kv, position):
+    """At the subpage that begins with this position."""
+    page = position // kv.page
+    return Cursor(position, page, position - page * kv.page, 0)
+
+
+@kernel
+def advance(kv, cursor, columns):
+    """So many columns on, kv.size at most. No division: these cost more than all else here."""
+    position, page, slot, column = cursor
+    column += columns
+    if column < kv.size:
+        return Cursor(position, page, slot, column)
+    position, slot, column = position + SUBPAGE, slot + SUBPAGE, column - kv.size
+    return Cursor(position, page, slot, column) if slot < kv.page else Cursor(position, page + 1, 0, column)
+
+
+@kernel
+def token_at(kv, query, pages, cursor):
+    """Where the first key of the cursor's subpage lies, counted in tokens."""
+    return first_token(kv, query.layer, pages[query.pages_at + cursor.page], query.head) + cursor.slot
 
 
 @kernel

@@ -68,12 +68,12 @@ def make_to_wide(minus: bool):
     """A kernel that turns numbers into wide integers, with minus their sum behind them or not."""
 
     @kernel
-    def to_wide(scratch, at, first, end, behind):
+    def to_wide(scratch, at, first, end, behind, most):
         """Numbers first .. end (multiples of 16) of the row at `at` as words, in place; scale and sum from `behind` on.
 
-        Where one of them is not finite the scale is not either: integers would hide it.
+        most: the largest |x|, see `largest`. Where one of them is not finite the scale is not either: integers would hide it.
         """
-        scale = largest(scratch, at + first, end - first) / LARGEST
+        scale = most / LARGEST
         inverse, total = splat_f32(inverse_of(scale)), splat_i32(NOTHING)
         for i in range(first, end, 16):
             v = round_i32(load_f32(scratch, at + i) * inverse)

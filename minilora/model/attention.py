@@ -71,17 +71,16 @@ def make_attend_all(attend, attend_part):
     def attend_tiles(c, layer, group):
         """Tile by tile, as threads come free; each takes one ahead, to ask for its keys."""
         kv, b, scratch_at = by_value(c.kv), c.buffers, c.thread * c.buffers.scratch_stride
-        item, asked = claim(c.sync), 0
+        item = claim(c.sync)
         query = tile_query(c, layer, item, group)
         while query.tokens > 0:
             following = claim(c.sync)
             then = tile_query(c, layer, following, group)
             row, column = c.rows.tiles[item // c.shape.kv_heads, TILE_ROW], query.head * group * c.shape.head_dim
-            asked = attend(
+            attend(
                 kv,
                 query,
                 c.batch.pages,
-                asked,
                 then,
                 b.qkv,
                 row * b.qkv_stride + column,
@@ -96,33 +95,23 @@ def make_attend_all(attend, attend_part):
 
     @kernel
     def attend_long(c, layer, i, group):
-        """This thread's part of one long token: split by split, in each all heads, which are neighbours in memory."""
-        shape, kv, b = c.shape, by_value(c.kv), c.buffers
-        row, heads, scratch_at = c.rows.long[i, LONG_ROW], shape.kv_heads, c.thread * b.scratch_stride
-        query = long_query(c, layer, i, 0, group)
-        first, last, asked = first_seen(query, 0), query.position + 1, 0
-        splits, high = query.position // SPLIT + 1, first_item(first, last, heads, c.thread + 1, c.threads)
-        for item in range(first_item(first, last, heads, c.thread, c.threads), high):
-            split, head = item // heads, item % heads
-            query = long_query(c, layer, i, head, group)
-            # What follows this thread's last split is another's.
-            then = long_query(c, layer, i, (item + 1) % heads, group) if item + 1 < high else NOBODY
-            asked = attend_part(
-                kv,
-                query,
-                c.batch.pages,
-                split,
-                asked,
-                then,
-                (item + 1) // heads,
-                b.qkv,
-                row * b.qkv_stride + head * group * shape.head_dim,
-                b.qkv_stride,
-                b.parts,
-                c.rows.long[i, LONG_PARTS] + (head * splits + split) * group * (shape.head_dim + 2),
-                b.scratch,
-                scratch_at,
-            )
+        """This thread's part of one long token."""
+        b, heads, query = c.buffers, c.shape.kv_heads, long_query(c, layer, i, 0, group)
+        first, last = first_seen(query, 0), query.position + 1
+        attend_part(
+            by_value(c.kv),
+            query,
+            c.batch.pages,
+            heads,
+            first_item(first, last, heads, c.thread, c.threads),
+            first_item(first, last, heads, c.thread + 1, c.threads),
+            b.qkv,
+            c.rows.long[i, LONG_ROW] * b.qkv_stride,
+            b.parts,
+            c.rows.long[i, LONG_PARTS],
+            b.scratch,
+            c.thread * b.scratch_stride,
+        )
 
     @kernel
     def merge_long(c, layer, group):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import attention, reference
-from ..attention import make_attention, partial_size, scratch_size
+from ..attention import make_attention, part_scratch_size, partial_size, scratch_size
 from ..pages import (
     KV,
     KV_FLOAT16,
@@ -12,6 +12,7 @@ from ..pages import (
     KV_NAMES,
     NOBODY,
     RUN,
+    SPLIT,
     Query,
     empty_pool,
     make_write,
@@ -49,29 +50,28 @@ def _make_attend(kv_format: int) -> Make:
     def make(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         kv, pages, query, q, stride = _attention_arguments(rng, kv_format, s)
         scratch = new_scratch(scratch_size(s["tokens"] * s["group"], s["size"]))
-        return kv, query, pages, 0, NOBODY, q, 0, stride, np.zeros_like(q), 0, stride, scratch, 0
+        return kv, query, pages, NOBODY, q, 0, stride, np.zeros_like(q), 0, stride, scratch, 0
 
     return make
 
 
 def _make_attend_part(kv_format: int) -> Make:
     def make(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
-        kv, pages, query, q, stride = _attention_arguments(rng, kv_format, s)
-        rows = s["tokens"] * s["group"]
+        kv, pages = make_pool(rng, kv_format, s["position"] + 1, s["heads"], s["size"], s.get("page", 32))
+        query = Query(1, 0, s["group"], s["position"], 1, s.get("window", 0), 0)
+        rows, splits = s["heads"] * s["group"], s["position"] // SPLIT + 1
         return (
             kv,
             query,
             pages,
-            s["split"],
+            s["heads"],
+            s["low"],
+            s["high"],
+            normal(rng, rows * s["size"]),
             0,
-            query,
-            1,
-            q,
+            np.zeros(splits * rows * partial_size(s["size"]), np.float32),
             0,
-            stride,
-            np.zeros(rows * partial_size(s["size"]), np.float32),
-            0,
-            new_scratch(scratch_size(rows, s["size"])),
+            new_scratch(part_scratch_size(s["heads"], s["group"], s["size"])),
             0,
         )
 
@@ -92,7 +92,14 @@ def _attention_cases(kv_format: int) -> list[Case]:
     )
     large = tuple({"position": p, "tokens": t, "heads": 1, "group": 4, "size": 64} for p, t in ((4095, 1), (504, 8)))
     small_64 = tuple(s for s in small if s["size"] % 64 == 0)
-    part = tuple({**s, "split": split} for s in small[1:] for split in (0, 1))
+    part = (
+        {"position": 0, "heads": 1, "group": 1, "size": 16, "low": 0, "high": 1},
+        {"position": 300, "heads": 2, "group": 3, "size": 64, "low": 0, "high": 4},
+        {"position": 600, "heads": 3, "group": 5, "size": 80, "low": 4, "high": 8, "page": 64},
+        {"position": 700, "heads": 3, "group": 13, "size": 128, "low": 2, "high": 7, "page": 96, "window": 290},
+        {"position": 600, "heads": 2, "group": 2, "size": 64, "low": 0, "high": 6, "window": 33},
+        {"position": 300, "heads": 2, "group": 3, "size": 64, "low": 2, "high": 2},
+    )
     part_64 = tuple(s for s in part if s["size"] % 64 == 0)
     write = tuple({"size": d, "slot": i, "page": 64} for d, i in ((16, 0), (80, 37)))
 

@@ -89,18 +89,7 @@ def _has_scales(kv: KV) -> bool:
     return kv.numbers.dtype == np.uint8
 
 
-def _asked(query: Query, following: Query, then, last):
-    """Up to which position of `following` keys are asked for, from split `then` on, beside a split that ends at `last`."""
-    first = _first_seen(query, (last - 1) // SPLIT)
-    return _first_seen(following, then) + max(0, -(-(last - first) // SUBPAGE) * SUBPAGE)
-
-
-def _first_seen(query: Query, split):
-    before = max(0, query.position - query.window + 1) // SUBPAGE * SUBPAGE if query.window else 0
-    return max(split * SPLIT, before)
-
-
-def attend(kv, query: Query, pages, asked, following, q, q_at, q_stride, out, out_at, out_stride, scratch, scratch_at):
+def attend(kv, query: Query, pages, following, q, q_at, q_stride, out, out_at, out_stride, scratch, scratch_at):
     """out = softmax(q . keys / sqrt(size)) . values, over the positions up to each token's own."""
     last = query.position + query.tokens
     keys, values = _tokens(kv, query.layer, query.head, pages, query.pages_at, last)
@@ -112,27 +101,23 @@ def attend(kv, query: Query, pages, asked, following, q, q_at, q_stride, out, ou
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         grid(out, out_at + t * out_stride, kv.size, query.group, kv.size)[:] = weights @ values[first:end]
-    return _asked(query, following, 0, last)
 
 
-def attend_part(
-    kv, query: Query, pages, split, asked, following, then, q, q_at, q_stride, parts, parts_at, scratch, scratch_at
-):
-    """One split of positions, not merged: each row's sums, maximum and total."""
-    keys, values = _tokens(kv, query.layer, query.head, pages, query.pages_at, query.position + query.tokens)
-    rows, width = query.tokens * query.group, kv.size + 2
-    for r in range(rows):
-        t, g = divmod(r, query.group)
-        end = query.position + t + 1
-        first = max(0, end - query.window) if query.window else 0
-        chosen = slice(max(first, split * SPLIT), max(first, min(end, split * SPLIT + SPLIT)))
-        row = span(q, q_at + t * q_stride + g * kv.size, kv.size)
-        scores = keys[chosen] @ row / np.sqrt(np.float32(kv.size))
-        maximum = scores.max(initial=-np.inf)
-        weights = np.exp(scores - maximum)
-        found = np.concatenate([weights @ values[chosen], [maximum, weights.sum()]])
-        parts[parts_at + r * width : parts_at + (r + 1) * width] = found
-    return _asked(query, following, then, min(split * SPLIT + SPLIT, query.position + query.tokens))
+def attend_part(kv, query: Query, pages, heads, low, high, q, q_at, parts, parts_at, scratch, scratch_at):
+    """Items low .. high, heads of splits, of one token: each row's sums, maximum and total."""
+    last, splits, width = query.position + 1, query.position // SPLIT + 1, kv.size + 2
+    seen = max(0, last - query.window) if query.window else 0
+    for item in range(low, high):
+        split, head = divmod(item, heads)
+        keys, values = _tokens(kv, query.layer, head, pages, query.pages_at, last)
+        first, end = max(seen, split * SPLIT), min(last, split * SPLIT + SPLIT)
+        for r in range(query.group):
+            row = span(q, q_at + (head * query.group + r) * kv.size, kv.size)
+            scores = keys[first:end] @ row / np.sqrt(np.float32(kv.size))
+            maximum = scores.max(initial=-np.inf)
+            weights = np.exp(scores - maximum)
+            at = parts_at + ((head * splits + split) * query.group + r) * width
+            parts[at : at + width] = np.concatenate([weights @ values[first:end], [maximum, weights.sum()]])
 
 
 def merge_parts(parts, parts_at, splits, rows, row, size, out, out_at):

@@ -1,0 +1,203 @@
+"""One split of attention, for all rows: scores, softmax, weighted sum of values; see `attention`."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from . import attention_float, attention_int8, cpu
+from .attention_float import AT_ONCE, MOST_ROWS, VALUE_ROWS
+from .attention_span import Span
+from .jit import kernel
+from .pages import KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, advance, cursor_at, first_seen, token_at, values_behind
+from .simd import splat_f32
+from .simd_memory import store_f32
+from .softmax import LOWEST, ZERO, make_weigh_row, mask_row
+
+# From how many rows on it pays to widen float16 keys for all of them.
+MANY = 12 if cpu.vectors() >= 32 else 5
+# How far ahead of scores keys are asked for, again or for the first time.
+AHEAD = 4 * SUBPAGE
+# Numbers of a row's state, see Room.
+STATE = 3
+
+
+class Room(NamedTuple):
+    """Where in scratch a split of some rows has what it computes.
+
+    keys: a subpage's, widened to float32, or the scales of the values of a split of int8; weights: SPLIT scores of each row,
+    then weights; sums: of values, `size` of each row; state: maximum and total weight of each row, and the largest of what is
+    in `weights`.
+    """
+
+    scratch: np.ndarray
+    keys: int
+    weights: int
+    sums: int
+    state: int
+
+
+def padded(rows):
+    """Rows in whole tiles."""
+    return (rows + MOST_ROWS - 1) // MOST_ROWS * MOST_ROWS
+
+
+padded_rows = kernel(padded)
+
+
+@kernel
+def room_at(kv, rows, scratch, at):
+    """Room for so many rows, from `at` on."""
+    weights = at + SUBPAGE * kv.size
+    sums = weights + padded_rows(rows) * SPLIT
+    return Room(scratch, at, weights, sums, sums + padded_rows(rows) * kv.size)
+
+
+@kernel
+def more_room(kv, rows, room):
+    """The same, but with sums and state of its own, behind the other's."""
+    sums = room.state + padded_rows(rows) * STATE
+    return Room(room.scratch, room.keys, room.weights, sums, sums + padded_rows(rows) * kv.size)
+
+
+# ---------------------------------------------------------------- all rows, tile by tile
+
+
+def _in_tiles(tile, most=MOST_ROWS):
+    """All rows: in tiles of `most` and one of what is left. Only the first tile asks for memory.
+
+    part: what the tile is about, see score_tile and value_tile. source, target: where in scratch the first row's queries and
+    scores are, or its weights and sums, and the next row's a step on.
+    """
+
+    @kernel
+    def tiles(kv, part, rows, scratch, source, step, target, target_step):
+        r = 0
+        if rows >= most:
+            tile(most, kv, part, True, scratch, source, target)
+            r = most
+        while rows - r >= most:
+            tile(most, kv, part, False, scratch, source + r * step, target + r * target_step)
+            r += most
+        source, target, asks = source + r * step, target + r * target_step, r == 0
+        if most > 3 and rows - r == 3:
+            tile(3, kv, part, asks, scratch, source, target)
+        elif most > 2 and rows - r == 2:
+            tile(2, kv, part, asks, scratch, source, target)
+        elif rows - r == 1:
+            tile(1, kv, part, asks, scratch, source, target)
+
+    return tiles
+
+
+def _make_scores(kv_format):
+    if kv_format == KV_INT8:
+        tiles = _in_tiles(attention_int8.score_tile)
+    else:
+        tiles = _in_tiles(attention_float.score_tile(kv_format))
+    many = attention_float.many_scores(kv_format) if kv_format == KV_FLOAT16 else None
+
+    @kernel
+    def scores(kv, token, keys, rows, room, q_at, scores_at):
+        """All rows against one subpage; meanwhile its values and the keys of token `keys` come nearer."""
+        values = token + values_behind(kv)
+        if many is not None and rows >= MANY:
+            many(kv, token, values, keys, rows, room.scratch, q_at, room.keys, scores_at)
+            return
+        tiles(kv, (token, values, keys), rows, room.scratch, q_at, kv.size, scores_at, SPLIT)
+
+    return scores
+
+
+def _make_values(kv_format, head_unit):
+    # Integers want two sums for each number; as pairs of 16 bits, both bytes of each widened.
+    width, most = (AT_ONCE, MOST_ROWS) if kv_format == KV_INT8 else (2 * AT_ONCE, VALUE_ROWS)
+
+    def for_width(width):
+        if kv_format == KV_INT8:
+            return _in_tiles(attention_int8.value_tile(width), most)
+        return _in_tiles(attention_float.value_tile(width, kv_format), most)
+
+    wide, columns = for_width(width), 16 * width
+    narrow = for_width(1) if head_unit % columns else None
+
+    @kernel
+    def values(kv, span, rows, room):
+        """All rows, all columns: 16 * width at a time, a rest 16 at a time; meanwhile the keys that follow come nearer."""
+        whole = kv.size // columns * columns
+        for d in range(0, whole, columns):
+            wide(kv, (span, d), rows, room.scratch, room.weights, SPLIT, room.sums, kv.size)
+        if narrow is not None:
+            for d in range(whole, kv.size, 16):
+                narrow(kv, (span, d), rows, room.scratch, room.weights, SPLIT, room.sums, kv.size)
+
+    return values
+
+
+@kernel
+def _seen(query, r, start, end):
+    """(first, end) of the positions start .. end that row r sees, counted from start."""
+    own = query.position + r // query.group
+    first = max(start, own - query.window + 1) if query.window > 0 else start
+    return first - start, min(own + 1, end) - start
+
+
+def make_split(kv_format, head_unit):
+    """The kernel attend_split for a pool of this format; head_unit as in make_attention."""
+    quantized = kv_format == KV_INT8
+    scores, weigh_row, values = _make_scores(kv_format), make_weigh_row(quantized), _make_values(kv_format, head_unit)
+
+    @kernel
+    def score(kv, span, rows, room, q_at):
+        """Scores of all rows."""
+        query, start = span.query, span.first // SPLIT * SPLIT
+        cursor, ahead = cursor_at(kv, span.first), cursor_at(kv, span.first + AHEAD)
+        for p in range(span.first, span.end, SUBPAGE):
+            keys = token_at(kv, query, span.pages, ahead) if ahead.position < span.end else -1
+            scores(kv, token_at(kv, query, span.pages, cursor), keys, rows, room, q_at, room.weights + p - start)
+            cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, kv.size)
+
+    @kernel
+    def weigh(kv, span, rows, room):
+        """Scores to weights, as value tiles read them. State: each row's maximum and total weight."""
+        start, state, scratch = span.first // SPLIT * SPLIT, room.state, room.scratch
+        first, end = span.first - start, (span.end - start + 15) // 16 * 16
+        for r in range(rows):
+            low, high = _seen(span.query, r, start, span.end)
+            scratch[state + STATE * r] = mask_row(scratch, room.weights + r * SPLIT, low, high, first, end)
+        if quantized:
+            attention_int8.load_scales(kv, span, scratch, room.keys)
+        for r in range(rows):
+            at = state + STATE * r
+            found = weigh_row(scratch, room.weights + r * SPLIT, first, end, scratch[at], room.keys - first)
+            scratch[at + 1], scratch[at + 2] = found
+        if quantized:
+            for r in range(rows):
+                largest = scratch[state + STATE * r + 2]
+                attention_int8.widen_weights(scratch, room.weights + r * SPLIT, first, end, largest)
+
+    @kernel
+    def unseen(kv, rows, room):
+        """A split of which no row sees a position."""
+        for r in range(rows):
+            at = room.state + STATE * r
+            room.scratch[at], room.scratch[at + 1] = LOWEST, ZERO
+        for i in range(room.sums, room.sums + rows * kv.size, 16):
+            store_f32(room.scratch, i, splat_f32(ZERO))
+
+    @kernel
+    def attend_split(kv, query, pages, split, following, ahead, room, q_at):
+        """One split for all rows: sums of values and, in state, each row's maximum and total weight.
+
+        ahead: from which position on keys of `following` come next.
+        """
+        rows, start = query.tokens * query.group, split * SPLIT
+        end = min(start + SPLIT, query.position + query.tokens)
+        span = Span(query, pages, first_seen(query, start), end, following, ahead)
+        if span.first < end:
+            score(kv, span, rows, room, q_at)
+            weigh(kv, span, rows, room)
+            values(kv, span, rows, room)
+        else:
+            unseen(kv, rows, room)
+
+    return attend_split
