@@ -1,11 +1,13 @@
-"""Attention over int8 pages: what its integers must not lose and must not hide."""
+"""Attention: what int8 pages must not lose and must not hide, what scratch it needs, which keys it asks for."""
 
 import numpy as np
 import pytest
 
 from minilora_kernels import reference
+from minilora_kernels.attention_span import Span, keys_beside
 from minilora_kernels.cases import CASES
-from minilora_kernels.jit import program
+from minilora_kernels.jit import kernel, program
+from minilora_kernels.pages import KV_INT8, NOBODY, RUN, SPLIT, SUBPAGE, advance, empty_pool
 from minilora_kernels.wide import LARGEST, make_to_wide
 
 [INT8] = [case for case in CASES if case.name == "attend int8"]
@@ -68,3 +70,63 @@ def test_many_small_weights_keep_their_share():
     reference.attend(kv, query, pages, nobody, q, q_at, stride, expected, *rest)
     INT8.compiled(kv, query, pages, nobody, q, q_at, stride, out, *rest)
     assert np.abs(out - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("bad", "given"), [(np.nan, np.nan), (np.inf, np.nan), (-np.inf, 0)])
+def test_scores_that_are_not_finite(bad, given):
+    """All scores of the first split are so: they spread, or have no weight if they are -inf."""
+    [case] = [case for case in CASES if case.name == "attend float32"]
+    kv, query, pages, nobody, q, q_at, stride, out, *rest = case.make(
+        np.random.default_rng(1), {**SIZE, "position": 400}
+    )
+    expected = out.copy()
+    kv.numbers[:], q[:] = 0, 1
+    tokens = np.arange(SPLIT)
+    firsts = [(p // RUN * kv.layers + query.layer) * kv.heads + query.head for p in pages.tolist()]
+    for t in tokens:
+        page = pages[t // kv.page]
+        key = (firsts[t // kv.page] * 2 * RUN + page % RUN) * kv.page * kv.size
+        kv.numbers[key + t % kv.page] = bad
+    case.compiled(kv, query, pages, nobody, q, q_at, stride, out, *rest)
+    assert np.array_equal(out, expected + given, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
+def test_scratch_suffices_and_what_is_in_it_does_not_matter(kind):
+    for name, size in (
+        ("attend", {"position": 250, "tokens": 9, "heads": 1, "group": 3, "size": 80}),
+        ("attend_part", {"position": 300, "heads": 3, "group": 13, "size": 48, "low": 0, "high": 6}),
+    ):
+        case = next(case for case in CASES if case.name == f"{name} {kind}")
+        *arguments, scratch, _ = case.make(np.random.default_rng(1), size)
+        result = arguments[7 if name == "attend" else 8]
+        found = []
+        for content in (-1, np.nan):
+            guarded = np.full(len(scratch) + 64, content, np.float32)
+            guarded[-64:] = 7
+            case.compiled(*arguments, guarded, 0)
+            assert (guarded[-64:] == 7).all()
+            found.append(result.copy())
+        assert np.isfinite(found[1]).all() and np.array_equal(*found)
+
+
+@kernel
+def _walk(kv, span, columns, out):
+    n = 0
+    for d in range(0, kv.size, columns):
+        cursor = keys_beside(kv, span, d)
+        for _ in range(span.first, span.end, SUBPAGE):
+            out[n], out[n + 1] = cursor.position, cursor.column
+            cursor, n = advance(kv, cursor, columns), n + 2
+
+
+@pytest.mark.parametrize("page", [32, 96])
+@pytest.mark.parametrize(("size", "columns"), [(64, 32), (64, 64), (128, 32), (96, 32), (80, 16), (80, 64), (96, 64)])
+def test_keys_are_asked_for_once_and_in_order(size, columns, page):
+    kv = empty_pool(KV_INT8, 1, 1, 1, size, page)
+    span = Span(NOBODY, np.zeros(1, np.int64), 288, 480, NOBODY, 512)
+    out = np.zeros(2 * 6 * -(-size // columns), np.int64)
+    program(_walk, (size, columns))(kv, span, columns, out)
+    asked = [divmod(d * 6 + i * columns, size) for d in range(0, size, columns) for i in range(6)]
+    assert out.reshape(-1, 2).tolist() == [[512 + subpage * SUBPAGE, column] for subpage, column in asked]
+    assert asked == sorted(set(asked))

@@ -57,26 +57,36 @@ def test_attention_rows_do_not_depend_on_their_tile(case, window):
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("window", [0, 290])
-def test_attention_does_not_depend_on_who_does_which_part(kind, window):
+@pytest.mark.parametrize(("unit", "group", "size"), [("", 5, 80), (", 64 columns at a time", 13, 64)])
+def test_attention_does_not_depend_on_who_does_which_part(kind, window, unit, group, size):
     """One token's splits, shared out in several ways and merged, as `attend` has them head by head."""
-    size = {"position": 1100, "heads": 3, "group": 5, "size": 80, "page": 64, "window": window, "low": 0, "high": 0}
-    attend, attend_part, merge = (
-        by_name(name).compiled for name in (f"attend {kind}", f"attend_part {kind}", "merge_parts")
+    attend, part, merge = (
+        by_name(name) for name in (f"attend {kind}{unit}", f"attend_part {kind}{unit}", "merge_parts")
     )
-    kv, query, pages, heads, _, _, q, _, parts, _, scratch, _ = by_name(f"attend_part {kind}").make(
-        np.random.default_rng(3), size
-    )
-    row, group, splits, split0 = query.group * kv.size, query.group, 5, 3 if window else 0
+    sizes = {
+        "position": 1100,
+        "heads": 3,
+        "group": group,
+        "size": size,
+        "page": 64,
+        "window": window,
+        "low": 0,
+        "high": 0,
+    }
+    kv, query, pages, heads, _, _, q, _, parts, _, scratch, _ = part.make(np.random.default_rng(3), sizes)
+    row, splits, split0 = group * size, 5, 3 if window else 0
     expected, out = np.zeros_like(q), np.zeros_like(q)
     for head in range(heads):
-        attend(kv, query._replace(head=head), pages, NOBODY, q, head * row, 0, expected, head * row, 0, scratch, 0)
-    for cuts in ([0, 15], [0, 4, 11, 15], range(16)):
+        mine = query._replace(head=head)
+        attend.compiled(kv, mine, pages, NOBODY, q, head * row, 0, expected, head * row, 0, scratch, 0)
+    first, last = heads * split0, heads * splits
+    for cuts in ([first, last], [first, first + 1, last - 2, last], range(first, last + 1)):
         parts[:] = np.nan
         for low, high in pairwise(cuts):
-            attend_part(kv, query, pages, heads, low, high, q, 0, parts, 0, scratch, 0)
+            part.compiled(kv, query, pages, heads, low, high, q, 0, parts, 0, scratch, 0)
         for r in range(heads * group):
-            at = (r // group * splits + split0) * group * partial_size(kv.size)
-            merge(parts, at, splits - split0, group, r % group, kv.size, out, r * kv.size)
+            at = (r // group * splits + split0) * group * partial_size(size)
+            merge.compiled(parts, at, splits - split0, group, r % group, size, out, r * size)
         assert np.array_equal(out, expected) and np.isfinite(out).all()
 
 

@@ -6,8 +6,8 @@ Dao et al. 2022, arXiv:2205.14135). The cut depends on the position alone, so th
 on how its prompt was chunked nor on the rows or threads beside it.
 
 Memory is asked for evenly: the values of a split beside its scores, and beside its sums the keys that this thread
-needs next, of the same text or of the one that follows. What is asked for while as much is under way as a core can have is
-lost without a word, so keys are asked for once more shortly before they are read.
+needs next, of the same text or of the one that follows. A core drops prefetches while it has as many under way as it can,
+without a word. So keys are asked for again AHEAD of being scored, but for the first of a split.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def scratch_size(rows: int, size: int) -> int:
 
 
 def part_scratch_size(heads: int, group: int, size: int) -> int:
-    """float32 numbers that `attend_part` needs for so many kv heads."""
+    """float32 numbers that `attend_part` needs for so many kv heads: all their queries, and what `attend` needs for one."""
     return padded(heads * group) * size + scratch_size(group, size)
 
 
@@ -66,15 +66,15 @@ def make_attention(kv_format: int, head_unit: int = 16):
     attend_split, quantized = make_split(kv_format, head_unit), kv_format == KV_INT8
 
     @kernel
-    def load_queries(kv, tokens, heads, q, q_at, q_stride, scratch, to):
+    def load_queries(kv, query, q, q_at, q_stride, scratch, to):
         """Rows of queries over sqrt(size), as score tiles read them."""
-        factor = splat_f32(ONE / np.sqrt(np.float32(kv.size)))
-        for r in range(tokens * heads):
-            at = q_at + r // heads * q_stride + r % heads * kv.size
+        rows, factor = query.tokens * query.group, splat_f32(ONE / np.sqrt(np.float32(kv.size)))
+        for r in range(rows):
+            at = q_at + r // query.group * q_stride + r % query.group * kv.size
             for d in range(0, kv.size, 16):
                 store_f32(scratch, to + r * kv.size + d, load_f32(q, at + d) * factor)
         if quantized:
-            attention_int8.widen_queries(kv, tokens * heads, scratch, to)
+            attention_int8.widen_queries(kv, rows, scratch, to)
 
     @kernel
     def attend(kv, query, pages, following, q, q_at, q_stride, out, out_at, out_stride, scratch, scratch_at):
@@ -87,7 +87,7 @@ def make_attention(kv_format: int, head_unit: int = 16):
         rows = query.tokens * query.group
         room = room_at(kv, rows, scratch, scratch_at + padded_rows(rows) * kv.size)
         more = more_room(kv, rows, room)
-        load_queries(kv, query.tokens, query.group, q, q_at, q_stride, scratch, scratch_at)
+        load_queries(kv, query, q, q_at, q_stride, scratch, scratch_at)
         splits = (query.position + query.tokens + SPLIT - 1) // SPLIT
         split0 = first_seen(query, 0) // SPLIT
         then, ahead = _next_keys(query, split0, splits, following)
@@ -114,22 +114,25 @@ def make_attention(kv_format: int, head_unit: int = 16):
 
     @kernel
     def attend_part(kv, query, pages, heads, low, high, q, q_at, parts, parts_at, scratch, scratch_at):
-        """A part of `attend` for all heads of one token, not merged.
+        """A part of `attend` for all kv heads of one token, not merged.
 
-        Items low .. high: heads of splits, split by split, so that neighbours in memory are neighbours in time. For each
-        group rows of size + 2 numbers, sums, maximum and total weight; those of a head's first split lie at parts_at, of the
-        next split behind them, of the next head behind all splits. query: the first head's; heads: how many;
-        scratch: part_scratch_size(heads, group, size) numbers; all else as `attend`.
+        Items low .. high: heads of splits that the token sees any of, split by split, so that neighbours in memory are
+        neighbours in time. Each item gives `group` rows of size + 2 numbers: sums, maximum and total weight. Those of the
+        first head's first split lie at parts_at, of its next split behind them, of the next head behind all splits.
+        query: the first head's; heads: how many; scratch: part_scratch_size(heads, group, size) numbers; all else as
+        `attend`.
         """
         group, splits = query.group, query.position // SPLIT + 1
         room = room_at(kv, group, scratch, scratch_at + padded_rows(heads * group) * kv.size)
-        load_queries(kv, 1, heads * group, q, q_at, 0, scratch, scratch_at)
         for item in range(low, high):
             split, head = item // heads, item % heads
+            mine, row = _of_head(query, head), head * group * kv.size
+            if item < low + heads:
+                load_queries(kv, mine, q, q_at + row, 0, scratch, scratch_at + row)
             # What comes after this thread's last item is another's.
             then = _of_head(query, (item + 1) % heads) if item + 1 < high else NOBODY
-            ahead, q_to = first_seen(then, (item + 1) // heads * SPLIT), scratch_at + head * group * kv.size
-            attend_split(kv, _of_head(query, head), pages, split, then, ahead, room, q_to)
+            ahead = first_seen(then, (item + 1) // heads * SPLIT)
+            attend_split(kv, mine, pages, split, then, ahead, room, scratch_at + row)
             to = parts_at + (head * splits + split) * group * (kv.size + 2)
             for r in range(group):
                 state = room.state + STATE * r

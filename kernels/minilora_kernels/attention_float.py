@@ -3,7 +3,7 @@
 import numpy as np
 
 from . import cpu
-from .attention_span import beside, key_at, value_at
+from .attention_span import key_at, keys_beside, value_at
 from .jit import inlined, kernel
 from .pages import KV_FLOAT16, KV_FLOAT32, SPLIT, SUBPAGE, advance, cursor_at
 from .simd import f32x16, fma, splat_f32, tile
@@ -13,10 +13,11 @@ _LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
 # Numbers in a cache line.
 _LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32}
 
-# Rows of the largest tile; and of each row, so that registers hold all sums: the vectors of 16 positions in a score tile,
-# and half the vectors of 16 columns in a value tile (of integers, which want two sums for each number, all of them).
+# Rows of the largest tile of scores or integer values; and of each row, so that registers hold all sums: the vectors of 16
+# positions in a score tile, and half the vectors of 16 columns in a value tile (of integers, which want two sums for each
+# number, all of them).
 MOST_ROWS, AT_ONCE = (4, 2) if cpu.vectors() >= 32 else (3, 1)
-# Rows of the largest tile of float values, whose vectors want registers too.
+# Rows of the largest tile of float values: 3 would want 17 of 16 registers.
 VALUE_ROWS = 4 if cpu.vectors() >= 32 else 2
 
 ZERO = np.float32(0)
@@ -41,7 +42,10 @@ def score_tile(kv_format: int):
 
 
 def many_scores(kv_format: int):
-    """Likewise for any number of rows, whose scratch ends with a multiple of MOST_ROWS. float16 keys become float32 once for all."""
+    """Likewise for any number of rows. float16 keys become float32 once for all.
+
+    Rows up to a multiple of MOST_ROWS are read, whatever is there, and scored.
+    """
     dots, load, line = _dots(KV_FLOAT32), _LOAD[kv_format], _LINE[kv_format]
 
     @kernel
@@ -113,14 +117,14 @@ def value_tile(width: int, kv_format: int):
         for r in range(rows):
             for j in range(width):
                 acc[r, j] = splat_f32(ZERO)
-        cursor, ahead = cursor_at(kv, span.first), beside(kv, span, d)
+        cursor, ahead = cursor_at(kv, span.first), keys_beside(kv, span, d)
         for p in range(span.first, span.end, SUBPAGE):
             at, weights = value_at(kv, span, cursor) * kv.size + d, weights_at + p % SPLIT
             keys = key_at(kv, span, ahead) if asks else -1
             asked = keys * kv.size + ahead.column * SUBPAGE
             for t in range(min(SUBPAGE, span.end - p)):
                 for j in range(width):
-                    if keys >= 0 and 16 * j % line == 0:
+                    if keys >= 0 and (t * width + j) * 16 % line == 0:
                         prefetch_beside(kv.numbers, asked + (t * width + j) * 16)
                     value[j] = load(kv.numbers, at + t * kv.size + 16 * j)
                 for r in range(rows):

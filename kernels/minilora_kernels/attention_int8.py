@@ -6,7 +6,7 @@ These are queries and the weights of values, see `wide`; those of queries have m
 import numpy as np
 
 from .attention_float import AT_ONCE, MOST_ROWS
-from .attention_span import beside, key_at, value_at
+from .attention_span import key_at, keys_beside, value_at
 from .dot import start_wide, wide_first_signed, wide_first_unsigned, wide_second_signed, wide_second_unsigned
 from .jit import inlined, kernel
 from .pages import SPLIT, SUBPAGE, advance, cursor_at
@@ -106,7 +106,7 @@ def value_tile(width: int):
         for r in range(2 * rows):
             for j in range(width):
                 acc[r, j] = splat_i32(NOTHING)
-        cursor, ahead = cursor_at(kv, span.first), beside(kv, span, d)
+        cursor, ahead = cursor_at(kv, span.first), keys_beside(kv, span, d)
         for p in range(span.first, span.end, SUBPAGE):
             at, weights = value_at(kv, span, cursor) * kv.size + 4 * d, weights_at + p % SPLIT // 2
             keys = key_at(kv, span, ahead) if asks else -1

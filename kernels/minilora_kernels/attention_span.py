@@ -1,7 +1,8 @@
 """The positions of one split whose values are summed, and the keys that are asked for meanwhile.
 
 These are as many as the values, and asked for one line after the other, whatever the order in which values are read: so
-the CPU asks ahead by itself.
+the CPU asks ahead by itself. Where a tile's columns do not divide those of a head, it runs over the end of subpages into
+what lies behind: mostly the next one, and a few lines lost where that is elsewhere.
 """
 
 from typing import NamedTuple
@@ -30,7 +31,7 @@ def value_at(kv, span, cursor):
 
 
 @kernel
-def beside(kv, span, d):
+def keys_beside(kv, span, d):
     """The cursor of the keys that are asked for beside the first subpage's values, columns from d on."""
     columns = d * ((span.end - span.first + SUBPAGE - 1) // SUBPAGE)
     subpages = columns // kv.size

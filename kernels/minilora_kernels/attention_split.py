@@ -9,28 +9,25 @@ from .attention_float import AT_ONCE, MOST_ROWS, VALUE_ROWS
 from .attention_span import Span
 from .jit import kernel
 from .pages import KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, advance, cursor_at, first_seen, token_at, values_behind
-from .simd import splat_f32
-from .simd_memory import store_f32
-from .softmax import LOWEST, ZERO, make_weigh_row, mask_row
+from .softmax import make_weigh_row, mask_row
 
 # From how many rows on it pays to widen float16 keys for all of them.
 MANY = 12 if cpu.vectors() >= 32 else 5
 # How far ahead of scores keys are asked for, again or for the first time.
 AHEAD = 4 * SUBPAGE
 # Numbers of a row's state, see Room.
-STATE = 3
+STATE = 2
 
 
 class Room(NamedTuple):
     """Where in scratch a split of some rows has what it computes.
 
-    keys: a subpage's, widened to float32, or the scales of the values of a split of int8; weights: SPLIT scores of each row,
-    then weights; sums: of values, `size` of each row; state: maximum and total weight of each row, and the largest of what is
-    in `weights`.
+    loaded: for all rows: a subpage's keys, widened to float32, or the scales of int8 values; weights: SPLIT scores of each
+    row, then weights; sums: of values, `size` of each row; state: maximum and total weight of each row.
     """
 
     scratch: np.ndarray
-    keys: int
+    loaded: int
     weights: int
     sums: int
     state: int
@@ -46,17 +43,17 @@ padded_rows = kernel(padded)
 
 @kernel
 def room_at(kv, rows, scratch, at):
-    """Room for so many rows, from `at` on."""
+    """Room for so many rows, from `at` on, with more for sums behind these."""
     weights = at + SUBPAGE * kv.size
     sums = weights + padded_rows(rows) * SPLIT
-    return Room(scratch, at, weights, sums, sums + padded_rows(rows) * kv.size)
+    return Room(scratch, at, weights, sums, sums + 2 * padded_rows(rows) * kv.size)
 
 
 @kernel
 def more_room(kv, rows, room):
     """The same, but with sums and state of its own, behind the other's."""
-    sums = room.state + padded_rows(rows) * STATE
-    return Room(room.scratch, room.keys, room.weights, sums, sums + padded_rows(rows) * kv.size)
+    padded = padded_rows(rows)
+    return Room(room.scratch, room.loaded, room.weights, room.sums + padded * kv.size, room.state + padded * STATE)
 
 
 # ---------------------------------------------------------------- all rows, tile by tile
@@ -89,7 +86,7 @@ def _in_tiles(tile, most=MOST_ROWS):
     return tiles
 
 
-def _make_scores(kv_format):
+def _make_score_subpage(kv_format):
     if kv_format == KV_INT8:
         tiles = _in_tiles(attention_int8.score_tile)
     else:
@@ -97,15 +94,15 @@ def _make_scores(kv_format):
     many = attention_float.many_scores(kv_format) if kv_format == KV_FLOAT16 else None
 
     @kernel
-    def scores(kv, token, keys, rows, room, q_at, scores_at):
+    def score_subpage(kv, token, keys, rows, room, q_at, scores_at):
         """All rows against one subpage; meanwhile its values and the keys of token `keys` come nearer."""
         values = token + values_behind(kv)
         if many is not None and rows >= MANY:
-            many(kv, token, values, keys, rows, room.scratch, q_at, room.keys, scores_at)
+            many(kv, token, values, keys, rows, room.scratch, q_at, room.loaded, scores_at)
             return
         tiles(kv, (token, values, keys), rows, room.scratch, q_at, kv.size, scores_at, SPLIT)
 
-    return scores
+    return score_subpage
 
 
 def _make_values(kv_format, head_unit):
@@ -144,16 +141,20 @@ def _seen(query, r, start, end):
 def make_split(kv_format, head_unit):
     """The kernel attend_split for a pool of this format; head_unit as in make_attention."""
     quantized = kv_format == KV_INT8
-    scores, weigh_row, values = _make_scores(kv_format), make_weigh_row(quantized), _make_values(kv_format, head_unit)
+    score_subpage, weigh_row, values = (
+        _make_score_subpage(kv_format),
+        make_weigh_row(quantized),
+        _make_values(kv_format, head_unit),
+    )
 
     @kernel
-    def score(kv, span, rows, room, q_at):
+    def scores(kv, span, rows, room, q_at):
         """Scores of all rows."""
         query, start = span.query, span.first // SPLIT * SPLIT
         cursor, ahead = cursor_at(kv, span.first), cursor_at(kv, span.first + AHEAD)
         for p in range(span.first, span.end, SUBPAGE):
             keys = token_at(kv, query, span.pages, ahead) if ahead.position < span.end else -1
-            scores(kv, token_at(kv, query, span.pages, cursor), keys, rows, room, q_at, room.weights + p - start)
+            score_subpage(kv, token_at(kv, query, span.pages, cursor), keys, rows, room, q_at, room.weights + p - start)
             cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, kv.size)
 
     @kernel
@@ -165,39 +166,24 @@ def make_split(kv_format, head_unit):
             low, high = _seen(span.query, r, start, span.end)
             scratch[state + STATE * r] = mask_row(scratch, room.weights + r * SPLIT, low, high, first, end)
         if quantized:
-            attention_int8.load_scales(kv, span, scratch, room.keys)
+            attention_int8.load_scales(kv, span, scratch, room.loaded)
         for r in range(rows):
-            at = state + STATE * r
-            found = weigh_row(scratch, room.weights + r * SPLIT, first, end, scratch[at], room.keys - first)
-            scratch[at + 1], scratch[at + 2] = found
-        if quantized:
-            for r in range(rows):
-                largest = scratch[state + STATE * r + 2]
-                attention_int8.widen_weights(scratch, room.weights + r * SPLIT, first, end, largest)
-
-    @kernel
-    def unseen(kv, rows, room):
-        """A split of which no row sees a position."""
-        for r in range(rows):
-            at = room.state + STATE * r
-            room.scratch[at], room.scratch[at + 1] = LOWEST, ZERO
-        for i in range(room.sums, room.sums + rows * kv.size, 16):
-            store_f32(room.scratch, i, splat_f32(ZERO))
+            at, row = state + STATE * r, room.weights + r * SPLIT
+            scratch[at + 1], largest = weigh_row(scratch, row, first, end, scratch[at], room.loaded - first)
+            if quantized:
+                attention_int8.widen_weights(scratch, row, first, end, largest)
 
     @kernel
     def attend_split(kv, query, pages, split, following, ahead, room, q_at):
-        """One split for all rows: sums of values and, in state, each row's maximum and total weight.
+        """One split, of which some row sees a position: sums of values and, in state, each row's maximum and total weight.
 
         ahead: from which position on keys of `following` come next.
         """
         rows, start = query.tokens * query.group, split * SPLIT
         end = min(start + SPLIT, query.position + query.tokens)
         span = Span(query, pages, first_seen(query, start), end, following, ahead)
-        if span.first < end:
-            score(kv, span, rows, room, q_at)
-            weigh(kv, span, rows, room)
-            values(kv, span, rows, room)
-        else:
-            unseen(kv, rows, room)
+        scores(kv, span, rows, room, q_at)
+        weigh(kv, span, rows, room)
+        values(kv, span, rows, room)
 
     return attend_split

@@ -289,9 +289,9 @@ def keep_lanes(typing_context, v, first, end, other):
 def _exp(builder, x):
     """exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; 1e-7 relative.
 
-    exp(r) = 1 + r + r^2 (c2 + c3 r + c4 r^2 + c5 r^3 + c6 r^4), minimax (3e-9), in pairs: a chain of products takes longer.
+    exp(r) = 1 + r + r^2 (c2 + c3 r + c4 r^2 + c5 r^3 + c6 r^4), minimax (4e-9), in pairs: a chain of products takes longer.
 
-    A number this large has no fraction: adding it rounds, and its last bits are then the exponent of 2^n.
+    `large` has no fraction: adding it rounds, and its last bits are then the exponent of 2^n.
     """
     underflow = builder.fcmp_ordered("<", x, constant(_F32, -87.0))
     x = maximum(builder, constant(_F32, -87.0), x)

@@ -33,9 +33,10 @@ def make_weigh_row(scaled: bool):
     def weigh_row(scratch, at, start, stop, maximum, scales):
         """Scores of lanes start .. stop, multiples of 16, become exp(score - maximum), times the scale at `scales` + lane.
 
-        Returns (sum of the weights, largest of what they became); NaN where one of them is NaN.
+        Returns (sum of the weights, with scales the largest of what they became); NaN where one of them is NaN.
         """
         total, largest = splat_f32(ZERO), splat_i32(NOTHING)
+        # Scores of nothing but -inf have no weight. (-inf minus -inf would be NaN.)
         shift = splat_f32(maximum if maximum > LOWEST else ZERO)
         for t in range(start, stop, 16):
             weight = exp(load_f32(scratch, at + t) - shift)

@@ -43,7 +43,7 @@ def long_query(c, layer, i, head, group):
 
 
 def make_attend_all(attend, attend_part):
-    """The kernel attend_all, from the attention of one tile and of one split."""
+    """The kernel attend_all, from the attention of one tile and of a part of a long token."""
 
     @kernel
     def attend_all(c, layer):

@@ -89,6 +89,8 @@ def _attention_cases(kv_format: int) -> list[Case]:
         {"position": 300, "tokens": 1, "heads": 2, "group": 3, "size": 64},
         {"position": 250, "tokens": 9, "heads": 1, "group": 4, "size": 80, "page": 64},
         {"position": 600, "tokens": 4, "heads": 1, "group": 2, "size": 128, "window": 290},
+        # From its sixth token on nothing is seen of the first split.
+        {"position": 540, "tokens": 12, "heads": 1, "group": 3, "size": 64, "window": 290},
     )
     large = tuple({"position": p, "tokens": t, "heads": 1, "group": 4, "size": 64} for p, t in ((4095, 1), (504, 8)))
     small_64 = tuple(s for s in small if s["size"] % 64 == 0)
@@ -96,8 +98,8 @@ def _attention_cases(kv_format: int) -> list[Case]:
         {"position": 0, "heads": 1, "group": 1, "size": 16, "low": 0, "high": 1},
         {"position": 300, "heads": 2, "group": 3, "size": 64, "low": 0, "high": 4},
         {"position": 600, "heads": 3, "group": 5, "size": 80, "low": 4, "high": 8, "page": 64},
-        {"position": 700, "heads": 3, "group": 13, "size": 128, "low": 2, "high": 7, "page": 96, "window": 290},
-        {"position": 600, "heads": 2, "group": 2, "size": 64, "low": 0, "high": 6, "window": 33},
+        {"position": 700, "heads": 3, "group": 13, "size": 128, "low": 4, "high": 8, "page": 96, "window": 290},
+        {"position": 600, "heads": 2, "group": 2, "size": 64, "low": 4, "high": 6, "window": 33},
         {"position": 300, "heads": 2, "group": 3, "size": 64, "low": 2, "high": 2},
     )
     part_64 = tuple(s for s in part if s["size"] % 64 == 0)
@@ -112,6 +114,9 @@ def _attention_cases(kv_format: int) -> list[Case]:
 
     def work(s: dict[str, int]) -> int:
         return 2 * s["group"] * s["size"] * sum(s["position"] + t + 1 for t in range(s["tokens"]))
+
+    def part_cost(s: dict[str, int]) -> int:
+        return 2 * (s["high"] - s["low"]) * SPLIT * token_bytes(kv_format, s["size"])
 
     name_64 = f"{name}, 64 columns at a time"
     return [
@@ -128,8 +133,7 @@ def _attention_cases(kv_format: int) -> list[Case]:
                 close,
                 sizes,
                 (),
-                cost,
-                work,
+                part_cost,
             )
             for label, kernel, sizes in ((name, attend_part, part), (name_64, attend_part_64, part_64))
         ),
@@ -152,7 +156,7 @@ def _attention_cases(kv_format: int) -> list[Case]:
 def _make_merge(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
     parts = normal(rng, s["splits"] * 3 * partial_size(s["size"])).reshape(-1, partial_size(s["size"]))
     parts[:, -1] = np.abs(parts[:, -1]) + 1
-    parts[3, -2:] = -np.inf, 0
+    parts[3 * s["unseen"] + 1, -2:] = -np.inf, 0
     flat = parts.reshape(-1).view(Scratch)
     return flat, 0, s["splits"], 3, 1, s["size"], np.zeros(s["size"], np.float32), 0
 
@@ -165,8 +169,8 @@ CASES = [
         reference.merge_parts,
         _make_merge,
         1e-5,
-        ({"splits": 2, "size": 16}, {"splits": 5, "size": 80}),
-        ({"splits": 16, "size": 64},),
+        ({"splits": 2, "size": 16, "unseen": 0}, {"splits": 5, "size": 80, "unseen": 1}),
+        ({"splits": 16, "size": 64, "unseen": 0},),
         lambda s: 4 * s["splits"] * s["size"],
     ),
 ]
