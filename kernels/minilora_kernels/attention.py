@@ -7,7 +7,7 @@ on how its prompt was chunked nor on the rows or threads beside it.
 
 Memory is asked for evenly: the values of a split beside its scores, and beside its sums the keys that this thread
 needs next, of the same text or of the one that follows. A core drops prefetches while it has as many under way as it can,
-without a word. So keys are asked for again AHEAD of being scored, but for the first of a split.
+without a word. So all but the first keys of a split are asked for again shortly before they are scored.
 """
 
 import numpy as np
