@@ -27,7 +27,7 @@ from .unit import unit
 
 def scratch_size(rows: int, size: int) -> int:
     """float32 numbers that `attend` needs for `rows` rows (tokens x group) of head size `size`."""
-    return 2 * padded(rows) * (size + STATE) + padded(rows) * (size + SPLIT) + SUBPAGE * size
+    return padded(rows) * (3 * size + SPLIT + 2 * STATE) + SUBPAGE * size
 
 
 def part_scratch_size(heads: int, group: int, size: int) -> int:
@@ -127,6 +127,7 @@ def make_attention(kv_format: int, head_unit: int = 16):
         for item in range(low, high):
             split, head = item // heads, item % heads
             mine, row = _of_head(query, head), head * group * kv.size
+            # Each head's first item; later ones find its queries in scratch.
             if item < low + heads:
                 load_queries(kv, mine, q, q_at + row, 0, scratch, scratch_at + row)
             # What comes after this thread's last item is another's.
