@@ -113,8 +113,8 @@ def _walk(kv, span, columns, out):
     for d in range(0, kv.size, columns):
         cursor = keys_beside(kv, span, d)
         for _ in range(span.first, span.end, SUBPAGE):
-            out[n], out[n + 1], out[n + 2] = cursor.position, cursor.page * kv.page + cursor.slot, cursor.column
-            cursor, n = advance(kv, cursor, columns), n + 3
+            out[n], out[n + 1], out[n + 2], out[n + 3] = cursor
+            cursor, n = advance(kv, cursor, columns), n + 4
 
 
 @pytest.mark.parametrize("page", [32, 96])
@@ -122,9 +122,10 @@ def _walk(kv, span, columns, out):
 def test_keys_are_asked_for_once_and_in_order(size, columns, page):
     kv = empty_pool(KV_INT8, 1, 1, 1, size, page)
     span = Span(NOBODY, np.zeros(1, np.int64), 288, 480, NOBODY, 512)
-    out = np.zeros(3 * 6 * -(-size // columns), np.int64)
+    out = np.zeros(4 * 6 * -(-size // columns), np.int64)
     program(_walk, (size, columns))(kv, span, columns, out)
     asked = [divmod(d * 6 + i * columns, size) for d in range(0, size, columns) for i in range(6)]
-    expected = [[512 + subpage * SUBPAGE, 512 + subpage * SUBPAGE, column] for subpage, column in asked]
-    assert out.reshape(-1, 3).tolist() == expected
+    places = [(512 + subpage * SUBPAGE, column) for subpage, column in asked]
+    expected = [[position, *divmod(position, page), column] for position, column in places]
+    assert out.reshape(-1, 4).tolist() == expected
     assert asked == sorted(set(asked))
