@@ -49,6 +49,7 @@ class AdapterPool:
         except MemoryError:
             raise ResourceError(f"no memory for {capacity} bytes of adapters", "Lower lora_memory.") from None
         self.arrays = AdapterArrays(
+            fmt,
             arena,
             np.zeros((slots, layers, 4, 2), np.int64),
             np.zeros((slots, layers, 7, 3), np.int64),

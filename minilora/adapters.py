@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora_kernels.lora_pack import pack_expand, pack_shrink, padded_rank, panel_bytes
+from minilora_kernels.lora_pack import pack_expand, pack_gather, pack_shrink, padded_rank, panel_bytes
 from minilora_kernels.memory import CACHE_LINE
 from minilora_kernels.pack import INT8, PANEL
 
@@ -44,11 +44,13 @@ EMBED, HEAD = "model.embed_tokens", "lm_head"
 class AdapterArrays(NamedTuple):
     """The resident adapters as the step reads them, int64 but for the arena. Offsets are bytes in it.
 
-    arena: uint8. inputs: [slots, layers + 1, 4, 2]: offset and padded ranks of A for each input; outputs: [slots,
-    layers + 1, 7, 3]: offset and padded rank of B for each matrix, and its first column in the shrunk rows. The last
-    layer's input 0 and output 0 are the head's. embed: [slots, 3]: offsets of A and B, and padded rank.
+    fmt: the format of their numbers. arena: uint8. inputs: [slots, layers + 1, 4, 2]: offset and padded ranks of A for
+    each input; outputs: [slots, layers + 1, 7, 3]: offset and padded rank of B for each matrix, and its first column in
+    the shrunk rows. The last layer's input 0 and output 0 are the head's. embed: [slots, 3]: offsets of A and B, and
+    padded rank.
     """
 
+    fmt: int
     arena: np.ndarray
     inputs: np.ndarray
     outputs: np.ndarray
@@ -158,6 +160,10 @@ class _Arena:
         """The offset of the first byte of these A, below each other."""
         return self._add(pack_shrink(parts, self.fmt))
 
+    def add_gather(self, a: np.ndarray) -> int:
+        """The offset of the first byte of this A of an embedding."""
+        return self._add(pack_gather(a, self.fmt))
+
     def add_expand(self, b: np.ndarray) -> int:
         """The offset of the first byte of this B."""
         return self._add(pack_expand(b, self.fmt))
@@ -250,7 +256,7 @@ def _pack_ends(
         head_outputs[0] = arena.add_expand(np.pad(b, ((0, -len(b) % PANEL), (0, 0)))), padded_rank(len(a)), 0
     if EMBED in adapter.pairs:
         a, b = _stored(adapter.pairs[EMBED], arena.fmt)
-        embed[:] = arena.add_shrink([a]), arena.add_expand(b), padded_rank(len(a))
+        embed[:] = arena.add_gather(a), arena.add_expand(b), padded_rank(len(a))
 
 
 def _pack_input(

@@ -210,6 +210,7 @@ def _rows(count: int, width: int) -> Rows:
     return Rows(
         _floats(count * stride),
         aligned_zeros(count * stride, np.int8),
+        aligned_zeros(count * stride, np.int16),
         _floats(groups),
         aligned_zeros(groups, np.int32),
         _floats(groups),

@@ -18,20 +18,27 @@ EVERYTHING = (*LINEAR, "embed_tokens", "lm_head")
 SHRINK, EXPAND = (next(case for case in CASES if case.name == name) for name in ("shrink int8", "expand int8"))
 
 
-def in_bytes(half):
-    """A or B as int8 numbers with a scale for each row hold it."""
-    scale = np.abs(half).max(axis=1, keepdims=True) / np.float32(127)
-    return np.rint(half / scale) * scale
+def in_bytes(pair):
+    """A pair as int8 numbers with a scale for each row of A and B hold it, ranks of A near 1."""
+    size = 2 ** np.rint(np.log2(np.sqrt(np.square(pair.a).mean(axis=1))))
+    halves = pair.a / size[:, None], pair.b * size
+    scales = [np.abs(half).max(axis=1, keepdims=True) / np.float32(127) for half in halves]
+    return Pair(*(np.rint(half / scale) * scale for half, scale in zip(halves, scales, strict=True)))
 
 
-STORED = {"float32": np.float32, "float16": lambda half: half.astype(np.float16).astype(np.float32), "int8": in_bytes}
+STORED = {
+    "float32": lambda pair: pair,
+    "float16": lambda pair: Pair(*(half.astype(np.float16).astype(np.float32) for half in pair)),
+    "int8": in_bytes,
+}
 
 
 @pytest.mark.parametrize("rank", [1, 6, 19])
 @pytest.mark.parametrize("lora_dtype", STORED)
-def test_equals_merged_weights(tiny, lora_dtype, rank):
+@pytest.mark.parametrize("name", ["llama", "llama-odd-heads"])
+def test_equals_merged_weights(tiny, name, lora_dtype, rank):
     """What storing the numbers costs is left out: the expected update is of the numbers as they are stored."""
-    weights, tokens = load_weights(tiny("llama")), random_tokens(np.random.default_rng(rank), 40)
+    weights, tokens = load_weights(tiny(name)), random_tokens(np.random.default_rng(rank), 40)
     tensors, others = peft_tensors(weights.config, rank, EVERYTHING, rank), {"k_proj": 3, "up_proj": 9, "o_proj": 2}
     for module, other in others.items():
         tensors |= peft_tensors(weights.config, other, (module,), rank)
@@ -39,7 +46,7 @@ def test_equals_merged_weights(tiny, lora_dtype, rank):
     adapter = adapter_from_arrays(tensors, settings, weights.config)
     engine = make_engine(weights, lora_dtype=lora_dtype)
     found = prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(adapter), 0.5),))
-    stored = Adapter({module: Pair(*map(STORED[lora_dtype], pair)) for module, pair in adapter.pairs.items()})
+    stored = Adapter({module: STORED[lora_dtype](pair) for module, pair in adapter.pairs.items()})
     expected = reference_logprobs(weights, tokens, engine.length, [(stored, 0.5)])
     error = largest_error(found, expected, tokens)
     assert error < (1e-2 if lora_dtype == "int8" else 2e-4)
@@ -70,11 +77,13 @@ def test_an_a_of_almost_nothing_is_nothing(tiny):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_number_that_is_not_finite_is_not_hidden(bad):
-    """Integers would hide it: the scale of the row's shrunk numbers shows it, and so does what is added to the row."""
+    """Integers would hide it: the scales of its group and of the row's shrunk numbers show it, and so does what is added."""
     rng = np.random.default_rng(1)
-    arguments = SHRINK.make(rng, {"R": 16, "K": 64, "M": 5})
-    x, s, stride = arguments[5], arguments[10], arguments[12]
-    x[2 * 64 + 7] = bad
+    arguments = SHRINK.make(rng, {"R": 16, "K": 64, "M": 5, "group": 32})
+    x, x_row, s, stride = arguments[6], arguments[7], arguments[10], arguments[12]
+    numbers = rng.standard_normal(64, dtype=np.float32)
+    numbers[7] = bad
+    reference.quantize_row(numbers, 0, 64, 32, x, x_row + 2, 0, True)
     SHRINK.compiled(*arguments)
     numbers = np.isfinite(reference.from_wide(s.reshape(5, 16)))
     assert not numbers[2].any() and numbers[[0, 1, 3, 4]].all()
@@ -90,9 +99,24 @@ def test_small_numbers_keep_their_share():
     s = np.full(16, 0.01, np.float32)
     s[3] = 1
     assert np.abs(reference.from_wide(reference.to_wide(s)) - s).max() < 0.5 / (127 * 128) * 1.01
-    arguments = SHRINK.make(np.random.default_rng(1), {"R": 16, "K": 64, "M": 1})
-    a, x = np.zeros((16, 64), np.float32), arguments[5]
-    a[:, 0], x[:] = s, 0
-    x[0] = 2
+    arguments = SHRINK.make(np.random.default_rng(1), {"R": 16, "K": 64, "M": 1, "group": 32})
+    a, x = np.zeros((16, 64), np.float32), np.zeros(64, np.float32)
+    a[:, 0], x[0] = s, 2
+    reference.quantize_row(x, 0, 64, 32, arguments[6], arguments[7], 0, True)
     SHRINK.compiled(pack_shrink([a], INT8), *arguments[1:])
     assert np.abs(reference.from_wide(arguments[10]) - s).max() < 1e-4
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_the_largest_inputs_of_a_do_not_overflow(group, count):
+    """A and inputs at an end of their range in every column: sums of a group are as large as can be."""
+    arguments = list(SHRINK.make(np.random.default_rng(1), {"R": 16, "K": 256, "M": count, "group": group}))
+    signs = (-1.0) ** np.arange(256, dtype=np.float32)
+    for row in range(count):
+        reference.quantize_row(signs * 3, 0, 256, group, arguments[6], arguments[7] + row, 0, True)
+    assert np.abs(arguments[6].fine).max() == 127 * 256
+    arguments[0] = pack_shrink([np.tile(signs, (16, 1))], INT8)
+    SHRINK.compiled(*arguments)
+    found = reference.from_wide(arguments[10].reshape(count, 16))
+    assert np.allclose(found, 0.5 * 3 * 256, rtol=1e-4)

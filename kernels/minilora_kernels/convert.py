@@ -7,10 +7,10 @@ import numpy as np
 from .jit import kernel, program
 from .pack import FLOAT16, check_largest
 from .simd import hmax, round_i32, splat_f32, splat_i32, vabs, vmax
-from .simd_memory import load_f16, load_f32, scatter_i8, store_f16, store_f32, store_i8
+from .simd_memory import load_f16, load_f32, scatter_i8, store_f16, store_f32
 
 LARGEST_INT8 = np.float32(127)
-ZERO, TINY, OFFSET = np.float32(0), np.float32(1e-30), np.int32(128)
+ZERO, TINY = np.float32(0), np.float32(1e-30)
 
 
 @kernel
@@ -35,26 +35,24 @@ def widen(x, n, out):
 
 
 @kernel
-def quantize_panels(x, panels, inner, words, out, at):
+def quantize_panels(x, panels, inner, together, offset, out, at):
     """Panels of [inner][16] float32: scale[i] = max over k of |x[k, i]| / 127, q[k, i] = round(x[k, i] / scale[i]).
 
-    out: uint8; each panel from byte `at` on is 16 float32 scales, then q as int8 [inner][16]; with words q + 128 as
-    [inner / 4][16][4], inner a multiple of 4.
+    out: uint8; each panel from byte `at` on is 16 float32 scales, then q + offset as bytes, [inner / together][16][together],
+    inner a multiple of `together`.
     """
     for p in range(panels):
-        first, largest = p * inner * 16, splat_f32(ZERO)
+        start, largest = p * inner * 16, splat_f32(ZERO)
         for k in range(inner):
-            largest = vmax(vabs(load_f32(x, first + 16 * k)), largest)
+            largest = vmax(vabs(load_f32(x, start + 16 * k)), largest)
         # A row of zeros: any scale above 0 will do.
         scale = vmax(largest, splat_f32(TINY)) / splat_f32(LARGEST_INT8)
         store_f32(out, at, scale)
         at += 64
         for k in range(inner):
-            q = round_i32(load_f32(x, first + 16 * k) / scale)
-            if words:
-                scatter_i8(out, at + k // 4 * 64 + k % 4, 4, q + splat_i32(OFFSET))
-            else:
-                store_i8(out, at + 16 * k, q)
+            q = round_i32(load_f32(x, start + 16 * k) / scale)
+            first = k % together
+            scatter_i8(out, at + 16 * (k - first) + first, together, q + splat_i32(np.int32(offset)))
         at += 16 * inner
 
 
@@ -63,9 +61,9 @@ def _programs():
     return program(narrow), program(widen), program(quantize_panels)
 
 
-def quantize_panels_int8(x: np.ndarray, inner: int, words: bool, out: np.ndarray, at: int) -> None:
+def quantize_panels_int8(x: np.ndarray, inner: int, together: int, offset: int, out: np.ndarray, at: int) -> None:
     """See quantize_panels; x: float32, flat, a whole number of panels."""
-    _programs()[2](x, len(x) // (16 * inner), inner, words, out, at)
+    _programs()[2](x, len(x) // (16 * inner), inner, together, offset, out, at)
 
 
 def narrow_float16(x: np.ndarray, out: np.ndarray, at: int) -> None:

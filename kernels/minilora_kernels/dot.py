@@ -1,4 +1,4 @@
-"""The dot product of bytes that all integer weights go through, with one lowering for each CPU family.
+"""The dot products of integers, with one lowering for each CPU family; that of bytes is what all integer weights go through.
 
     dot4(acc, u, s)[i] = acc[i] + sum over j < 4 of u[4 i + j] * s[4 i + j]
 
@@ -31,8 +31,8 @@ def _by_parts(builder, parts, emit, *vectors):
     return done[0]
 
 
-def _vnni_takes_bytes() -> bool:
-    """Whether this LLVM declares vpdpbusd with byte vectors (from 22) or with int32 vectors (before)."""
+def _vnni_takes_parts() -> bool:
+    """Whether this LLVM declares vpdpbusd and vpdpwssd with vectors of what they multiply (from 22) or of int32 (before)."""
     text = """declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, {0}, {0})
     define <16 x i32> @f(<16 x i32> %a, {0} %b) {{
       %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %a, {0} %b, {0} %b)
@@ -46,9 +46,18 @@ def _vnni_takes_bytes() -> bool:
 
 def _vpdpbusd(bits):
     def emit(builder, acc, u, s):
-        if not _vnni_takes_bytes():
+        if not _vnni_takes_parts():
             u, s = (builder.bitcast(v, acc.type) for v in (u, s))
         return call(builder, f"llvm.x86.avx512.vpdpbusd.{bits}", acc.type, acc, u, s)
+
+    return emit
+
+
+def _vpdpwssd(bits):
+    def emit(builder, acc, a, b):
+        if not _vnni_takes_parts():
+            a, b = (builder.bitcast(v, acc.type) for v in (a, b))
+        return call(builder, f"llvm.x86.avx512.vpdpwssd.{bits}", acc.type, acc, a, b)
 
     return emit
 
@@ -58,9 +67,13 @@ def _pairs(builder, u, s):
     return call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(ir.IntType(16), 16), u, s)
 
 
+def _pmaddwd(builder, acc, a, b):
+    """AVX2: products of 16-bit integers, pairs of them into 32 bits."""
+    return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, a, b))
+
+
 def _add_pairs(builder, acc, pairs):
-    """AVX2: pairs of 16-bit integers into 32 bits."""
-    return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, pairs, constant(pairs.type, 1)))
+    return _pmaddwd(builder, acc, pairs, constant(pairs.type, 1))
 
 
 def _maddubs(builder, acc, u, s):
@@ -102,31 +115,40 @@ def _widened(builder, acc, u, s):
     return acc
 
 
+def _widened_pairs(builder, acc, a, b):
+    """Any CPU: integer j of each pair, widened to 32 bits and multiplied."""
+    for j in range(2):
+        x, y = (builder.sext(pick_lanes(builder, v, range(j, v.type.count, 2)), acc.type) for v in (a, b))
+        acc = builder.add(acc, builder.mul(x, y))
+    return acc
+
+
 class _Family(NamedTuple):
     """How a CPU family multiplies `parts` parts of a vector.
 
-    small: for u <= 127 and any s; bytes: for any u and s >= -127; signed: `bytes` multiplies u - 128.
+    small: for u <= 127 and any s; bytes: for any u and s >= -127; pairs: of 16 bits; signed: `bytes` multiplies u - 128.
     """
 
     parts: int
     small: Callable
     bytes: Callable
+    pairs: Callable
     signed: bool = False
 
 
 def _family() -> _Family:
     family = cpu.family()
     if family == cpu.AVX512_VNNI:
-        return _Family(1, _vpdpbusd(512), _vpdpbusd(512))
+        return _Family(1, _vpdpbusd(512), _vpdpbusd(512), _vpdpwssd(512))
     if family == cpu.AVX_VNNI:
-        return _Family(2, _vpdpbusd(256), _vpdpbusd(256))
+        return _Family(2, _vpdpbusd(256), _vpdpbusd(256), _vpdpwssd(256))
     if family == cpu.AVX2:
-        return _Family(2, _maddubs, _maddubs_signed, signed=True)
+        return _Family(2, _maddubs, _maddubs_signed, _pmaddwd, signed=True)
     if family == cpu.NEON_DOT and cpu.has_i8mm():
-        return _Family(4, _sdot, _usdot)
+        return _Family(4, _sdot, _usdot, _widened_pairs)
     if family == cpu.NEON_DOT:
-        return _Family(4, _sdot, _sdot_signed, signed=True)
-    return _Family(1, _widened, _widened)
+        return _Family(4, _sdot, _sdot_signed, _widened_pairs, signed=True)
+    return _Family(1, _widened, _widened, _widened_pairs)
 
 
 def _dot4(choose, sums=i32x16):
@@ -155,6 +177,18 @@ start_unsigned = primitive(i32x16, [i32x16], _start_unsigned)
 """Where dot4_bytes begins, from minus the sum of all s."""
 
 
+# ---------------------------------------------------------------- pairs of 16 bits
+
+
+def _dot2(builder, acc, a, b):
+    family = _family()
+    return _by_parts(builder, family.parts, family.pairs, acc, a, b)
+
+
+dot2 = primitive(i32x16, [i32x16, i16x32, i16x32], _dot2)
+"""acc[i] + sum over j < 2 of a[2i + j] * b[2i + j]. Exact, where the sum fits."""
+
+
 # ---------------------------------------------------------------- bytes with wide integers
 
 # AVX2 takes five instructions for 32 products of bytes, two for 16 of 16 bits.
@@ -169,7 +203,7 @@ def _wide(half, digits):
 
     def pairs(builder, acc, both, part):
         both, part = (builder.bitcast(v, _PAIR) for v in (both, part))
-        return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, half(builder, both), part))
+        return _pmaddwd(builder, acc, half(builder, both), part)
 
     def emit(builder, acc, both, part):
         if PAIRS:

@@ -61,6 +61,8 @@ from .unit import unit
 
 ZERO = np.float32(0)
 GROUP_MIN = 32
+# What a step of `fine` is of one of q.
+FINE = np.float32(1 / 256)
 # Bytes from what is computed to what is asked for.
 AHEAD = 6144
 # Rows of the tile for many rows, where the CPU runs it best, and how many such tiles together ask for the next block.
@@ -73,11 +75,12 @@ class Rows(NamedTuple):
 
     values: float32, read by floating-point formats. Quantised in groups of the matrix's size: q: int8;
     scales: float32, value = scale * q; sums: int32, minus the sum of each group's q, and offsets: float32,
-    scale * sum of q.
+    scale * sum of q. fine: int16, value = scale * FINE * fine, read by int8 adapters.
     """
 
     values: np.ndarray
     q: np.ndarray
+    fine: np.ndarray
     scales: np.ndarray
     sums: np.ndarray
     offsets: np.ndarray
@@ -282,9 +285,9 @@ def _first_of(formats: tuple):
     return choose
 
 
-_INPUTS = named(Rows, FLOATS, array(np.int8), FLOATS, array(np.int32), FLOATS)
+INPUTS = named(Rows, FLOATS, array(np.int8), array(np.int16), FLOATS, array(np.int32), FLOATS)
 _WEIGHTS, _OUT = (BYTES, array(np.int64, 2), NUMBER), (FLOATS, NUMBER, NUMBER, NUMBER)
-_LINEAR = signature(types.none, *_WEIGHTS, _INPUTS, NUMBER, NUMBER, NUMBER, NUMBER, *_OUT)
+_LINEAR = signature(types.none, *_WEIGHTS, INPUTS, NUMBER, NUMBER, NUMBER, NUMBER, *_OUT)
 
 
 @unit(lambda formats: (_LINEAR,))

@@ -8,14 +8,15 @@ from numba.core.typing import signature
 
 from .jit import kernel
 from .kinds import BYTES, FLOATS, NUMBER
+from .linear import INPUTS
 from .lora_expand import Lines, Panels, expand_rows, rows_at_once
 from .lora_pack import head_bytes, number_bytes
-from .lora_shrink import gather_panel, shrink_tile
+from .lora_shrink import ROWS, gather_panel, most_rows, shrink_tile
 from .pack import PANEL
 from .unit import unit
 
 _PLACE, _ROWS, _SCALE = (FLOATS, NUMBER), (FLOATS, NUMBER, NUMBER), types.float32
-_SHRINK = signature(types.none, BYTES, *[NUMBER] * 4, *_ROWS, NUMBER, _SCALE, *_ROWS)
+_SHRINK = signature(types.none, BYTES, *[NUMBER] * 5, INPUTS, *[NUMBER] * 2, _SCALE, *_ROWS)
 _GATHER = signature(types.none, BYTES, *[NUMBER] * 4, _SCALE, *_PLACE)
 _EXPAND = signature(types.none, BYTES, *[NUMBER] * 5, *_PLACE, *[NUMBER] * 3, *_ROWS, NUMBER)
 
@@ -23,28 +24,30 @@ _EXPAND = signature(types.none, BYTES, *[NUMBER] * 5, *_PLACE, *[NUMBER] * 3, *_
 @unit(lambda fmt: (_SHRINK, _GATHER, _EXPAND))
 def make_lora(fmt: int):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
-    shrink_some, expand_some, several = shrink_tile(fmt), expand_rows(fmt), rows_at_once(fmt)
+    shrink_some, expand_some, most, several = shrink_tile(fmt), expand_rows(fmt), most_rows(fmt), rows_at_once(fmt)
     gather_one, size, head = gather_panel(fmt), number_bytes(fmt), head_bytes(fmt)
 
     @kernel
-    def shrink(arena, at, following, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
-        """s[m, 16 * panel + i] = scale * sum over k of x[m, k] * A[16 * panel + i, k], m < rows, i < 16.
+    def shrink(arena, at, following, columns, group, panel, x, x_row, rows, scale, s, s_at, s_stride):
+        """s[m, 16 * panel + i] = scale * sum over k of x[x_row + m, k] * A[16 * panel + i, k], m < rows, i < 16.
 
-        arena: uint8, A's panels from byte `at`; columns: K, a multiple of 4; x, s: float32, row m at m * stride; int8
-        adapters leave wide integers in s, 16 numbers in 16 places, see wide.store_sixteen. following: the byte that is
-        likely to be read after this panel, for prefetching.
+        arena: uint8, A's panels from byte `at`; columns: K, a multiple of 16; x: Rows, of which int8 adapters read `fine`,
+        in groups of `group` columns, others `values`; s: float32, row m at m * stride: int8 adapters leave wide integers
+        there, 16 numbers in 16 places, see wide.store_sixteen. following: the byte that is likely to be read after this
+        panel, for prefetching.
         """
         at += panel * (head + columns * PANEL * size)
         s_at += panel * PANEL
         m = 0
-        while rows - m >= 4:
-            x_m, s_m = x_at + m * x_stride, s_at + m * s_stride
-            shrink_some(4, arena, at, following, columns, x, x_m, x_stride, scale, s, s_m, s_stride)
-            m += 4
+        while rows - m >= most:
+            shrink_some(most, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
+            m, s_at = m + most, s_at + most * s_stride
+        if most > ROWS and rows - m >= ROWS:
+            shrink_some(ROWS, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
+            m, s_at = m + ROWS, s_at + ROWS * s_stride
         while m < rows:
-            x_m, s_m = x_at + m * x_stride, s_at + m * s_stride
-            shrink_some(1, arena, at, following, columns, x, x_m, x_stride, scale, s, s_m, s_stride)
-            m += 1
+            shrink_some(1, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
+            m, s_at = m + 1, s_at + s_stride
 
     @kernel
     def gather(arena, at, columns, panels, token, scale, s, s_at):

@@ -1,42 +1,62 @@
-"""LoRA's first half, tiles of x A: numbers of every format, widened to float32.
+"""LoRA's first half, tiles of x A: of float32 and float16 adapters in float32, of int8 ones in integers.
 
-Sums run over k in four interleaved chains. What comes out are float32 numbers, or for int8 adapters wide integers, as
-`lora_expand` reads them.
+Sums of floats run over k in four interleaved chains, those of integers are exact within a group of inputs and run over
+the groups in order. What comes out are float32 numbers, or for int8 adapters wide integers, as `lora_expand` reads them.
 """
 
 import numpy as np
 
+from . import cpu
+from .dot import dot2
 from .jit import inlined, kernel
+from .linear import FINE, GROUP_MIN
 from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
-from .simd import f32x16, fma, splat_f32, tile
-from .simd_memory import load_f16, load_f32, load_i8, load_scalar_f32, prefetch_beside, store_f32
+from .simd import f32x16, fma, i32x16, repeat2, splat_f32, splat_i32, tile, to_f32
+from .simd_memory import (
+    load_f16,
+    load_f32,
+    load_i8,
+    load_i16_of_i8,
+    load_scalar_f32,
+    load_word,
+    prefetch_beside,
+    store_f32,
+)
 from .wide import store_sixteen
 
-MOST_ROWS, CHAINS = 4, 4
-# How far ahead of its use memory is asked for, in bytes.
-AHEAD = 8192
+# Rows of the smaller tile for several rows; sums of each row in float32; columns of A, int8, that are taken in one go.
+ROWS, CHAINS, PART = 4, 4, 16
+# How far ahead of its use memory is asked for, in bytes, and, of int8 adapters, once more, since a core drops what it is
+# asked for while as much is under way as it can have.
+AHEAD, AGAIN = 8192, 3072
 
-ZERO = np.float32(0)
+ZERO, NOTHING = np.float32(0), np.int32(0)
 
 _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16, INT8: load_i8}
 
 
-def shrink_tile(fmt: int):
-    """s[m] = scale * sum over k of x[m, k] * A[k] for 1 to 4 rows and the panel of A at byte `at`.
+def most_rows(fmt: int) -> int:
+    """Rows of the largest tile: those whose sums the registers hold."""
+    return 2 * ROWS if fmt == INT8 and cpu.vectors() >= 32 else ROWS
 
-    following: the byte that is likely to be read after this panel, for prefetching.
+
+def shrink_tile(fmt: int):
+    """s[m] = scale * sum over k of x[m, k] * A[k] for some rows m of x, from x_row on, and the panel of A at byte `at`.
+
+    x: Rows, quantised in groups of `group` columns. following: the byte that is likely to be read after this panel, for
+    prefetching.
     """
-    load, size, quantized = _LOAD[fmt], number_bytes(fmt), fmt == INT8
-    new_acc, new_a, head = tile(f32x16, MOST_ROWS, CHAINS), tile(f32x16, CHAINS), head_bytes(fmt)
-    store = store_sixteen if quantized else store_f32
+    return _int8_tile() if fmt == INT8 else _float_tile(fmt)
+
+
+def _float_tile(fmt: int):
+    load, size = _LOAD[fmt], number_bytes(fmt)
+    new_acc, new_a = tile(f32x16, ROWS, CHAINS), tile(f32x16, CHAINS)
 
     @inlined
-    def shrink(rows, arena, at, following, columns, x, x_at, x_stride, scale, s, s_at, s_stride):
-        acc, a, lanes, length = new_acc(), new_a(), splat_f32(scale), columns * PANEL * size
-        if quantized:
-            lanes = lanes * load_f32(arena, at)
-            at += head
+    def shrink_floats(rows, arena, at, following, columns, group, x, x_row, scale, s, s_at, s_stride):
+        acc, a, lanes, length, x_at = new_acc(), new_a(), splat_f32(scale), columns * PANEL * size, x_row * x.stride
         for m in range(rows):
             for c in range(CHAINS):
                 acc[m, c] = splat_f32(ZERO)
@@ -48,12 +68,50 @@ def shrink_tile(fmt: int):
                 a[c] = load(arena, at + (k + c) * PANEL * size)
             for m in range(rows):
                 for c in range(CHAINS):
-                    acc[m, c] = fma(a[c], splat_f32(load_scalar_f32(x, x_at + m * x_stride + k + c)), acc[m, c])
+                    number = load_scalar_f32(x.values, x_at + m * x.stride + k + c)
+                    acc[m, c] = fma(a[c], splat_f32(number), acc[m, c])
         for m in range(rows):
             total = (acc[m, 0] + acc[m, 1]) + (acc[m, 2] + acc[m, 3])
-            store(s, s_at + m * s_stride, total * lanes)
+            store_f32(s, s_at + m * s_stride, total * lanes)
 
-    return shrink
+    return shrink_floats
+
+
+def _int8_tile():
+    most, head = most_rows(INT8), head_bytes(INT8)
+    new_acc, new_dots = tile(f32x16, most), tile(i32x16, most)
+
+    @inlined
+    def shrink_int8(rows, arena, at, following, columns, group, x, x_row, scale, s, s_at, s_stride):
+        acc, dots, length = new_acc(), new_dots(), columns * PANEL
+        lanes, at = splat_f32(scale * FINE) * load_f32(arena, at), at + head
+        x_at, scale_stride = x_row * x.stride, x.stride // GROUP_MIN
+        scale_at = x_row * scale_stride
+        for m in range(rows):
+            acc[m] = splat_f32(ZERO)
+        for first in range(0, columns, group):
+            for m in range(rows):
+                dots[m] = splat_i32(NOTHING)
+            for part in range(first, min(first + group, columns), PART):
+                ahead = part * PANEL + AHEAD
+                soon = at + ahead if ahead < length else following + ahead - length
+                place = at + part * PANEL
+                for i in range(0, PART * PANEL, 64):
+                    prefetch_beside(arena, soon + i)
+                    prefetch_beside(arena, place + AGAIN + i)
+                for k in range(0, PART, 2):
+                    a = load_i16_of_i8(arena, place + k * PANEL)
+                    for m in range(rows):
+                        two = load_word(x.fine, x_at + m * x.stride + part + k)
+                        dots[m] = dot2(dots[m], a, repeat2(two))
+            for m in range(rows):
+                row_scale = splat_f32(load_scalar_f32(x.scales, scale_at + m * scale_stride))
+                acc[m] = fma(to_f32(dots[m]), row_scale, acc[m])
+            scale_at += 1
+        for m in range(rows):
+            store_sixteen(s, s_at + m * s_stride, acc[m] * lanes)
+
+    return shrink_int8
 
 
 def gather_panel(fmt: int):

@@ -1,12 +1,12 @@
 """What happens to one row at a time: embedding, norm, quantisation, rotation, gating.
 
-Row lengths are multiples of 16 (32 where a row is quantised). Offsets count elements; in the arena, bytes.
+Row lengths are multiples of 16. Offsets count elements; in the arena, bytes.
 """
 
 import numpy as np
 
 from .jit import kernel
-from .linear import GROUP_MIN
+from .linear import FINE, GROUP_MIN
 from .pack import (
     BFLOAT16,
     BLOCK,
@@ -37,10 +37,10 @@ from .simd import (
     tile,
     vmax_i32,
 )
-from .simd_memory import load_f32, load_scalar_bf16, load_scalar_f16, load_scalar_f32, store_f32, store_i8
+from .simd_memory import load_f32, load_scalar_bf16, load_scalar_f16, load_scalar_f32, store_f32, store_i8, store_i16
 
 ZERO, ONE = np.float32(0), np.float32(1)
-LARGEST_INT8 = np.float32(127)
+LARGEST_INT8, FINER = np.float32(127), ONE / FINE
 NAN, INFINITY_BITS = np.float32(np.nan), np.int32(0x7F800000)
 
 _four_sums = tile(f32x16, 4)
@@ -74,32 +74,35 @@ def rms_norm(x, at, n, weights, weight_at, eps, out, out_at):
 
 
 @kernel
-def quantize_row(x, at, n, group, rows, row, column):
+def quantize_row(x, at, n, group, rows, row, column, fine):
     """q = round(x / scale), scale = max |x| / 127 in each group: columns column .. column + n of one row.
 
-    x: float32, n values from at; column and n: multiples of group; rows: Rows, whose q, scales, sums and offsets
-    are written for row `row`. A group of zeros has scale 0, one with a number that is not finite scale NaN: int8
-    would hide it.
+    x: float32, n values from at, n a multiple of 16; column: a multiple of group, of which the last may be shorter; rows:
+    Rows, whose q, scales, sums and offsets are written for row `row`, and where `fine` is true that, too. A group of
+    zeros has scale 0, one with a number that is not finite scale NaN: integers would hide it.
     """
-    to, scale_to = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group
-    for g in range(n // group):
+    to, scale_at = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group
+    for first in range(0, n, group):
+        end = min(first + group, n)
         largest = splat_i32(np.int32(0))
-        for i in range(0, group, 16):
+        for i in range(first, end, 16):
             largest = vmax_i32(magnitude(load_f32(x, at + i)), largest)
         largest_bits = hmax_i32(largest)
         scale = number_of(largest_bits) / LARGEST_INT8 if largest_bits < INFINITY_BITS else NAN
         inverse = splat_f32(ONE / scale if scale > ZERO else ZERO)
         total = splat_i32(np.int32(0))
-        for i in range(0, group, 16):
-            q = round_i32(load_f32(x, at + i) * inverse)
+        for i in range(first, end, 16):
+            steps = load_f32(x, at + i) * inverse
+            q = round_i32(steps)
             total = total + q
             store_i8(rows.q, to + i, q)
+            if fine:
+                store_i16(rows.fine, to + i, round_i32(steps * splat_f32(FINER)))
         total_q = hsum_i32(total)
-        rows.scales[scale_to + g] = scale
-        rows.sums[scale_to + g] = -total_q
-        rows.offsets[scale_to + g] = scale * np.float32(total_q)
-        at += group
-        to += group
+        rows.scales[scale_at] = scale
+        rows.sums[scale_at] = -total_q
+        rows.offsets[scale_at] = scale * np.float32(total_q)
+        scale_at += 1
 
 
 @kernel

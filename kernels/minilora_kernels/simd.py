@@ -180,6 +180,8 @@ splat_f32 = primitive(f32x16, [types.float32], lambda b, x: _splat(b, x, _F32))
 splat_i32 = primitive(i32x16, [types.int32], lambda b, x: _splat(b, x, _I32))
 repeat4 = primitive(u8x64, [types.int32], lambda b, word: b.bitcast(_splat(b, word, _I32), _U8))
 """The 4 bytes of a word, 16 times."""
+repeat2 = primitive(i16x32, [types.int32], lambda b, word: b.bitcast(_splat(b, word, _I32), _I16))
+"""The 2 int16 of a word, 16 times."""
 
 
 # ---------------------------------------------------------------- arithmetic

@@ -11,7 +11,7 @@ from numba.core.typing import signature
 from numba.extending import intrinsic
 
 from . import cpu
-from .simd import constant, f32x16, i32x16, maximum, minimum, pick_lanes, u8x64
+from .simd import constant, f32x16, i16x32, i32x16, maximum, minimum, pick_lanes, u8x64
 
 _F32, _I32, _U8 = f32x16.llvm, i32x16.llvm, u8x64.llvm
 _HALF = ir.VectorType(ir.HalfType(), 16)
@@ -148,6 +148,8 @@ load_f16 = _loader(f32x16, _SHORT, lambda b, v: _widen_f16(b, v, _F32, _I32))
 load_bf16 = _loader(f32x16, _SHORT, _widen_bf16)
 load_i8 = _loader(f32x16, _BYTE, lambda b, v: b.sitofp(v, _F32))
 """16 values from int8, as float32."""
+load_i16_of_i8 = _loader(i16x32, ir.VectorType(ir.IntType(8), 32), lambda b, v: b.sext(v, i16x32.llvm))
+"""32 values from int8, as int16."""
 load_i32 = _loader(i32x16, _I32)
 load_scalar_f32 = _loader(types.float32, ir.FloatType())
 load_scalar_f16 = _loader(types.float32, ir.IntType(16), lambda b, v: _widen_f16(b, v, ir.FloatType(), _WORD))
@@ -158,6 +160,8 @@ store_f32 = _storer(f32x16)
 store_f16 = _storer(f32x16, _narrow_f16)
 store_i8 = _storer(i32x16, _narrow_i8)
 """16 int32 in -128..127 as 16 bytes."""
+store_i16 = _storer(i32x16, lambda b, v: b.trunc(v, _SHORT))
+"""16 int32 in -2^15..2^15 - 1 as int16."""
 store_high_digits = _storer(i32x16, lambda b, v: _narrow_i8(b, b.ashr(v, constant(_I32, 7))))
 store_low_digits = _storer(i32x16, lambda b, v: _narrow_i8(b, b.and_(v, constant(_I32, 127))))
 """v = 128 * high + low, low in 0..127: 16 of one as bytes."""

@@ -24,7 +24,7 @@ def make_logits(linear, shrink_all, expand_all):
         for j in range(low, high):
             norm_row(c, w.final_norm, group, j, j)
         barrier(c.sync, c.threads)
-        shrink_all(c, shape.layers, 0, shape.width, b.a, 0)
+        shrink_all(c, shape.layers, 0, shape.width, group, b.a, 0, 0)
         block0, block1 = share_of(c, padded // BLOCK)
         linear(w.arena, w.matrices, w.head, b.a, 0, count, block0, block1, b.logits, block0 * BLOCK, padded, 0)
         panel0, panel1 = 2 * block0, min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)

@@ -1,28 +1,30 @@
 """The products of the residual stream: o and down, which add to it, and gate up between them."""
 
 from minilora_kernels.jit import kernel
+from minilora_kernels.linear import GROUP_MIN
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL
-from minilora_kernels.pointwise import add_row, quantize_row, silu_mul
+from minilora_kernels.pointwise import add_row, silu_mul
 from minilora_kernels.sync import barrier
 
 from ..adapters import GATE_OUT, UP_OUT
 from ..plan import DOWN, GATE_UP, GATE_UP_BIAS
 from .arrays import CHUNK_BLOCKS, Place, rows_at_once, share_of
-from .rows import place_of_values
+from .rows import place_of_values, quantize_if_read
 
 
 def make_add_product(linear, shrink_all, expand_all):
     """The kernel add_product, for o and down."""
 
     @kernel
-    def add_product(c, layer, matrix, bias, which_in, which_out, x, x_row, values_row):
+    def add_product(c, layer, matrix, bias, which_in, which_out, x, quantized_row, values_row):
         """x += this thread's columns of o or down, with bias and adapters. Ends with a barrier.
 
-        x_row: first of the quantised rows of `x`; values_row: of the float ones, which adapters read.
+        quantized_row: first of the quantised rows of `x`; values_row: of the float ones.
         """
         w, b, width, count = c.w, c.buffers, c.shape.width, len(c.rows.tokens)
-        columns = w.matrices[matrix, COLUMNS]
-        shrink_all(c, layer, which_in, columns, x, values_row)
+        columns, group = w.matrices[matrix, COLUMNS], w.matrices[matrix, GROUP]
+        x_row = quantized_row if group > 0 else values_row
+        shrink_all(c, layer, which_in, columns, group, x, quantized_row, values_row)
         block0, block1 = share_of(c, width // BLOCK)
         column, step = block0 * BLOCK, rows_at_once(columns)
         for row in range(0, count, step):
@@ -50,8 +52,7 @@ def make_gate_up(linear, expand_all):
             if bias >= 0:
                 add_row(b.scratch, at, c.w.arena, bias + 4 * block * BLOCK, count * BLOCK)
             silu_mul(b.scratch, at, count, values, to)
-            if group > 0:
-                quantize_row(values, to, count * PANEL, group, b.b, r, block * PANEL)
+            quantize_if_read(c, values, to, count * PANEL, group, b.b, r, block * PANEL)
             at += stride
 
     @kernel
@@ -59,7 +60,7 @@ def make_gate_up(linear, expand_all):
         """silu(gate) * up for this thread's columns. Ends with a barrier."""
         w, b, count = c.w, c.buffers, len(c.rows.tokens)
         matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
-        unit = max(1, group // PANEL)
+        unit = max(GROUP_MIN, group) // PANEL
         low, high = share_of(c, c.shape.forward // PANEL // unit)
         step, scratch, stride = rows_at_once(c.shape.width), c.thread * b.scratch_stride, CHUNK_BLOCKS * BLOCK
         for row in range(0, count, step):

@@ -1,7 +1,8 @@
 """Rows of the stream: the inputs of products, normalised and quantised, and those that go on to the end."""
 
 from minilora_kernels.jit import kernel
-from minilora_kernels.pack import BLOCK, PANEL
+from minilora_kernels.linear import GROUP_MIN
+from minilora_kernels.pack import BLOCK, INT8, PANEL
 from minilora_kernels.pointwise import quantize_row, rms_norm
 from minilora_kernels.simd_memory import load_f32, store_f32
 from minilora_kernels.sync import barrier
@@ -10,14 +11,28 @@ from .arrays import FEW, share_of
 
 
 @kernel
+def adapters_read_fine(c):
+    """Whether there are adapters that read rows as `fine`, see Rows: those in int8 do."""
+    return len(c.rows.segments) > 0 and c.adapters.fmt == INT8
+
+
+@kernel
 def place_of_values(c, group, rows, at, scratch_at):
     """(array, at): where a row's floats go: rows.values[at] if adapters, or weights that are floats, read them there.
 
     If they are only to be quantised they stay in scratch, in the nearest cache.
     """
-    if group == 0 or len(c.rows.segments) > 0:
+    if group == 0 or (len(c.rows.segments) > 0 and not adapters_read_fine(c)):
         return rows.values, at
     return c.buffers.scratch, scratch_at
+
+
+@kernel
+def quantize_if_read(c, x, at, n, group, rows, row, column):
+    """quantize_row, unless both a matrix of this group and adapters read floats."""
+    fine = adapters_read_fine(c)
+    if group > 0 or fine:
+        quantize_row(x, at, n, max(group, GROUP_MIN), rows, row, column, fine)
 
 
 @kernel
@@ -26,8 +41,7 @@ def norm_row(c, norm_at, group, x_row, row):
     a, width = c.buffers.a, c.shape.width
     values, at = place_of_values(c, group, a, row * a.stride, c.thread * c.buffers.scratch_stride)
     rms_norm(c.buffers.x, x_row * width, width, c.w.arena, norm_at, c.shape.eps, values, at)
-    if group > 0:
-        quantize_row(values, at, width, group, a, row, 0)
+    quantize_if_read(c, values, at, width, group, a, row, 0)
 
 
 @kernel
@@ -50,16 +64,16 @@ def norm_rows(c, norm_at, group):
 def quantize_attended(c, group):
     """Quantise what attention left in the rows of buffers.a; returns as norm_rows does."""
     count, a, columns = len(c.rows.tokens), c.buffers.a, c.shape.heads * c.shape.head_dim
-    if group == 0:
+    if group == 0 and not adapters_read_fine(c):
         return 0
     if count <= FEW:
         first = c.buffers.shared + c.thread * FEW
         for r in range(count):
-            quantize_row(a.values, r * a.stride, columns, group, a, first + r, 0)
+            quantize_if_read(c, a.values, r * a.stride, columns, group, a, first + r, 0)
         return first
     low, high = share_of(c, count)
     for r in range(low, high):
-        quantize_row(a.values, r * a.stride, columns, group, a, r, 0)
+        quantize_if_read(c, a.values, r * a.stride, columns, group, a, r, 0)
     barrier(c.sync, c.threads)
     return 0
 

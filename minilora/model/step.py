@@ -44,8 +44,9 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
     @kernel
     def prepare(c, layer, norm, matrix, which_in):
         """Normalised rows for a product, and the adapters' share of them; returns as norm_rows does."""
-        x_row = norm_rows(c, c.w.layers[layer, norm], c.w.matrices[c.w.layers[layer, matrix], GROUP])
-        shrink_all(c, layer, which_in, c.shape.width, c.buffers.a, x_row)
+        group = c.w.matrices[c.w.layers[layer, matrix], GROUP]
+        x_row = norm_rows(c, c.w.layers[layer, norm], group)
+        shrink_all(c, layer, which_in, c.shape.width, group, c.buffers.a, x_row, x_row)
         return x_row
 
     @kernel

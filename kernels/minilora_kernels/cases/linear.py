@@ -43,6 +43,7 @@ def empty_rows(count: int, width: int) -> Rows:
     return Rows(
         np.zeros(count * width, np.float32),
         np.zeros(count * width, np.int8),
+        np.zeros(count * width, np.int16),
         np.zeros(groups, np.float32),
         np.zeros(groups, np.int32),
         np.zeros(groups, np.float32),
@@ -58,7 +59,7 @@ def _make_linear(fmt: int) -> Make:
             values = normal(rng, k)
             rows.values[r * rows.stride : r * rows.stride + k] = values
             if group:
-                reference.quantize_row(values, 0, k, group, rows, r, 0)
+                reference.quantize_row(values, 0, k, group, rows, r, 0, False)
         table = np.array([table_row(fmt, n, k, group, 0)], np.int64)
         out = normal(rng, m * padded_rows(n))
         return (

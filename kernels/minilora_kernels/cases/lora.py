@@ -5,8 +5,20 @@ from collections.abc import Callable
 import numpy as np
 
 from .. import lora, lora_pack, reference
-from ..pack import FLOAT16, FLOAT32, FORMAT_NAMES, INT8
+from ..linear import Rows
+from ..pack import FLOAT16, FLOAT32, FORMAT_NAMES, INT8, padded_rows
 from .case import Arguments, Case, normal
+from .linear import empty_rows
+
+
+def _inputs(rng: np.random.Generator, count: int, columns: int, group: int) -> Rows:
+    """`count` rows from the second on."""
+    rows = empty_rows(1 + count, padded_rows(columns) + 64)
+    for r in range(1, 1 + count):
+        values = normal(rng, columns)
+        rows.values[r * rows.stride : r * rows.stride + columns] = values
+        reference.quantize_row(values, 0, columns, group, rows, r, 0, True)
+    return rows
 
 
 def _lora_cases(fmt: int) -> list[Case]:
@@ -17,8 +29,12 @@ def _lora_cases(fmt: int) -> list[Case]:
     def make_shrink(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         ranks, columns, count, padded = s["R"], s["K"], s["M"], -(-s["R"] // 16) * 16
         a = lora_pack.pack_shrink([normal(rng, ranks * columns).reshape(ranks, columns)], fmt)
-        x, shrunk, scale = normal(rng, count * columns), np.zeros(count * padded, np.float32), np.float32(0.5)
-        return a, 0, 0, columns, padded // 16 - 1, x, 0, columns, count, scale, shrunk, 0, padded
+        x, shrunk, scale = (
+            _inputs(rng, count, columns, s["group"]),
+            np.zeros(count * padded, np.float32),
+            np.float32(0.5),
+        )
+        return a, 0, 0, columns, s["group"], padded // 16 - 1, x, 1, count, scale, shrunk, 0, padded
 
     def make_expand(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         rank, rows, count, step, column = (
@@ -37,7 +53,7 @@ def _lora_cases(fmt: int) -> list[Case]:
 
     def make_gather(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         ranks, tokens, panels = s["R"], s["V"], -(-s["R"] // 16)
-        a = lora_pack.pack_shrink([normal(rng, ranks * tokens).reshape(ranks, tokens)], fmt)
+        a = lora_pack.pack_gather(normal(rng, ranks * tokens).reshape(ranks, tokens), fmt)
         return a, 0, tokens, panels, tokens - 1, np.float32(2), np.zeros(16 * panels, np.float32), 0
 
     def shrunk(at: int) -> Callable[[Arguments], list[np.ndarray]]:
@@ -45,7 +61,10 @@ def _lora_cases(fmt: int) -> list[Case]:
         return lambda arguments: [reference.from_wide(arguments[at]) if quantized else arguments[at]]
 
     name = FORMAT_NAMES[fmt]
-    shrinks = tuple({"R": r, "K": k, "M": m} for r, k, m in ((1, 64, 1), (24, 96, 5), (48, 128, 9)))
+    shrinks = tuple(
+        {"R": r, "K": k, "M": m, "group": group}
+        for r, k, m, group in ((1, 64, 1, 64), (24, 80, 5, 32), (24, 96, 5, 32), (48, 256, 9, 128))
+    )
     expands = tuple(
         {"R": r, "N": n, "M": m, "step": step, "column": column}
         for r, n, m, step, column in (
@@ -65,7 +84,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             make_shrink,
             1e-4 if quantized else 3e-6,
             shrinks,
-            ({"R": 16, "K": 2048, "M": 1}, {"R": 16, "K": 2048, "M": 256}),
+            ({"R": 16, "K": 2048, "M": 1, "group": 32}, {"R": 16, "K": 2048, "M": 256, "group": 32}),
             lambda s: lora_pack.panel_bytes(s["K"], fmt),
             lambda s: s["M"] * 16 * s["K"],
             read=shrunk(10),

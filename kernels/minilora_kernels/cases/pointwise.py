@@ -21,7 +21,7 @@ def _make_quantize(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
     n, group = size["n"], size["group"]
     x = normal(rng, n)
     x[:group] = 0
-    return x, 0, n, group, empty_rows(2, 2 * n), 1, n
+    return x, 0, n, group, empty_rows(2, 2 * n + 64), 1, 2 * group, size["fine"] == 1
 
 
 def _make_silu(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
@@ -84,8 +84,11 @@ CASES = [
         reference.quantize_row,
         _make_quantize,
         1e-6,
-        tuple({"n": 256, "group": g} for g in (32, 64, 128)),
-        ({"n": 2048, "group": 32},),
+        (
+            *({"n": 256, "group": g, "fine": f} for g in (32, 64, 128) for f in (0, 1)),
+            {"n": 80, "group": 32, "fine": 1},
+        ),
+        ({"n": 2048, "group": 32, "fine": 0}, {"n": 2048, "group": 32, "fine": 1}),
         lambda s: 4 * s["n"],
     ),
     Case(

@@ -18,15 +18,14 @@ def widen(x, n, out):
     out[:n] = x[:n].view(np.float16)
 
 
-def quantize_panels(x, panels, inner, words, out, at):
+def quantize_panels(x, panels, inner, together, offset, out, at):
     """scale[i] = max over k of |x[k, i]| / 127, q[k, i] = round(x[k, i] / scale[i]) in each panel [inner][16]."""
     v = span(x, 0, panels * inner * PANEL).reshape(panels, inner, PANEL)
     scales = np.maximum(np.abs(v).max(axis=1), np.float32(1e-30)) / np.float32(127)
-    q = np.rint(v / scales[:, None]).astype(np.int8)
+    q = (np.rint(v / scales[:, None]) + offset).astype(np.int16).astype(np.uint8)
     raw = out[at : at + panels * (64 + inner * PANEL)].reshape(panels, -1)
-    if words:
-        q = (q.reshape(panels, inner // 4, 4, PANEL).transpose(0, 1, 3, 2) + np.int16(128)).astype(np.uint8)
-    raw[:, :64], raw[:, 64:] = scales.view(np.uint8), q.reshape(panels, -1).view(np.uint8)
+    q = q.reshape(panels, inner // together, together, PANEL).transpose(0, 1, 3, 2)
+    raw[:, :64], raw[:, 64:] = scales.view(np.uint8), q.reshape(panels, -1)
 
 
 def fit_ranges(weight, group, scales, minima):

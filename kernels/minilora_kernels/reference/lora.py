@@ -3,19 +3,18 @@
 import numpy as np
 
 from ..dot import PAIRS
+from ..linear import FINE, GROUP_MIN
 from ..pack import FLOAT16, FLOAT32, INT8, PANEL
 from .flat import grid
 
 
-def _panels(arena, at, panels, inner, fmt, words=False):
-    """Panels [panels, inner, 16] at byte `at`, as float32; words: int8 numbers are stored as [inner / 4][16][4], plus 128."""
+def _panels(arena, at, panels, inner, fmt, together=1, offset=0):
+    """Panels [panels, inner, 16] at byte `at`, as float32; of int8 numbers, + offset, so many of a row lie together."""
     if fmt == INT8:
         raw = arena[at : at + panels * (64 + inner * PANEL)].reshape(panels, -1)
         scales = np.ascontiguousarray(raw[:, :64]).view(np.float32)
-        if words:
-            numbers = raw[:, 64:].reshape(panels, inner // 4, PANEL, 4).transpose(0, 1, 3, 2).astype(np.float32) - 128
-        else:
-            numbers = raw[:, 64:].view(np.int8)
+        numbers = raw[:, 64:].view(np.uint8 if offset else np.int8).astype(np.float32) - offset
+        numbers = numbers.reshape(panels, inner // together, PANEL, together).transpose(0, 1, 3, 2)
         return scales[:, None] * numbers.reshape(panels, inner, PANEL)
     dtype = np.dtype({FLOAT32: np.float32, FLOAT16: np.float16}[fmt])
     count = panels * inner * PANEL
@@ -56,13 +55,22 @@ def wide_integers(words):
     return np.stack([first, second], axis=2).reshape(-1, 16) if PAIRS else 128 * first + second
 
 
+def _inputs(x, x_row, rows, columns, group, fmt):
+    """The numbers of Rows that A is multiplied with."""
+    if fmt != INT8:
+        return grid(x.values, x_row * x.stride, x.stride, rows, columns)
+    groups = x.stride // GROUP_MIN
+    scales = grid(x.scales, x_row * groups, groups, rows, -(-columns // group)).repeat(group, axis=1)[:, :columns]
+    return scales * FINE * grid(x.fine, x_row * x.stride, x.stride, rows, columns)
+
+
 def make_lora(fmt):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
     leave = to_wide if fmt == INT8 else lambda numbers: numbers
 
-    def shrink(arena, at, following, columns, panel, x, x_at, x_stride, rows, scale, s, s_at, s_stride):
-        a = _panels(arena, at, panel + 1, columns, fmt)[panel]
-        product = scale * (grid(x, x_at, x_stride, rows, columns) @ a)
+    def shrink(arena, at, following, columns, group, panel, x, x_row, rows, scale, s, s_at, s_stride):
+        a = _panels(arena, at, panel + 1, columns, fmt, 2)[panel]
+        product = scale * (_inputs(x, x_row, rows, columns, group, fmt) @ a)
         grid(s, s_at + panel * PANEL, s_stride, rows, PANEL)[:] = leave(product)
 
     def gather(arena, at, columns, panels, token, scale, s, s_at):
@@ -72,7 +80,7 @@ def make_lora(fmt):
     def expand(
         arena, at, rank, panel0, panel1, asked, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
     ):
-        b, whole = _panels(arena, at, panel1, rank, fmt, words=True), -(-(column + rank) // PANEL) * PANEL
+        b, whole = _panels(arena, at, panel1, rank, fmt, 4, 128), -(-(column + rank) // PANEL) * PANEL
         shrunk = grid(s, s_at, s_stride, rows, whole)
         shrunk = (from_wide(shrunk) if fmt == INT8 else shrunk)[:, column : column + rank]
         for p in range(panel0, panel1):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..linear import FINE
 from ..pack import COLUMNS, PANEL, unpack
 from .flat import span
 
@@ -13,17 +14,20 @@ def rms_norm(x, at, n, weights, weight_at, eps, out, out_at):
     out[out_at : out_at + n] = v / np.sqrt(np.mean(v * v) + eps) * weight
 
 
-def quantize_row(x, at, n, group, rows, row, column):
+def quantize_row(x, at, n, group, rows, row, column, fine):
     """q = round(x / scale), scale = max |x| / 127 in each group, NaN where a number is not finite."""
-    v = span(x, at, n).reshape(-1, group)
+    v = np.pad(span(x, at, n), (0, -n % group)).reshape(-1, group)
     finite = np.isfinite(v).all(axis=1, keepdims=True)
     v = np.where(finite, v, np.float32(0))
     scale = np.where(finite, np.abs(v).max(axis=1, keepdims=True) / np.float32(127), np.float32(np.nan))
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    q = np.rint(v * inverse).astype(np.int32)
+    steps = v * inverse
+    q = np.rint(steps).astype(np.int32)
     to, scale_to = row * rows.stride + column, row * (rows.stride // 32) + column // group
-    groups = slice(scale_to, scale_to + n // group)
-    rows.q[to : to + n] = q.reshape(-1)
+    groups = slice(scale_to, scale_to + len(v))
+    rows.q[to : to + n] = q.reshape(-1)[:n]
+    if fine:
+        rows.fine[to : to + n] = np.rint(steps / FINE).reshape(-1)[:n]
     rows.scales[groups] = scale[:, 0]
     rows.sums[groups] = -q.sum(axis=1)
     rows.offsets[groups] = rows.scales[groups] * q.sum(axis=1).astype(np.float32)
