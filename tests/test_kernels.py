@@ -29,7 +29,7 @@ def test_the_largest_integers_do_not_overflow(name, lowest, count):
     arguments = (packed, *case.make(np.random.default_rng(0), size)[1:])
     rows = arguments[3]
     for r in range(count):
-        reference.quantize_row(np.full(256, (-1.0) ** r, np.float32), 0, 256, 128, rows, r, 0, False)
+        reference.quantize_row(np.full(256, (-1.0) ** r, np.float32), 0, 256, 128, rows, r, 0)
     assert (np.abs(rows.q[: count * rows.stride].reshape(count, -1)[:, :256]) == 127).all()
     mine, theirs = np.zeros(count * 32, np.float32), np.zeros(count * 32, np.float32)
     case.compiled(*arguments[:8], mine, *arguments[9:])
@@ -42,7 +42,7 @@ def test_a_group_with_a_number_that_is_not_finite_is_marked(bad):
     """And no other: int8 would hide it."""
     x, rows = np.ones(128, np.float32), empty_rows(1, 128)
     x[70] = bad
-    program(pointwise.quantize_row)(x, 0, 128, 32, rows, 0, 0, False)
+    program(pointwise.quantize_row)(x, 0, 128, 32, rows, 0, 0)
     assert np.isnan(rows.scales).tolist() == np.isnan(rows.offsets).tolist() == [False, False, True, False]
 
 

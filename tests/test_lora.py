@@ -83,7 +83,7 @@ def test_a_number_that_is_not_finite_is_not_hidden(bad):
     x, x_row, s, stride = arguments[6], arguments[7], arguments[10], arguments[12]
     numbers = rng.standard_normal(64, dtype=np.float32)
     numbers[7] = bad
-    reference.quantize_row(numbers, 0, 64, 32, x, x_row + 2, 0, True)
+    reference.quantize_row_finely(numbers, 0, 64, 32, x, x_row + 2, 0)
     SHRINK.compiled(*arguments)
     numbers = np.isfinite(reference.from_wide(s.reshape(5, 16)))
     assert not numbers[2].any() and numbers[[0, 1, 3, 4]].all()
@@ -102,7 +102,7 @@ def test_small_numbers_keep_their_share():
     arguments = SHRINK.make(np.random.default_rng(1), {"R": 16, "K": 64, "M": 1, "group": 32})
     a, x = np.zeros((16, 64), np.float32), np.zeros(64, np.float32)
     a[:, 0], x[0] = s, 2
-    reference.quantize_row(x, 0, 64, 32, arguments[6], arguments[7], 0, True)
+    reference.quantize_row_finely(x, 0, 64, 32, arguments[6], arguments[7], 0)
     SHRINK.compiled(pack_shrink([a], INT8), *arguments[1:])
     assert np.abs(reference.from_wide(arguments[10]) - s).max() < 1e-4
 
@@ -114,7 +114,7 @@ def test_the_largest_inputs_of_a_do_not_overflow(group, count):
     arguments = list(SHRINK.make(np.random.default_rng(1), {"R": 16, "K": 256, "M": count, "group": group}))
     signs = (-1.0) ** np.arange(256, dtype=np.float32)
     for row in range(count):
-        reference.quantize_row(signs * 3, 0, 256, group, arguments[6], arguments[7] + row, 0, True)
+        reference.quantize_row_finely(signs * 3, 0, 256, group, arguments[6], arguments[7] + row, 0)
     assert np.abs(arguments[6].fine).max() == 127 * 256
     arguments[0] = pack_shrink([np.tile(signs, (16, 1))], INT8)
     SHRINK.compiled(*arguments)

@@ -68,7 +68,7 @@ _WORD = ir.IntType(32)
 
 
 def primitive(result, parameters, emit):
-    """An intrinsic of 1 to 3 arguments of exactly these types: emit(builder, *values) gives its LLVM value."""
+    """An intrinsic of 1 to 4 arguments of exactly these types: emit(builder, *values) gives its LLVM value."""
     parameters = tuple(parameters)
     kind = result(*parameters)
 
@@ -84,7 +84,10 @@ def primitive(result, parameters, emit):
     def three(typing_context, x, y, z):
         return (kind, codegen) if (x, y, z) == parameters else None
 
-    return intrinsic((one, two, three)[len(parameters) - 1])
+    def four(typing_context, x, y, z, u):
+        return (kind, codegen) if (x, y, z, u) == parameters else None
+
+    return intrinsic((one, two, three, four)[len(parameters) - 1])
 
 
 def call(builder, name, result, *args):
@@ -225,10 +228,20 @@ magnitude = primitive(i32x16, [f32x16], _magnitude)
 """The bits of |x|: as integers in the order of the numbers, then infinity, then NaN."""
 number_of = primitive(types.float32, [types.int32], lambda b, bits: b.bitcast(bits, ir.FloatType()))
 """The float32 with these bits."""
+numbers_of = primitive(f32x16, [i32x16], lambda b, bits: b.bitcast(bits, _F32))
 vabs = primitive(f32x16, [f32x16], _float_call("fabs"))
 to_f32 = primitive(f32x16, [i32x16], lambda b, v: b.sitofp(v, _F32))
-round_i32 = primitive(i32x16, [f32x16], lambda b, v: b.fptosi(_float_call("roundeven")(b, v), _I32))
+round_i32 = primitive(i32x16, [f32x16], lambda b, v: call(b, "llvm.lrint.v16i32.v16f32", _I32, v))
 """To the nearest int32, ties to even. The values must fit."""
+
+
+def _inverse(builder, v):
+    zero = constant(_F32, 0.0)
+    return builder.select(builder.fcmp_ordered(">", v, zero), builder.fdiv(constant(_F32, 1.0), v), zero)
+
+
+inverse = primitive(f32x16, [f32x16], _inverse)
+"""1 / v where v > 0, else 0."""
 
 
 def _operator(op, **emitters):
@@ -272,6 +285,42 @@ hsum = primitive(types.float32, [f32x16], _halving(lambda b, x, y: b.fadd(x, y))
 hmax = primitive(types.float32, [f32x16], _halving(maximum))
 hmax_i32 = primitive(types.int32, [i32x16], _halving(_larger))
 hsum_i32 = primitive(types.int32, [i32x16], _halving(lambda b, x, y: b.add(x, y)))
+
+
+def _four_at_once(combine):
+    """Fold each of four vectors to one number: a third of the shuffles that four take by themselves."""
+
+    def emit(builder, *four):
+        def shuffled(x, y, lanes):
+            mask = [4 * quarter + lane % 4 + 16 * (lane // 4) for quarter in range(4) for lane in lanes]
+            return builder.shuffle_vector(x, y, ir.Constant(_I32, mask))
+
+        def pairs(x, y):
+            return combine(builder, shuffled(x, y, (0, 2, 4, 6)), shuffled(x, y, (1, 3, 5, 7)))
+
+        a, b, c, d = four
+        # Within each quarter of the lanes, then over the quarters.
+        v = pairs(pairs(a, b), pairs(c, d))
+        for step in (8, 4):
+            v = combine(builder, v, pick_lanes(builder, v, [i ^ step for i in range(16)]))
+        return v
+
+    return emit
+
+
+hmax4_i32 = primitive(i32x16, [i32x16] * 4, _four_at_once(_larger))
+hsum4_i32 = primitive(i32x16, [i32x16] * 4, _four_at_once(lambda b, x, y: b.add(x, y)))
+"""Lane 4 k + i: the largest, or the sum, of the i-th vector's lanes."""
+
+
+@intrinsic
+def lane(typing_context, v, i):
+    """Lane i of v in every lane."""
+
+    def codegen(context, builder, sig, args):
+        return _splat(builder, builder.extract_element(*args), sig.return_type.llvm)
+
+    return (v(v, types.intp), codegen) if isinstance(v, Vector) else None
 
 
 @intrinsic

@@ -3,7 +3,7 @@
 from minilora_kernels.jit import kernel
 from minilora_kernels.linear import GROUP_MIN
 from minilora_kernels.pack import BLOCK, INT8, PANEL
-from minilora_kernels.pointwise import quantize_row, rms_norm
+from minilora_kernels.pointwise import quantize_row, quantize_row_finely, rms_norm
 from minilora_kernels.simd_memory import load_f32, store_f32
 from minilora_kernels.sync import barrier
 
@@ -29,10 +29,11 @@ def place_of_values(c, group, rows, at, scratch_at):
 
 @kernel
 def quantize_if_read(c, x, at, n, group, rows, row, column):
-    """quantize_row, unless both a matrix of this group and adapters read floats."""
-    fine = adapters_read_fine(c)
-    if group > 0 or fine:
-        quantize_row(x, at, n, max(group, GROUP_MIN), rows, row, column, fine)
+    """quantize_row for a matrix of this group, or finely for adapters, too; nothing if both read floats."""
+    if adapters_read_fine(c):
+        quantize_row_finely(x, at, n, max(group, GROUP_MIN), rows, row, column)
+    elif group > 0:
+        quantize_row(x, at, n, group, rows, row, column)
 
 
 @kernel

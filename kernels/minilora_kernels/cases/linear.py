@@ -59,7 +59,7 @@ def _make_linear(fmt: int) -> Make:
             values = normal(rng, k)
             rows.values[r * rows.stride : r * rows.stride + k] = values
             if group:
-                reference.quantize_row(values, 0, k, group, rows, r, 0, False)
+                reference.quantize_row(values, 0, k, group, rows, r, 0)
         table = np.array([table_row(fmt, n, k, group, 0)], np.int64)
         out = normal(rng, m * padded_rows(n))
         return (

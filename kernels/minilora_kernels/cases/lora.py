@@ -17,7 +17,7 @@ def _inputs(rng: np.random.Generator, count: int, columns: int, group: int) -> R
     for r in range(1, 1 + count):
         values = normal(rng, columns)
         rows.values[r * rows.stride : r * rows.stride + columns] = values
-        reference.quantize_row(values, 0, columns, group, rows, r, 0, True)
+        reference.quantize_row_finely(values, 0, columns, group, rows, r, 0)
     return rows
 
 

@@ -21,7 +21,7 @@ def _make_quantize(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
     n, group = size["n"], size["group"]
     x = normal(rng, n)
     x[:group] = 0
-    return x, 0, n, group, empty_rows(2, 2 * n + 64), 1, 2 * group, size["fine"] == 1
+    return x, 0, n, group, empty_rows(2, 2 * n + 64), 1, 2 * group
 
 
 def _make_silu(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
@@ -78,18 +78,18 @@ CASES = [
         ({"n": 2048},),
         lambda s: 8 * s["n"],
     ),
-    Case(
-        "quantize_row",
-        pointwise.quantize_row,
-        reference.quantize_row,
-        _make_quantize,
-        1e-6,
-        (
-            *({"n": 256, "group": g, "fine": f} for g in (32, 64, 128) for f in (0, 1)),
-            {"n": 80, "group": 32, "fine": 1},
-        ),
-        ({"n": 2048, "group": 32, "fine": 0}, {"n": 2048, "group": 32, "fine": 1}),
-        lambda s: 4 * s["n"],
+    *(
+        Case(
+            name,
+            getattr(pointwise, name),
+            getattr(reference, name),
+            _make_quantize,
+            1e-6,
+            (*({"n": 640, "group": g} for g in (32, 64, 128)), {"n": 80, "group": 32}),
+            ({"n": 2048, "group": 32}, {"n": 2048, "group": 128}),
+            lambda s: 4 * s["n"],
+        )
+        for name in ("quantize_row", "quantize_row_finely")
     ),
     Case(
         "silu_mul",

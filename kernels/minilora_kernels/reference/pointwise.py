@@ -14,23 +14,32 @@ def rms_norm(x, at, n, weights, weight_at, eps, out, out_at):
     out[out_at : out_at + n] = v / np.sqrt(np.mean(v * v) + eps) * weight
 
 
-def quantize_row(x, at, n, group, rows, row, column, fine):
+def quantize_row(x, at, n, group, rows, row, column):
     """q = round(x / scale), scale = max |x| / 127 in each group, NaN where a number is not finite."""
+    _quantize(x, at, n, group, rows, row, column)
+
+
+def quantize_row_finely(x, at, n, group, rows, row, column):
+    """quantize_row, and fine = round(x / (scale * FINE))."""
+    steps, to = _quantize(x, at, n, group, rows, row, column), row * rows.stride + column
+    rows.fine[to : to + n] = np.rint(steps / FINE).reshape(-1)[:n]
+
+
+def _quantize(x, at, n, group, rows, row, column):
+    """x / scale, before it is rounded."""
     v = np.pad(span(x, at, n), (0, -n % group)).reshape(-1, group)
     finite = np.isfinite(v).all(axis=1, keepdims=True)
     v = np.where(finite, v, np.float32(0))
     scale = np.where(finite, np.abs(v).max(axis=1, keepdims=True) / np.float32(127), np.float32(np.nan))
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    steps = v * inverse
+    steps = v * np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
     q = np.rint(steps).astype(np.int32)
     to, scale_to = row * rows.stride + column, row * (rows.stride // 32) + column // group
     groups = slice(scale_to, scale_to + len(v))
     rows.q[to : to + n] = q.reshape(-1)[:n]
-    if fine:
-        rows.fine[to : to + n] = np.rint(steps / FINE).reshape(-1)[:n]
     rows.scales[groups] = scale[:, 0]
     rows.sums[groups] = -q.sum(axis=1)
     rows.offsets[groups] = rows.scales[groups] * q.sum(axis=1).astype(np.float32)
+    return steps
 
 
 def silu_mul(gate_up, at, panels, out, out_at):
