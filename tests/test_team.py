@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minilora_kernels.jit import kernel
-from minilora_kernels.sync import barrier, claim, share
+from minilora_kernels.sync import arrive, barrier, claim, share, wait
 from minilora_kernels.team import Each, Team, team_program
 
 
@@ -23,6 +23,21 @@ def _rounds(thread, threads, sync, job, fixed):
         for other in range(threads):
             late[thread] += 1 - marks[i, other]
         barrier(sync, threads)
+
+
+@kernel
+def _halves(thread, threads, sync, job, fixed):
+    """As _rounds, but between the halves of a barrier a thread does more; whole barriers come between, too."""
+    marks, late = job
+    for i in range(len(marks)):
+        marks[i, thread] = 1
+        arrive(sync, thread)
+        late[thread] += 1 - marks[i, thread]
+        wait(sync, thread, threads)
+        for other in range(threads):
+            late[thread] += 1 - marks[i, other]
+        if i % 3 == 0:
+            barrier(sync, threads)
 
 
 @kernel
@@ -52,7 +67,7 @@ def _who_ran(thread, threads, sync, ran, fixed):
     ran[thread] = threads
 
 
-ROUNDS, CLAIMS, SHARES = team_program(_rounds), team_program(_claims), team_program(_shares)
+ROUNDS, HALVES, CLAIMS, SHARES = (team_program(each) for each in (_rounds, _halves, _claims, _shares))
 OWN, WHO_RAN = team_program(_own), team_program(_who_ran)
 
 
@@ -99,6 +114,13 @@ def test_a_closed_team_runs_nothing():
 
 def test_nobody_passes_a_barrier_early(team):
     assert meets(team)
+
+
+def test_nobody_passes_the_second_half_of_a_barrier_early(team):
+    for _ in range(3):
+        marks, late = np.zeros((2000, team.size), np.int64), np.zeros(team.size, np.int64)
+        team.run(HALVES, (marks, late))
+        assert marks.all() and not late.any()
 
 
 def test_each_piece_is_claimed_once(team):

@@ -6,7 +6,7 @@ from minilora_kernels.linear import GROUP_MIN
 from minilora_kernels.lora_pack import head_bytes, number_bytes
 from minilora_kernels.pack import BLOCK, PANEL
 from minilora_kernels.pointwise import embed
-from minilora_kernels.sync import barrier
+from minilora_kernels.sync import arrive, barrier, wait
 
 from .arrays import share_of
 from .rows import adapters_read_fine
@@ -21,7 +21,7 @@ def make_adapters(lora_format, shrink, gather, expand):
 
     @kernel
     def shrink_all(c, layer, which, columns, group, x, quantized_row, values_row):
-        """s = scale * x A of every segment, if there is one, for the matrices that read input `which`. Ends with a barrier.
+        """s = scale * x A of every segment, if there is one, for the matrices that read input `which`; expand_all waits for it.
 
         x: Rows, from quantized_row on quantised for a matrix of this group, from values_row on as floats. A unit of work
         is one panel and up to 32 rows; neighbouring units read neighbouring bytes.
@@ -65,7 +65,7 @@ def make_adapters(lora_format, shrink, gather, expand):
                             b.s_stride,
                         )
                     unit += 1
-        barrier(c.sync, c.threads)
+        arrive(c.sync, c.thread)
 
     @kernel
     def expand_all(c, layer, which, row0, row1, low, high, to, next_which, next_low):
@@ -75,6 +75,8 @@ def make_adapters(lora_format, shrink, gather, expand):
         """
         outputs, b, arena, segments = c.adapters.outputs, c.buffers, c.adapters.arena, c.rows.segments
         last = len(segments) - 1
+        if last >= 0:
+            wait(c.sync, c.thread, c.threads)
         for i in range(len(segments) if low < high else 0):
             first, end = max(row0, segments[i, SEGMENT_FIRST]), min(row1, segments[i, SEGMENT_END])
             slot = segments[i, SEGMENT_SLOT]
