@@ -17,7 +17,8 @@ from minilora_kernels import cpu
 from minilora_kernels.dot import SHORT_COLUMNS, begin_short, dot4_short, end_short, short_sums
 from minilora_kernels.jit import kernel
 from minilora_kernels.limits import usable_cores
-from minilora_kernels.simd import hsum_i32, i32x16, splat_i32, tile
+from minilora_kernels.simd import i32x16, splat_i32, tile
+from minilora_kernels.simd_lanes import hsum_i32
 from minilora_kernels.simd_memory import load_i32, load_u8
 from minilora_kernels.sync import share
 from minilora_kernels.team import Team, team_program

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minilora_kernels import pointwise, reference, sample
+from minilora_kernels import quantize_row, reference, sample
 from minilora_kernels.cases import CASES, empty_rows
 from minilora_kernels.jit import program
 from minilora_kernels.pack import Quantized, pack_quantized
@@ -42,7 +42,7 @@ def test_a_group_with_a_number_that_is_not_finite_is_marked(bad):
     """And no other: int8 would hide it."""
     x, rows = np.ones(128, np.float32), empty_rows(1, 128)
     x[70] = bad
-    program(pointwise.quantize_row)(x, 0, 128, 32, rows, 0, 0)
+    program(quantize_row.quantize_row)(x, 0, 128, 32, rows, 0, 0)
     assert np.isnan(rows.scales).tolist() == np.isnan(rows.offsets).tolist() == [False, False, True, False]
 
 

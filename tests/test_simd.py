@@ -1,10 +1,12 @@
 """SIMD values by themselves: conversions, reductions, exp, the byte dot product. Run on every CPU family by test_families."""
 
 import numpy as np
+import pytest
 
 from minilora_kernels import reference
 from minilora_kernels.dot import (
     begin_short,
+    dot2,
     dot4_bytes,
     dot4_short,
     end_short,
@@ -18,16 +20,13 @@ from minilora_kernels.dot import (
 )
 from minilora_kernels.jit import inlined, kernel, program
 from minilora_kernels.simd import (
-    count_above,
     exp,
     f32x16,
     fma,
-    hmax,
-    hmax_i32,
-    hsum,
     i32x16,
-    keep_lanes,
+    inverse,
     magnitude,
+    repeat2,
     repeat4,
     round_i32,
     splat_i32,
@@ -38,10 +37,12 @@ from minilora_kernels.simd import (
     vmax_i32,
     vmin,
 )
+from minilora_kernels.simd_lanes import count_above, hmax, hmax4_i32, hmax_i32, hsum, hsum4_i32, keep_lanes, lane
 from minilora_kernels.simd_memory import (
     load_bf16,
     load_f16,
     load_f32,
+    load_i16_of_i8,
     load_i32,
     load_scalar_f16,
     load_u8,
@@ -147,6 +148,26 @@ def _largest_magnitude(x):
 def _larger_and_smaller(x, out):
     store_f32(out, 0, vmax(load_f32(x, 0), load_f32(x, 16)))
     store_f32(out, 16, vmin(load_f32(x, 0), load_f32(x, 16)))
+
+
+@kernel
+def _four_at_once(x, out):
+    """Of four vectors the largest lanes and the sums; then lane 5 of the first everywhere."""
+    a, b, c, d = load_i32(x, 0), load_i32(x, 16), load_i32(x, 32), load_i32(x, 48)
+    store_i32(out, 0, hmax4_i32(a, b, c, d))
+    store_i32(out, 16, hsum4_i32(a, b, c, d))
+    store_i32(out, 32, lane(a, 5))
+
+
+@kernel
+def _inverse(x, out):
+    store_f32(out, 0, inverse(load_f32(x, 0)))
+
+
+@kernel
+def _pairs(acc, a, b, out):
+    """32 bytes as they are times the same pair of int16."""
+    store_i32(out, 0, dot2(load_i32(acc, 0), load_i16_of_i8(a, 0), repeat2(load_word(b, 0))))
 
 
 _four = tile(f32x16, 4)
@@ -283,6 +304,29 @@ def test_odds_and_ends():
     assert np.array_equal(out[16:32], np.where((np.arange(16) >= 3) & (np.arange(16) < 9), v, -7))
     assert np.allclose(out[32:48], v * v + x[16:], rtol=1e-6)
     assert np.array_equal(small, np.rint(v).astype(np.int8)) and np.array_equal(out[48:], np.rint(v) * 8)
+
+
+def test_four_vectors_are_folded_at_once():
+    x, out = np.random.default_rng(2).integers(-(2**20), 2**20, 64).astype(np.int32), np.zeros(48, np.int32)
+    program(_four_at_once)(x, out)
+    four = x.reshape(4, 16)
+    assert np.array_equal(out[:16], np.tile(four.max(axis=1), 4))
+    assert np.array_equal(out[16:32], np.tile(four.sum(axis=1), 4)) and (out[32:] == x[5]).all()
+
+
+def test_the_inverse_of_what_is_not_positive_is_nothing():
+    x, out = np.array([4, 0, -0.0, -3, np.nan, -np.nan, np.inf, 1e30] * 2, np.float32), np.ones(16, np.float32)
+    program(_inverse)(x, out)
+    assert out[:8].tolist() == [0.25, 0, 0, 0, 0, 0, 0, np.float32(1) / np.float32(1e30)]
+
+
+@pytest.mark.parametrize("pair", [(32512, -32512), (-32768, -32768), (3, 32767)])
+def test_products_of_pairs_are_exact(pair):
+    rng, b, out = np.random.default_rng(3), np.array(pair, np.int16), np.zeros(16, np.int32)
+    a, acc = rng.integers(-128, 128, 32).astype(np.int8), rng.integers(-(2**30), 2**30, 16).astype(np.int32)
+    a[:4] = -128, -128, 127, 127
+    program(_pairs)(acc, a, b, out)
+    assert np.array_equal(out, acc + (a.reshape(16, 2).astype(np.int64) * b).sum(axis=1))
 
 
 def test_magnitudes_are_in_the_order_of_numbers_and_nan_is_above_all():

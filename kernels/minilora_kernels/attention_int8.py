@@ -10,7 +10,8 @@ from .attention_span import key_at, keys_beside, value_at
 from .dot import start_wide, wide_first_signed, wide_first_unsigned, wide_second_signed, wide_second_unsigned
 from .jit import inlined, kernel
 from .pages import SPLIT, SUBPAGE, advance, cursor_at
-from .simd import i32x16, keep_lanes, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
+from .simd import i32x16, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
+from .simd_lanes import keep_lanes
 from .simd_memory import load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
 from .wide import SECOND, SECOND_SUM, join_sums, largest, make_to_wide
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from .jit import kernel, program
 from .pack import FLOAT16, check_largest
-from .simd import hmax, round_i32, splat_f32, splat_i32, vabs, vmax
+from .simd import round_i32, splat_f32, splat_i32, vabs, vmax
+from .simd_lanes import hmax
 from .simd_memory import load_f16, load_f32, scatter_i8, store_f16, store_f32
 
 LARGEST_INT8 = np.float32(127)

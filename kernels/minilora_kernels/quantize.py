@@ -6,7 +6,8 @@ import numpy as np
 
 from .jit import kernel, program
 from .pack import FLOAT16, Quantized, check_largest
-from .simd import f32x16, fma, hmax, hsum, round_i32, splat_f32, tile, to_f32, vmax, vmin
+from .simd import f32x16, fma, round_i32, splat_f32, tile, to_f32, vmax, vmin
+from .simd_lanes import hmax, hsum
 from .simd_memory import load_f32
 
 RANGES = 14

@@ -10,20 +10,8 @@ from numba.core.typing import signature
 
 from .jit import kernel
 from .kinds import FLOATS, INTEGERS, NUMBER
-from .simd import (
-    count_above,
-    exp,
-    hmax,
-    hmax_i32,
-    hsum,
-    magnitude,
-    number_of,
-    only_above,
-    splat_f32,
-    splat_i32,
-    vmax,
-    vmax_i32,
-)
+from .simd import exp, magnitude, number_of, only_above, splat_f32, splat_i32, vmax, vmax_i32
+from .simd_lanes import count_above, hmax, hmax_i32, hsum
 from .simd_memory import load_f32, store_f32
 from .unit import unit
 

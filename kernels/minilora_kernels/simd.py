@@ -7,7 +7,7 @@ around it have constant bounds LLVM unrolls them, and every element of the tile 
     acc = new_acc()                                   # new_acc = tile(f32x16, rows, 2), outside the kernel
     acc[m, n] = fma(to_f32(dots[m, n]), scale, acc[m, n])
 
-How they come from memory and go there: `simd_memory`.
+How they come from memory and go there: `simd_memory`. What goes on among their lanes: `simd_lanes`.
 """
 
 import operator
@@ -101,7 +101,8 @@ def constant(llvm, value):
     return ir.Constant(llvm, [value] * llvm.count)
 
 
-def _splat(builder, scalar, llvm):
+def splat(builder, scalar, llvm):
+    """The vector that holds a scalar in every lane."""
     undefined = ir.Constant(llvm, ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_WORD, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_WORD, llvm.count), [0] * llvm.count))
@@ -179,11 +180,11 @@ def _lower_tile_set(context, builder, sig, args):
 
 # ---------------------------------------------------------------- making vectors
 
-splat_f32 = primitive(f32x16, [types.float32], lambda b, x: _splat(b, x, _F32))
-splat_i32 = primitive(i32x16, [types.int32], lambda b, x: _splat(b, x, _I32))
-repeat4 = primitive(u8x64, [types.int32], lambda b, word: b.bitcast(_splat(b, word, _I32), _U8))
+splat_f32 = primitive(f32x16, [types.float32], lambda b, x: splat(b, x, _F32))
+splat_i32 = primitive(i32x16, [types.int32], lambda b, x: splat(b, x, _I32))
+repeat4 = primitive(u8x64, [types.int32], lambda b, word: b.bitcast(splat(b, word, _I32), _U8))
 """The 4 bytes of a word, 16 times."""
-repeat2 = primitive(i16x32, [types.int32], lambda b, word: b.bitcast(_splat(b, word, _I32), _I16))
+repeat2 = primitive(i16x32, [types.int32], lambda b, word: b.bitcast(splat(b, word, _I32), _I16))
 """The 2 int16 of a word, 16 times."""
 
 
@@ -210,7 +211,8 @@ def minimum(builder, x, y):
     return builder.select(builder.fcmp_ordered("<", x, y), x, y)
 
 
-def _larger(builder, x, y):
+def larger(builder, x, y):
+    """The larger of two signed integers."""
     return builder.select(builder.icmp_signed(">", x, y), x, y)
 
 
@@ -223,7 +225,7 @@ fma = primitive(f32x16, [f32x16] * 3, _fma)
 vmax = primitive(f32x16, [f32x16] * 2, maximum)
 vmin = primitive(f32x16, [f32x16] * 2, minimum)
 """The larger and the smaller of two; the second where one of them is NaN."""
-vmax_i32 = primitive(i32x16, [i32x16] * 2, _larger)
+vmax_i32 = primitive(i32x16, [i32x16] * 2, larger)
 magnitude = primitive(i32x16, [f32x16], _magnitude)
 """The bits of |x|: as integers in the order of the numbers, then infinity, then NaN."""
 number_of = primitive(types.float32, [types.int32], lambda b, bits: b.bitcast(bits, ir.FloatType()))
@@ -263,80 +265,6 @@ _operator(operator.mul, f32x16=ir.IRBuilder.fmul)
 _operator(operator.truediv, f32x16=ir.IRBuilder.fdiv)
 
 
-def _halving(combine):
-    """Fold 16 lanes to one: 8 + 8, 4 + 4, 2 + 2, 1 + 1. The same order on every CPU."""
-
-    def emit(builder, v):
-        while v.type.count > 1:
-            half = v.type.count // 2
-            low, high = pick_lanes(builder, v, range(half)), pick_lanes(builder, v, range(half, 2 * half))
-            v = (
-                combine(builder, low, high)
-                if half > 1
-                else combine(builder, *(builder.extract_element(x, ir.Constant(_WORD, 0)) for x in (low, high)))
-            )
-            if half == 1:
-                return v
-
-    return emit
-
-
-hsum = primitive(types.float32, [f32x16], _halving(lambda b, x, y: b.fadd(x, y)))
-hmax = primitive(types.float32, [f32x16], _halving(maximum))
-hmax_i32 = primitive(types.int32, [i32x16], _halving(_larger))
-hsum_i32 = primitive(types.int32, [i32x16], _halving(lambda b, x, y: b.add(x, y)))
-
-
-def _four_at_once(combine):
-    """Fold each of four vectors to one number: a third of the shuffles that four take by themselves."""
-
-    def emit(builder, *four):
-        def shuffled(x, y, lanes):
-            mask = [4 * quarter + lane % 4 + 16 * (lane // 4) for quarter in range(4) for lane in lanes]
-            return builder.shuffle_vector(x, y, ir.Constant(_I32, mask))
-
-        def pairs(x, y):
-            return combine(builder, shuffled(x, y, (0, 2, 4, 6)), shuffled(x, y, (1, 3, 5, 7)))
-
-        a, b, c, d = four
-        # Within each quarter of the lanes, then over the quarters.
-        v = pairs(pairs(a, b), pairs(c, d))
-        for step in (8, 4):
-            v = combine(builder, v, pick_lanes(builder, v, [i ^ step for i in range(16)]))
-        return v
-
-    return emit
-
-
-hmax4_i32 = primitive(i32x16, [i32x16] * 4, _four_at_once(_larger))
-hsum4_i32 = primitive(i32x16, [i32x16] * 4, _four_at_once(lambda b, x, y: b.add(x, y)))
-"""Lane 4 k + i: the largest, or the sum, of the i-th vector's lanes."""
-
-
-@intrinsic
-def lane(typing_context, v, i):
-    """Lane i of v in every lane."""
-
-    def codegen(context, builder, sig, args):
-        return _splat(builder, builder.extract_element(*args), sig.return_type.llvm)
-
-    return (v(v, types.intp), codegen) if isinstance(v, Vector) else None
-
-
-@intrinsic
-def keep_lanes(typing_context, v, first, end, other):
-    """v in the lanes first <= i < end, the float32 `other` in the rest."""
-
-    def codegen(context, builder, sig, args):
-        v, first, end, other = args
-        lanes = ir.Constant(_I32, list(range(16)))
-        low = builder.icmp_signed(">=", lanes, _splat(builder, builder.trunc(first, _WORD), _I32))
-        high = builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(end, _WORD), _I32))
-        return builder.select(builder.and_(low, high), v, _splat(builder, other, _F32))
-
-    return f32x16(f32x16, types.intp, types.intp, types.float32), codegen
-
-
 def _exp(builder, x):
     """exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; 1e-7 relative.
 
@@ -367,18 +295,6 @@ exp = primitive(f32x16, [f32x16], _exp)
 """exp(x): 0 below -87, the value at 88 above 88."""
 
 
-def _count_above(builder, v, limit):
-    above = builder.fcmp_ordered(">", v, limit)
-    return builder.zext(builder.call(_ctpop(builder), [builder.bitcast(above, ir.IntType(16))]), _INDEX)
-
-
-def _ctpop(builder):
-    kind = ir.FunctionType(ir.IntType(16), [ir.IntType(16)])
-    return cgutils.get_or_insert_function(builder.module, kind, "llvm.ctpop.i16")
-
-
-count_above = primitive(types.intp, [f32x16, f32x16], _count_above)
-"""How many lanes of the first are greater than the second's."""
 only_above = primitive(
     f32x16, [f32x16] * 2, lambda b, v, limit: b.select(b.fcmp_ordered(">", v, limit), v, constant(_F32, 0.0))
 )

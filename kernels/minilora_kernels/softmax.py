@@ -3,7 +3,8 @@
 import numpy as np
 
 from .jit import kernel
-from .simd import exp, fma, hmax, hmax_i32, hsum, keep_lanes, magnitude, number_of, splat_f32, splat_i32, vmax, vmax_i32
+from .simd import exp, fma, magnitude, number_of, splat_f32, splat_i32, vmax, vmax_i32
+from .simd_lanes import hmax, hmax_i32, hsum, keep_lanes
 from .simd_memory import load_f32, store_f32
 
 ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.int32(0)

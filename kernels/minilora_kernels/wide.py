@@ -13,19 +13,8 @@ import numpy as np
 
 from .dot import PAIRS
 from .jit import kernel
-from .simd import (
-    hmax_i32,
-    hsum_i32,
-    i32x16,
-    join_digits,
-    magnitude,
-    number_of,
-    primitive,
-    round_i32,
-    splat_f32,
-    splat_i32,
-    vmax_i32,
-)
+from .simd import i32x16, join_digits, magnitude, number_of, primitive, round_i32, splat_f32, splat_i32, vmax_i32
+from .simd_lanes import hmax_i32, hsum_i32
 from .simd_memory import load_f32, store_even_i16, store_high_digits, store_low_digits, store_odd_i16, store_sums
 
 # The largest integer whose high digit is 127.

@@ -16,9 +16,9 @@ its work over the threads; a barrier ends it:
 
 Rows whose logits nobody wants leave the last layer once their keys and values are in their pages.
 For up to FEW rows every thread normalises and quantises all of them itself, which costs less than a barrier.
-With adapters, `shrink` comes before each product, and `expand` behind it waits until all threads have shrunk. A step may
-go on in further rounds, each with the tokens that the one before chose. Whatever the batch and the team, each number is computed by the same operations in
-the same order.
+With adapters, `shrink` comes before each product, and `expand` after it, when all threads have shrunk. A step may go on in
+further rounds, each with the tokens that the one before chose. Whatever the batch and the team, each number is computed
+by the same operations in the same order.
 
 Products, attention, adapters' tiles and sampling are units of their own, see minilora_kernels.unit: compiled beside the rest.
 """

@@ -3,7 +3,8 @@
 from minilora_kernels.jit import kernel
 from minilora_kernels.linear import GROUP_MIN
 from minilora_kernels.pack import BLOCK, INT8, PANEL
-from minilora_kernels.pointwise import quantize_row, quantize_row_finely, rms_norm
+from minilora_kernels.pointwise import rms_norm
+from minilora_kernels.quantize_row import quantize_row, quantize_row_finely
 from minilora_kernels.simd_memory import load_f32, store_f32
 from minilora_kernels.sync import barrier
 
