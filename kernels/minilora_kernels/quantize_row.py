@@ -51,6 +51,12 @@ def _quantizer(finely):
 
     @kernel
     def quantize_row(x, at, n, group, rows, row, column):
+        """q = round(x / scale), scale = max |x| / 127 in each group: columns column .. column + n of one row.
+
+        x: float32, n values from at, n a multiple of 16; column: a multiple of group, of which the last may be shorter;
+        rows: Rows, whose q, scales, sums and offsets are written for row `row`, finely fine = round(x / (scale * FINE)),
+        too. A group of zeros has scale 0, one with a number that is not finite scale NaN: integers would hide it.
+        """
         to, scale_at, i = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group, 0
         # LLVM unrolls groups whose size it knows, which most have.
         while group == GROUP_MIN and i + 4 * GROUP_MIN <= n:
@@ -67,10 +73,3 @@ def _quantizer(finely):
 
 
 quantize_row, quantize_row_finely = _quantizer(False), _quantizer(True)
-"""q = round(x / scale), scale = max |x| / 127 in each group: columns column .. column + n of one row; finely:
-fine = round(x / (scale * FINE)), too.
-
-x: float32, n values from at, n a multiple of 16; column: a multiple of group, of which the last may be shorter; rows:
-Rows, whose q, scales, sums and offsets (and fine) are written for row `row`. A group of zeros has scale 0, one with a
-number that is not finite scale NaN: integers would hide it.
-"""
