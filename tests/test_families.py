@@ -65,6 +65,8 @@ def test_every_kernel_lowers_for_arm(name, side_run):
             assert counts[instruction] + counts["sdot"] >= 32, case
         if case.startswith(("linear", "attend", "shrink", "expand")):
             assert counts["fmla"] > 0, case
+        if case == "shrink int8":
+            assert counts["smlal"] > 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import minilora
-from minilora_kernels import attention, cases, convert, linear, lora, pages, pointwise, quantize_row, reference, sample
+from minilora_kernels import attention, cases, convert, linear, lora, pages, pointwise, quantize_rows, reference, sample
 from minilora_kernels.jit import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +113,7 @@ def test_s9_no_check_depends_on_assert():
 
 
 def public_kernels():
-    for module in (linear, lora, pointwise, quantize_row, attention, sample, convert):
+    for module in (linear, lora, pointwise, quantize_rows, attention, sample, convert):
         for name, value in vars(module).items():
             if isinstance(value, Kernel) and not name.startswith("_") and value.py_func.__module__ == module.__name__:
                 yield name, value

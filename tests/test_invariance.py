@@ -98,10 +98,15 @@ def trace(engine, sequence, outputs):
 PARAMS = SamplingParams(max_tokens=12, seed=3, temperature=0.8, top_p=0.9, logprobs=3, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=["float32", "int4", "int8"])
+@pytest.fixture(
+    scope="module",
+    params=[("llama", "float32"), ("llama-odd-heads", "float16"), ("llama", "int4"), ("llama", "int8")],
+    ids=["float32", "float16", "int4", "int8"],
+)
 def world(request, tiny):
-    """(weights, adapters, the needle's trace alone), the needle with two adapters."""
-    weights = load_weights(tiny("llama"), request.param)
+    """(weights, adapters, the needle's trace alone), the needle with two adapters; they are int8 but beside float32."""
+    name, dtype = request.param
+    weights = load_weights(tiny(name), dtype)
     adapters = [make_adapter(weights.config, rank=rank, seed=rank) for rank in RANKS]
     engine = make_engine(weights)
     digests = [engine.add_adapter(adapter) for adapter in adapters]

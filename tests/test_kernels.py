@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minilora_kernels import quantize_row, reference, sample
+from minilora_kernels import quantize_rows, reference, sample
 from minilora_kernels.cases import CASES, empty_rows
 from minilora_kernels.jit import program
 from minilora_kernels.pack import Quantized, pack_quantized
@@ -38,12 +38,14 @@ def test_the_largest_integers_do_not_overflow(name, lowest, count):
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-def test_a_group_with_a_number_that_is_not_finite_is_marked(bad):
-    """And no other: int8 would hide it."""
-    x, rows = np.ones(128, np.float32), empty_rows(1, 128)
-    x[70] = bad
-    program(quantize_row.quantize_row)(x, 0, 128, 32, rows, 0, 0)
-    assert np.isnan(rows.scales).tolist() == np.isnan(rows.offsets).tolist() == [False, False, True, False]
+@pytest.mark.parametrize("place", [70, 135, 170])
+@pytest.mark.parametrize("kernel", [quantize_rows.quantize_row, quantize_rows.quantize_row_finely])
+def test_a_group_with_a_number_that_is_not_finite_is_marked(kernel, place, bad):
+    """And no other: integers would hide it. Four groups at a time, one by one, and the last half of one."""
+    x, rows = np.ones(176, np.float32), empty_rows(1, 192)
+    x[place] = bad
+    program(kernel, (kernel is quantize_rows.quantize_row,))(x, 0, 176, 32, rows, 0, 0)
+    assert np.isnan(rows.scales).tolist() == np.isnan(rows.offsets).tolist() == [g == place // 32 for g in range(6)]
 
 
 @pytest.mark.parametrize("places", [[0], [1023], [1024, 2000], [2047]])

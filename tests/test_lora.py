@@ -15,7 +15,9 @@ from .support import LINEAR, load_weights, make_adapter, make_engine, peft_tenso
 from .test_network import largest_error, reference_logprobs
 
 EVERYTHING = (*LINEAR, "embed_tokens", "lm_head")
-SHRINK, EXPAND = (next(case for case in CASES if case.name == name) for name in ("shrink int8", "expand int8"))
+SHRINK, EXPAND, FINELY = (
+    next(case for case in CASES if case.name == name) for name in ("shrink int8", "expand int8", "quantize_row_finely")
+)
 
 
 def in_bytes(pair):
@@ -81,9 +83,9 @@ def test_a_number_that_is_not_finite_is_not_hidden(bad):
     rng = np.random.default_rng(1)
     arguments = SHRINK.make(rng, {"R": 16, "K": 64, "M": 5, "group": 32})
     x, x_row, s, stride = arguments[6], arguments[7], arguments[10], arguments[12]
-    numbers = rng.standard_normal(64, dtype=np.float32)
-    numbers[7] = bad
-    reference.quantize_row_finely(numbers, 0, 64, 32, x, x_row + 2, 0)
+    values = rng.standard_normal(64, dtype=np.float32)
+    values[7] = bad
+    reference.quantize_row_finely(values, 0, 64, 32, x, x_row + 2, 0)
     SHRINK.compiled(*arguments)
     numbers = np.isfinite(reference.from_wide(s.reshape(5, 16)))
     assert not numbers[2].any() and numbers[[0, 1, 3, 4]].all()
@@ -109,13 +111,13 @@ def test_small_numbers_keep_their_share():
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_the_largest_inputs_of_a_do_not_overflow(group, count):
-    """A and inputs at an end of their range in every column: sums of a group are as large as can be."""
+def test_the_largest_inputs_of_a_fit_16_bits(group, count):
+    """A and inputs at an end of their range in every column."""
     arguments = list(SHRINK.make(np.random.default_rng(1), {"R": 16, "K": 256, "M": count, "group": group}))
     signs = (-1.0) ** np.arange(256, dtype=np.float32)
     for row in range(count):
-        reference.quantize_row_finely(signs * 3, 0, 256, group, arguments[6], arguments[7] + row, 0)
-    assert np.abs(arguments[6].fine).max() == 127 * 256
+        FINELY.compiled(signs * 3, 0, 256, group, arguments[6], arguments[7] + row, 0)
+    assert set(arguments[6].fine.reshape(-1, arguments[6].stride)[1:, :256].reshape(-1)) == {-127 * 256, 127 * 256}
     arguments[0] = pack_shrink([np.tile(signs, (16, 1))], INT8)
     SHRINK.compiled(*arguments)
     found = reference.from_wide(arguments[10].reshape(count, 16))

@@ -27,12 +27,11 @@ def _rounds(thread, threads, sync, job, fixed):
 
 @kernel
 def _halves(thread, threads, sync, job, fixed):
-    """As _rounds, but between the halves of a barrier a thread does more; whole barriers come between, too."""
+    """As _rounds, with barriers in halves, and whole ones between."""
     marks, late = job
     for i in range(len(marks)):
         marks[i, thread] = 1
         arrive(sync, thread)
-        late[thread] += 1 - marks[i, thread]
         wait(sync, thread, threads)
         for other in range(threads):
             late[thread] += 1 - marks[i, other]
@@ -72,16 +71,16 @@ OWN, WHO_RAN = team_program(_own), team_program(_who_ran)
 
 
 class Odd:
-    """A program that does something of its own on one thread, and ROUNDS on the others."""
+    """A program that does something of its own on one thread, and another program on the others."""
 
-    def __init__(self, thread, act):
-        self.thread, self.act = thread, act
+    def __init__(self, thread, act, program=ROUNDS):
+        self.thread, self.act, self.program = thread, act, program
 
     def compile(self, types):
-        ROUNDS.compile(types)
+        self.program.compile(types)
 
     def __call__(self, thread, *args):
-        return self.act() if thread == self.thread else ROUNDS(thread, *args)
+        return self.act() if thread == self.thread else self.program(thread, *args)
 
 
 def meets(team):
@@ -136,14 +135,15 @@ def test_shares_cover_everything_once(team, total):
     assert (taken == 1).all()
 
 
+@pytest.mark.parametrize("program", [ROUNDS, HALVES], ids=["barrier", "halves"])
 @pytest.mark.parametrize("thread", [0, 1])
-def test_an_error_in_one_thread_frees_the_others(pair, thread):
+def test_an_error_in_one_thread_frees_the_others(pair, thread, program):
     def fail():
         raise ZeroDivisionError("on purpose")
 
     for _ in range(3):
         with pytest.raises(ZeroDivisionError, match="on purpose"):
-            pair.run(Odd(thread, fail), (np.zeros((200, 2), np.int64), np.zeros(2, np.int64)))
+            pair.run(Odd(thread, fail, program), (np.zeros((200, 2), np.int64), np.zeros(2, np.int64)))
         assert meets(pair), "the team still works"
 
 

@@ -39,8 +39,8 @@ def widen(x, n, out):
 def quantize_panels(x, panels, inner, together, offset, out, at):
     """Panels of [inner][16] float32: scale[i] = max over k of |x[k, i]| / 127, q[k, i] = round(x[k, i] / scale[i]).
 
-    out: uint8; each panel from byte `at` on is 16 float32 scales, then q + offset as bytes, [inner / together][16][together],
-    inner a multiple of `together`.
+    out: uint8; each panel from byte `at` on is 16 float32 scales, then q + offset as bytes [inner / together][16][together];
+    inner is a multiple of `together`.
     """
     for p in range(panels):
         start, largest = p * inner * 16, splat_f32(ZERO)
@@ -52,8 +52,8 @@ def quantize_panels(x, panels, inner, together, offset, out, at):
         at += 64
         for k in range(inner):
             q = round_i32(load_f32(x, start + 16 * k) / scale)
-            first = k % together
-            scatter_i8(out, at + 16 * (k - first) + first, together, q + splat_i32(np.int32(offset)))
+            j = k % together
+            scatter_i8(out, at + 16 * (k - j) + j, together, q + splat_i32(np.int32(offset)))
         at += 16 * inner
 
 

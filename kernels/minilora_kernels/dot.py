@@ -1,4 +1,4 @@
-"""The dot products of integers, with one lowering for each CPU family; that of bytes is what all integer weights go through.
+"""Dot products of integers, with one lowering for each CPU family. Through that of bytes all integer weights go:
 
     dot4(acc, u, s)[i] = acc[i] + sum over j < 4 of u[4 i + j] * s[4 i + j]
 
@@ -32,7 +32,7 @@ def _by_parts(builder, parts, emit, *vectors):
 
 
 def _vnni_takes_parts() -> bool:
-    """Whether this LLVM declares vpdpbusd and vpdpwssd with vectors of what they multiply (from 22) or of int32 (before)."""
+    """Whether this LLVM declares vpdpbusd and vpdpwssd with vectors of what they multiply (from 22), or of int32."""
     text = """declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, {0}, {0})
     define <16 x i32> @f(<16 x i32> %a, {0} %b) {{
       %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %a, {0} %b, {0} %b)
@@ -44,20 +44,11 @@ def _vnni_takes_parts() -> bool:
     return True
 
 
-def _vpdpbusd(bits):
-    def emit(builder, acc, u, s):
-        if not _vnni_takes_parts():
-            u, s = (builder.bitcast(v, acc.type) for v in (u, s))
-        return call(builder, f"llvm.x86.avx512.vpdpbusd.{bits}", acc.type, acc, u, s)
-
-    return emit
-
-
-def _vpdpwssd(bits):
+def _vnni(name):
     def emit(builder, acc, a, b):
         if not _vnni_takes_parts():
             a, b = (builder.bitcast(v, acc.type) for v in (a, b))
-        return call(builder, f"llvm.x86.avx512.vpdpwssd.{bits}", acc.type, acc, a, b)
+        return call(builder, f"llvm.x86.avx512.{name}", acc.type, acc, a, b)
 
     return emit
 
@@ -73,6 +64,7 @@ def _pmaddwd(builder, acc, a, b):
 
 
 def _add_pairs(builder, acc, pairs):
+    """AVX2: pairs of 16-bit integers into 32 bits."""
     return _pmaddwd(builder, acc, pairs, constant(pairs.type, 1))
 
 
@@ -115,7 +107,7 @@ def _widened(builder, acc, u, s):
     return acc
 
 
-def _widened_pairs(builder, acc, a, b):
+def _widened_shorts(builder, acc, a, b):
     """Any CPU: integer j of each pair, widened to 32 bits and multiplied."""
     for j in range(2):
         x, y = (builder.sext(pick_lanes(builder, v, range(j, v.type.count, 2)), acc.type) for v in (a, b))
@@ -126,37 +118,37 @@ def _widened_pairs(builder, acc, a, b):
 class _Family(NamedTuple):
     """How a CPU family multiplies `parts` parts of a vector.
 
-    small: for u <= 127 and any s; bytes: for any u and s >= -127; pairs: of 16 bits; signed: `bytes` multiplies u - 128.
+    small: for u <= 127 and any s; bytes: for any u and s >= -127; shorts: of 16 bits; signed: `bytes` multiplies u - 128.
     """
 
     parts: int
     small: Callable
     bytes: Callable
-    pairs: Callable
+    shorts: Callable
     signed: bool = False
 
 
 def _family() -> _Family:
     family = cpu.family()
     if family == cpu.AVX512_VNNI:
-        return _Family(1, _vpdpbusd(512), _vpdpbusd(512), _vpdpwssd(512))
+        return _Family(1, _vnni("vpdpbusd.512"), _vnni("vpdpbusd.512"), _vnni("vpdpwssd.512"))
     if family == cpu.AVX_VNNI:
-        return _Family(2, _vpdpbusd(256), _vpdpbusd(256), _vpdpwssd(256))
+        return _Family(2, _vnni("vpdpbusd.256"), _vnni("vpdpbusd.256"), _vnni("vpdpwssd.256"))
     if family == cpu.AVX2:
         return _Family(2, _maddubs, _maddubs_signed, _pmaddwd, signed=True)
     if family == cpu.NEON_DOT and cpu.has_i8mm():
-        return _Family(4, _sdot, _usdot, _widened_pairs)
+        return _Family(4, _sdot, _usdot, _widened_shorts)
     if family == cpu.NEON_DOT:
-        return _Family(4, _sdot, _sdot_signed, _widened_pairs, signed=True)
-    return _Family(1, _widened, _widened, _widened_pairs)
+        return _Family(4, _sdot, _sdot_signed, _widened_shorts, signed=True)
+    return _Family(1, _widened, _widened, _widened_shorts)
 
 
-def _dot4(choose, sums=i32x16):
+def _dot(choose, sums=i32x16, factors=u8x64):
     def emit(builder, acc, u, s):
         family = _family()
         return _by_parts(builder, family.parts, choose(family), acc, u, s)
 
-    return primitive(sums, [sums, u8x64, u8x64], emit)
+    return primitive(sums, [sums, factors, factors], emit)
 
 
 def _start_bytes(builder, minus_sum):
@@ -168,7 +160,7 @@ def _start_unsigned(builder, minus_sum):
     return builder.sub(zero, builder.shl(minus_sum, constant(_I32, 7))) if _family().signed else zero
 
 
-dot4_bytes = _dot4(lambda family: family.bytes)
+dot4_bytes = _dot(lambda family: family.bytes)
 """acc[i] + sum over j < 4 of u[4i + j] * s[4i + j], or of (u - 128) * s where the CPU family multiplies signed bytes: any u,
 s >= -127. Once all of s went through it, the sum is that of (u - 128) * s if acc began with `start_bytes`, and that of u * s
 if it began with `start_unsigned`. Exact."""
@@ -180,12 +172,7 @@ start_unsigned = primitive(i32x16, [i32x16], _start_unsigned)
 # ---------------------------------------------------------------- pairs of 16 bits
 
 
-def _dot2(builder, acc, a, b):
-    family = _family()
-    return _by_parts(builder, family.parts, family.pairs, acc, a, b)
-
-
-dot2 = primitive(i32x16, [i32x16, i16x32, i16x32], _dot2)
+dot2 = _dot(lambda family: family.shorts, factors=i16x32)
 """acc[i] + sum over j < 2 of a[2i + j] * b[2i + j]. Exact, where the sum fits."""
 
 
@@ -260,7 +247,7 @@ def _end_short(builder, acc, short):
 
 begin_short = primitive(short_sums, [i32x16], lambda b, acc: constant(short_sums.llvm, 0) if _SHORT else acc)
 """Sums of the next columns, which come after those in acc."""
-dot4_short = _dot4(lambda family: _short if _SHORT else family.small, short_sums)
+dot4_short = _dot(lambda family: _short if _SHORT else family.small, short_sums)
 """dot4 on such sums, for u <= 15."""
 end_short = primitive(i32x16, [i32x16, short_sums], _end_short)
 """acc, and what has been added up since begin_short(acc)."""

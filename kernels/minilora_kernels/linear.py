@@ -61,8 +61,8 @@ from .unit import unit
 
 ZERO = np.float32(0)
 GROUP_MIN = 32
-# What a step of `fine` is of one of q.
-FINE = np.float32(1 / 256)
+# `fine` counts in steps of this part of q's.
+FINE_STEP = np.float32(1 / 256)
 # Bytes from what is computed to what is asked for.
 AHEAD = 6144
 # Rows of the tile for many rows, where the CPU runs it best, and how many such tiles together ask for the next block.
@@ -75,7 +75,7 @@ class Rows(NamedTuple):
 
     values: float32, read by floating-point formats. Quantised in groups of the matrix's size: q: int8;
     scales: float32, value = scale * q; sums: int32, minus the sum of each group's q, and offsets: float32,
-    scale * sum of q. fine: int16, value = scale * FINE * fine, read by int8 adapters.
+    scale * sum of q. fine: int16, value = scale * FINE_STEP * fine, read by int8 adapters.
     """
 
     values: np.ndarray

@@ -48,7 +48,7 @@ def pack_expand(b: np.ndarray, fmt: int) -> np.ndarray:
 
 
 def _pack(matrix: np.ndarray, fmt: int, together: int, offset: int) -> np.ndarray:
-    """Panels of 16 rows; of int8 numbers, + offset, so many columns of a row lie together."""
+    """Panels of 16 rows; of int8 numbers, + offset, `together` columns of a row lie side by side."""
     rows, inner = matrix.shape
     panels = np.ascontiguousarray(matrix.reshape(-1, PANEL, inner).transpose(0, 2, 1), np.float32).reshape(-1)
     if fmt == FLOAT32:

@@ -9,7 +9,7 @@ import numpy as np
 from . import cpu
 from .dot import dot2
 from .jit import inlined, kernel
-from .linear import FINE, GROUP_MIN
+from .linear import FINE_STEP, GROUP_MIN
 from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import f32x16, fma, i32x16, repeat2, splat_f32, splat_i32, tile, to_f32
@@ -25,10 +25,12 @@ from .simd_memory import (
 )
 from .wide import store_sixteen
 
-# Rows of the smaller tile for several rows; sums of each row in float32; columns of A, int8, that are taken in one go.
-ROWS, CHAINS, PART = 4, 4, 16
+# Rows of the smaller tile for more than one row.
+SEVERAL = 4
+# Sums of each row, of floats; columns that are taken in one go, of integers.
+CHAINS, PART = 4, 16
 # How far ahead of its use memory is asked for, in bytes, and, of int8 adapters, once more, since a core drops what it is
-# asked for while as much is under way as it can have.
+# asked for while as much is under way as it can have. Beyond the panel's end that is not worth a comparison.
 AHEAD, AGAIN = 8192, 3072
 
 ZERO, NOTHING = np.float32(0), np.int32(0)
@@ -38,21 +40,20 @@ _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16, INT8: load_i8}
 
 def most_rows(fmt: int) -> int:
     """Rows of the largest tile: those whose sums the registers hold."""
-    return 2 * ROWS if fmt == INT8 and cpu.vectors() >= 32 else ROWS
+    return 2 * SEVERAL if fmt == INT8 and cpu.vectors() >= 32 else SEVERAL
 
 
 def shrink_tile(fmt: int):
     """s[m] = scale * sum over k of x[m, k] * A[k] for some rows m of x, from x_row on, and the panel of A at byte `at`.
 
-    x: Rows, quantised in groups of `group` columns. following: the byte that is likely to be read after this panel, for
-    prefetching.
+    x, group, s, following: as make_lora's shrink has them.
     """
     return _int8_tile() if fmt == INT8 else _float_tile(fmt)
 
 
 def _float_tile(fmt: int):
     load, size = _LOAD[fmt], number_bytes(fmt)
-    new_acc, new_a = tile(f32x16, ROWS, CHAINS), tile(f32x16, CHAINS)
+    new_acc, new_a = tile(f32x16, SEVERAL, CHAINS), tile(f32x16, CHAINS)
 
     @inlined
     def shrink_floats(rows, arena, at, following, columns, group, x, x_row, scale, s, s_at, s_stride):
@@ -84,7 +85,7 @@ def _int8_tile():
     @inlined
     def shrink_int8(rows, arena, at, following, columns, group, x, x_row, scale, s, s_at, s_stride):
         acc, dots, length = new_acc(), new_dots(), columns * PANEL
-        lanes, at = splat_f32(scale * FINE) * load_f32(arena, at), at + head
+        lanes, at = splat_f32(scale * FINE_STEP) * load_f32(arena, at), at + head
         x_at, scale_stride = x_row * x.stride, x.stride // GROUP_MIN
         scale_at = x_row * scale_stride
         for m in range(rows):

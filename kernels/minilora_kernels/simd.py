@@ -231,6 +231,7 @@ magnitude = primitive(i32x16, [f32x16], _magnitude)
 number_of = primitive(types.float32, [types.int32], lambda b, bits: b.bitcast(bits, ir.FloatType()))
 """The float32 with these bits."""
 numbers_of = primitive(f32x16, [i32x16], lambda b, bits: b.bitcast(bits, _F32))
+"""Likewise for every lane."""
 vabs = primitive(f32x16, [f32x16], _float_call("fabs"))
 to_f32 = primitive(f32x16, [i32x16], lambda b, v: b.sitofp(v, _F32))
 round_i32 = primitive(i32x16, [f32x16], lambda b, v: call(b, "llvm.lrint.v16i32.v16f32", _I32, v))

@@ -169,11 +169,9 @@ store_even_i16 = _storer(i32x16, lambda b, v: _narrow_i16(b, v, 0))
 store_odd_i16 = _storer(i32x16, lambda b, v: _narrow_i16(b, v, 1))
 """Every other one of 16 int32, as 8 int16."""
 store_i32 = _storer(i32x16)
-store_first, store_first_i32 = (
-    {count: _storer(v, lambda b, x, count=count: pick_lanes(b, x, range(count))) for count in (1, 4)}
-    for v in (f32x16, i32x16)
-)
-"""store_first[count]: the first 1 or 4 lanes."""
+store_first = {n: _storer(f32x16, lambda b, v, n=n: pick_lanes(b, v, range(n))) for n in (1, 4)}
+store_first_i32 = {n: _storer(i32x16, lambda b, v, n=n: pick_lanes(b, v, range(n))) for n in (1, 4)}
+"""store_first[n]: the first n lanes, 1 or 4."""
 store_sums = _storer(i32x16, _sums_of_four)
 """Each sum of four neighbouring int32, as 4 int32."""
 scatter_f32 = _scatterer(f32x16)

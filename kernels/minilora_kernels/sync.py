@@ -22,13 +22,13 @@ from .jit import kernel
 # of its kind; runs of a kind differ in their jobs only. LOST: nanoseconds that all threads of a run could not run. From
 # JOB on: the job. From THREADS on: a line for each thread.
 LINE = 8
-BEGUN, ARRIVED, GENERATION, ABORT, CLAIMED, LEFT, DONE, RUN = range(0, 8 * LINE, LINE)
+BEGUN, ARRIVED, GENERATION, ABORT, CLAIMED, LEFT, ARRIVALS, RUN = range(0, 8 * LINE, LINE)
 KIND = RUN + 1
 LOST = RUN + 2
 JOB, JOB_WORDS = RUN + LINE, 256
 THREADS = JOB + JOB_WORDS
 # In a thread's line: its clock, whether it lingers, the last run that it took part in, and its arrivals in this run.
-CLOCK, LINGERS, LAST, ARRIVALS = range(4)
+CLOCK, LINGERS, LAST, MY_ARRIVALS = range(4)
 
 # About 10 to 40 us of pauses, then the core is offered to other threads at every look.
 _PATIENCE = 1000
@@ -149,7 +149,7 @@ _WALL, _CPU = getattr(time, "CLOCK_MONOTONIC", 0), getattr(time, "CLOCK_THREAD_C
 def begin(sync, thread, job):
     """Thread 0 hands the job to all; the others wait for it, unless the run is aborted before."""
     if thread == 0:
-        for place in (ARRIVED, CLAIMED, LEFT, DONE):
+        for place in (ARRIVED, CLAIMED, LEFT, ARRIVALS):
             sync[place] = 0
         _put_job(sync, job)
         _atomic_store(sync, BEGUN, sync[RUN])
@@ -157,7 +157,7 @@ def begin(sync, thread, job):
     while _atomic_load(sync, BEGUN) != sync[RUN] and _atomic_load(sync, ABORT) == 0:
         looks = _look_again(looks)
     line = THREADS + LINE * thread
-    sync[line + LAST], sync[line + ARRIVALS] = sync[RUN], 0
+    sync[line + LAST], sync[line + MY_ARRIVALS] = sync[RUN], 0
     sync[line + CLOCK] = _nanoseconds(_CPU) - _nanoseconds(_WALL)
 
 
@@ -229,16 +229,19 @@ def barrier(sync, threads):
 
 @kernel
 def arrive(sync, thread):
-    """The first half of a barrier, whose second is `wait`. Between two arrivals of a thread there must be a wait or a barrier."""
-    sync[THREADS + LINE * thread + ARRIVALS] += 1
-    _atomic_add(sync, DONE, 1)
+    """The first half of a barrier that leaves `claim` alone; the second is `wait`.
+
+    Between two arrivals of a thread there must be a wait or a barrier.
+    """
+    sync[THREADS + LINE * thread + MY_ARRIVALS] += 1
+    _atomic_add(sync, ARRIVALS, 1)
 
 
 @kernel
 def wait(sync, thread, threads):
     """Wait until all threads have arrived as often as this one. After an abort it lets everybody through."""
-    due, looks = threads * sync[THREADS + LINE * thread + ARRIVALS], 0
-    while _atomic_load(sync, DONE) < due and _atomic_load(sync, ABORT) == 0:
+    due, looks = threads * sync[THREADS + LINE * thread + MY_ARRIVALS], 0
+    while _atomic_load(sync, ARRIVALS) < due and _atomic_load(sync, ABORT) == 0:
         looks = _look_again(looks)
 
 

@@ -2,14 +2,13 @@
 
 from minilora_kernels.batch import SEGMENT_COLUMN, SEGMENT_END, SEGMENT_FIRST, SEGMENT_SLOT, token_at
 from minilora_kernels.jit import kernel
-from minilora_kernels.linear import GROUP_MIN
 from minilora_kernels.lora_pack import head_bytes, number_bytes
 from minilora_kernels.pack import BLOCK, PANEL
 from minilora_kernels.pointwise import embed
 from minilora_kernels.sync import arrive, barrier, wait
 
 from .arrays import share_of
-from .rows import adapters_read_fine
+from .rows import has_int8_adapters, input_group
 
 # From what is used of B to what is asked for: as far as memory is late, with 16 ranks in int8 7.5 KB.
 PANELS_AHEAD = 24
@@ -21,12 +20,12 @@ def make_adapters(lora_format, shrink, gather, expand):
 
     @kernel
     def shrink_all(c, layer, which, columns, group, x, quantized_row, values_row):
-        """s = scale * x A of every segment, if there is one, for the matrices that read input `which`; expand_all waits for it.
+        """s = scale * x A of every segment, if there is one, for the matrices that read input `which`. expand_all waits for it.
 
         x: Rows, from quantized_row on quantised for a matrix of this group, from values_row on as floats. A unit of work
         is one panel and up to 32 rows; neighbouring units read neighbouring bytes.
         """
-        x_row = quantized_row if adapters_read_fine(c) else values_row
+        x_row, grouped = quantized_row if has_int8_adapters(c) else values_row, input_group(group)
         inputs, b, arena, segments, units = c.adapters.inputs, c.buffers, c.adapters.arena, c.rows.segments, 0
         if len(segments) == 0:
             return
@@ -50,19 +49,7 @@ def make_adapters(lora_format, shrink, gather, expand):
                         # What follows this thread's last unit is another's: it asks for what it has.
                         rows, ahead = min(BLOCK, end - row), following if unit + 1 < high else at
                         shrink(
-                            arena,
-                            at,
-                            ahead,
-                            columns,
-                            max(group, GROUP_MIN),
-                            panel,
-                            x,
-                            x_row + row,
-                            rows,
-                            scale,
-                            b.s,
-                            to,
-                            b.s_stride,
+                            arena, at, ahead, columns, grouped, panel, x, x_row + row, rows, scale, b.s, to, b.s_stride
                         )
                     unit += 1
         arrive(c.sync, c.thread)

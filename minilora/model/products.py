@@ -1,7 +1,6 @@
 """The products of the residual stream: o and down, which add to it, and gate up between them."""
 
 from minilora_kernels.jit import kernel
-from minilora_kernels.linear import GROUP_MIN
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL
 from minilora_kernels.pointwise import add_row, silu_mul
 from minilora_kernels.sync import barrier
@@ -9,7 +8,7 @@ from minilora_kernels.sync import barrier
 from ..adapters import GATE_OUT, UP_OUT
 from ..plan import DOWN, GATE_UP, GATE_UP_BIAS
 from .arrays import CHUNK_BLOCKS, Place, rows_at_once, share_of
-from .rows import place_of_values, quantize_if_read
+from .rows import input_group, place_of_values, quantize_if_read
 
 
 def make_add_product(linear, shrink_all, expand_all):
@@ -60,7 +59,8 @@ def make_gate_up(linear, expand_all):
         """silu(gate) * up for this thread's columns. Ends with a barrier."""
         w, b, count = c.w, c.buffers, len(c.rows.tokens)
         matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
-        unit = max(GROUP_MIN, group) // PANEL
+        # Whole groups for each thread, which CHUNK_BLOCKS are a multiple of, and the model's columns.
+        unit = input_group(group) // PANEL
         low, high = share_of(c, c.shape.forward // PANEL // unit)
         step, scratch, stride = rows_at_once(c.shape.width), c.thread * b.scratch_stride, CHUNK_BLOCKS * BLOCK
         for row in range(0, count, step):

@@ -4,7 +4,7 @@ from minilora_kernels.jit import kernel
 from minilora_kernels.linear import GROUP_MIN
 from minilora_kernels.pack import BLOCK, INT8, PANEL
 from minilora_kernels.pointwise import rms_norm
-from minilora_kernels.quantize_row import quantize_row, quantize_row_finely
+from minilora_kernels.quantize_rows import quantize_row, quantize_row_finely
 from minilora_kernels.simd_memory import load_f32, store_f32
 from minilora_kernels.sync import barrier
 
@@ -12,8 +12,8 @@ from .arrays import FEW, share_of
 
 
 @kernel
-def adapters_read_fine(c):
-    """Whether there are adapters that read rows as `fine`, see Rows: those in int8 do."""
+def has_int8_adapters(c):
+    """Whether there are adapters that read inputs as `fine`, see Rows."""
     return len(c.rows.segments) > 0 and c.adapters.fmt == INT8
 
 
@@ -23,16 +23,22 @@ def place_of_values(c, group, rows, at, scratch_at):
 
     If they are only to be quantised they stay in scratch, in the nearest cache.
     """
-    if group == 0 or (len(c.rows.segments) > 0 and not adapters_read_fine(c)):
+    if group == 0 or (len(c.rows.segments) > 0 and not has_int8_adapters(c)):
         return rows.values, at
     return c.buffers.scratch, scratch_at
 
 
 @kernel
+def input_group(group):
+    """In which groups the inputs of a matrix of this group are quantised: for int8 adapters even if its weights are floats."""
+    return max(group, GROUP_MIN)
+
+
+@kernel
 def quantize_if_read(c, x, at, n, group, rows, row, column):
     """quantize_row for a matrix of this group, or finely for adapters, too; nothing if both read floats."""
-    if adapters_read_fine(c):
-        quantize_row_finely(x, at, n, max(group, GROUP_MIN), rows, row, column)
+    if has_int8_adapters(c):
+        quantize_row_finely(x, at, n, input_group(group), rows, row, column)
     elif group > 0:
         quantize_row(x, at, n, group, rows, row, column)
 
@@ -66,7 +72,7 @@ def norm_rows(c, norm_at, group):
 def quantize_attended(c, group):
     """Quantise what attention left in the rows of buffers.a; returns as norm_rows does."""
     count, a, columns = len(c.rows.tokens), c.buffers.a, c.shape.heads * c.shape.head_dim
-    if group == 0 and not adapters_read_fine(c):
+    if group == 0 and not has_int8_adapters(c):
         return 0
     if count <= FEW:
         first = c.buffers.shared + c.thread * FEW

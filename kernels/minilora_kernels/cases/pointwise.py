@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .. import pointwise, quantize_row, reference
+from .. import pointwise, quantize_rows, reference
 from ..pack import FORMAT_NAMES, bits, is_float, table_row
 from .case import Arguments, Case, Make, normal
 from .linear import FORMATS, empty_rows, random_matrix
@@ -81,7 +81,7 @@ CASES = [
     *(
         Case(
             name,
-            getattr(quantize_row, name),
+            getattr(quantize_rows, name),
             getattr(reference, name),
             _make_quantize,
             1e-6,

@@ -3,13 +3,13 @@
 import numpy as np
 
 from ..dot import PAIRS
-from ..linear import FINE, GROUP_MIN
+from ..linear import FINE_STEP, GROUP_MIN
 from ..pack import FLOAT16, FLOAT32, INT8, PANEL
 from .flat import grid
 
 
 def _panels(arena, at, panels, inner, fmt, together=1, offset=0):
-    """Panels [panels, inner, 16] at byte `at`, as float32; of int8 numbers, + offset, so many of a row lie together."""
+    """Panels [panels, inner, 16] at byte `at`, as float32; of int8 numbers, + offset, `together` of a row lie side by side."""
     if fmt == INT8:
         raw = arena[at : at + panels * (64 + inner * PANEL)].reshape(panels, -1)
         scales = np.ascontiguousarray(raw[:, :64]).view(np.float32)
@@ -61,7 +61,7 @@ def _inputs(x, x_row, rows, columns, group, fmt):
         return grid(x.values, x_row * x.stride, x.stride, rows, columns)
     groups = x.stride // GROUP_MIN
     scales = grid(x.scales, x_row * groups, groups, rows, -(-columns // group)).repeat(group, axis=1)[:, :columns]
-    return scales * FINE * grid(x.fine, x_row * x.stride, x.stride, rows, columns)
+    return scales * FINE_STEP * grid(x.fine, x_row * x.stride, x.stride, rows, columns)
 
 
 def make_lora(fmt):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..linear import FINE
+from ..linear import FINE_STEP
 from ..pack import COLUMNS, PANEL, unpack
 from .flat import span
 
@@ -20,13 +20,13 @@ def quantize_row(x, at, n, group, rows, row, column):
 
 
 def quantize_row_finely(x, at, n, group, rows, row, column):
-    """quantize_row, and fine = round(x / (scale * FINE))."""
+    """quantize_row, and fine = round(x / (scale * FINE_STEP))."""
     steps, to = _quantize(x, at, n, group, rows, row, column), row * rows.stride + column
-    rows.fine[to : to + n] = np.rint(steps / FINE).reshape(-1)[:n]
+    rows.fine[to : to + n] = np.rint(steps / FINE_STEP).reshape(-1)[:n]
 
 
 def _quantize(x, at, n, group, rows, row, column):
-    """x / scale, before it is rounded."""
+    """Fills q, scales, sums and offsets; returns x / scale, before it is rounded."""
     v = np.pad(span(x, at, n), (0, -n % group)).reshape(-1, group)
     finite = np.isfinite(v).all(axis=1, keepdims=True)
     v = np.where(finite, v, np.float32(0))

@@ -3,14 +3,14 @@
 import numpy as np
 
 from .jit import inlined, kernel
-from .linear import FINE, GROUP_MIN
+from .linear import FINE_STEP, GROUP_MIN
 from .simd import i32x16, inverse, magnitude, numbers_of, round_i32, splat_f32, splat_i32, tile, to_f32, vmax_i32
 from .simd_lanes import hmax4_i32, hsum4_i32, lane
 from .simd_memory import load_f32, store_first, store_first_i32, store_i8, store_i16
 
-LARGEST_INT8, FINER, NOTHING = np.float32(127), np.float32(1) / FINE, np.int32(0)
+LARGEST_INT8, FINE_STEPS, NOTHING = np.float32(127), np.float32(1) / FINE_STEP, np.int32(0)
 
-_four_integers = tile(i32x16, 4)
+_four_vectors = tile(i32x16, 4)
 
 
 def _quantize_groups(count, finely):
@@ -19,7 +19,7 @@ def _quantize_groups(count, finely):
 
     @inlined
     def quantize_groups(x, at, group, rows, to, scale_at):
-        largest, totals = _four_integers(), _four_integers()
+        largest, totals = _four_vectors(), _four_vectors()
         for g in range(4):
             largest[g], totals[g] = splat_i32(NOTHING), splat_i32(NOTHING)
         for i in range(0, group, 16):
@@ -37,7 +37,7 @@ def _quantize_groups(count, finely):
                 totals[g] = totals[g] + q
                 store_i8(rows.q, to + place, q)
                 if finely:
-                    store_i16(rows.fine, to + place, round_i32(steps * splat_f32(FINER)))
+                    store_i16(rows.fine, to + place, round_i32(steps * splat_f32(FINE_STEPS)))
         sums = hsum4_i32(totals[0], totals[1], totals[2], totals[3])
         store(rows.scales, scale_at, scales)
         store_i32(rows.sums, scale_at, splat_i32(NOTHING) - sums)
@@ -53,12 +53,13 @@ def _quantizer(finely):
     def quantize_row(x, at, n, group, rows, row, column):
         """q = round(x / scale), scale = max |x| / 127 in each group: columns column .. column + n of one row.
 
-        x: float32, n values from at, n a multiple of 16; column: a multiple of group, of which the last may be shorter;
-        rows: Rows, whose q, scales, sums and offsets are written for row `row`, finely fine = round(x / (scale * FINE)),
-        too. A group of zeros has scale 0, one with a number that is not finite scale NaN: integers would hide it.
+        x: float32, n values from at, n a multiple of 16: the last group may be shorter; column: a multiple of group; rows:
+        Rows, whose q, scales, sums and offsets are written for row `row`; quantize_row_finely also writes fine =
+        round(x / (scale * FINE_STEP)). A group of zeros has scale 0, one with a number that is not finite scale NaN:
+        integers, of any value then, would hide it.
         """
         to, scale_at, i = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group, 0
-        # LLVM unrolls groups whose size it knows, which most have.
+        # LLVM unrolls loops over a size it knows; most groups are of 32.
         while group == GROUP_MIN and i + 4 * GROUP_MIN <= n:
             four(x, at + i, GROUP_MIN, rows, to + i, scale_at)
             i, scale_at = i + 4 * GROUP_MIN, scale_at + 4
