@@ -11,7 +11,7 @@ from .kinds import BYTES, FLOATS, NUMBER
 from .linear import INPUTS
 from .lora_expand import Lines, Panels, expand_rows, rows_at_once
 from .lora_pack import head_bytes, number_bytes
-from .lora_shrink import SEVERAL, gather_panel, most_rows, shrink_tile
+from .lora_shrink import TILE_ROWS, gather_panel, most_rows, shrink_tile
 from .pack import PANEL
 from .unit import unit
 
@@ -42,9 +42,9 @@ def make_lora(fmt: int):
         while rows - m >= most:
             shrink_some(most, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
             m, s_at = m + most, s_at + most * s_stride
-        if most > SEVERAL and rows - m >= SEVERAL:
-            shrink_some(SEVERAL, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
-            m, s_at = m + SEVERAL, s_at + SEVERAL * s_stride
+        if most > TILE_ROWS and rows - m >= TILE_ROWS:
+            shrink_some(TILE_ROWS, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
+            m, s_at = m + TILE_ROWS, s_at + TILE_ROWS * s_stride
         while m < rows:
             shrink_some(1, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
             m, s_at = m + 1, s_at + s_stride

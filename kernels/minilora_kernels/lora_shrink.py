@@ -25,8 +25,8 @@ from .simd_memory import (
 )
 from .wide import store_sixteen
 
-# Rows of the smaller tile for more than one row.
-SEVERAL = 4
+# Rows of a tile for several; int8 adapters have one of twice as many, too, where the registers hold its sums.
+TILE_ROWS = 4
 # Sums of each row, of floats; columns that are taken in one go, of integers.
 CHAINS, PART = 4, 16
 # How far ahead of its use memory is asked for, in bytes, and, of int8 adapters, once more, since a core drops what it is
@@ -39,8 +39,8 @@ _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16, INT8: load_i8}
 
 
 def most_rows(fmt: int) -> int:
-    """Rows of the largest tile: those whose sums the registers hold."""
-    return 2 * SEVERAL if fmt == INT8 and cpu.vectors() >= 32 else SEVERAL
+    """Rows of the largest tile."""
+    return 2 * TILE_ROWS if fmt == INT8 and cpu.vectors() >= 32 else TILE_ROWS
 
 
 def shrink_tile(fmt: int):
@@ -53,7 +53,7 @@ def shrink_tile(fmt: int):
 
 def _float_tile(fmt: int):
     load, size = _LOAD[fmt], number_bytes(fmt)
-    new_acc, new_a = tile(f32x16, SEVERAL, CHAINS), tile(f32x16, CHAINS)
+    new_acc, new_a = tile(f32x16, TILE_ROWS, CHAINS), tile(f32x16, CHAINS)
 
     @inlined
     def shrink_floats(rows, arena, at, following, columns, group, x, x_row, scale, s, s_at, s_stride):

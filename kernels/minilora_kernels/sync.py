@@ -1,10 +1,9 @@
 """What the threads of a team share while they run: compiled code over one array, `sync`, without locks.
 
-Threads meet at `barrier`, or do something else between `arrive` and `wait`; they split work with `share`, or take it piece
-by piece with `claim`. `begin` and `end` stand
-around each thread's part of a run. A thread whose part is done lingers for a moment, since the next run follows soon,
-and takes its part in it without going back to Python: waking a thread that sleeps, passing it the GIL and handing it
-its arguments takes some 50 to 100 us.
+Threads meet at `barrier`, or do something else between `arrive` and `wait`; they split work with `share`, or take it
+piece by piece with `claim`. `begin` and `end` stand around each thread's part of a run. A thread whose part is done
+lingers for a moment, since the next run follows soon, and takes its part in it without going back to Python: waking a
+thread that sleeps, passing it the GIL and handing it its arguments takes some 50 to 100 us.
 """
 
 import sys
