@@ -167,13 +167,19 @@ def test_wrong_requests_are_told_at_once(serve):
     serve(main)
 
 
+def _slowly(prompt, text, logits):
+    """A logits processor that changes nothing, and gives what else happens 20 ms for every token."""
+    time.sleep(0.02)
+    return logits
+
+
 def test_who_waits_too_long_is_told(serve, expected):
     async def main(engine):
-        endless = SamplingParams(max_tokens=450, ignore_eos=True)
-        busy = engine.generate(PROMPT, endless, start_within=0.01)
+        endless = SamplingParams(max_tokens=450, ignore_eos=True, logits_processors=[_slowly])
+        busy = engine.generate(PROMPT, endless, start_within=0.5)
         await anext(busy)
         with pytest.raises(QueueTimeoutError, match="too long"):
-            await engine.complete(PROMPT, GREEDY, start_within=0.02)
+            await engine.complete(PROMPT, GREEDY, start_within=0.6)
         assert (await anext(busy)).outputs[0].token_ids, "one that has begun goes on"
         waiting = asyncio.create_task(engine.complete(PROMPT, GREEDY, start_within=30))
         await busy.aclose()
@@ -189,11 +195,12 @@ def test_who_has_begun_waits_for_nothing_though_its_first_text_has_ended(serve):
         whole = await engine.complete(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True, n=2, seed=3))
         first, second = (output.token_ids for output in whole.outputs)
         stop = next(token for token in first[:8] if token not in second)
-        params = SamplingParams(max_tokens=40, ignore_eos=True, n=2, seed=3, stop_token_ids=[stop])
+        params = SamplingParams(
+            max_tokens=40, ignore_eos=True, n=2, seed=3, stop_token_ids=[stop], logits_processors=[_slowly]
+        )
         heard = []
-        async for output in engine.generate(PROMPT, params, start_within=0.001):
+        async for output in engine.generate(PROMPT, params, start_within=0.5):
             heard += output.outputs
-            await asyncio.sleep(0.001)
         ends = [(output.index, output.finish_reason) for output in heard if output.finish_reason]
         assert ends == [(0, "stop"), (1, "length")]
         assert [id_ for output in heard if output.index == 1 for id_ in output.token_ids] == second
