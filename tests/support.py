@@ -48,6 +48,14 @@ ARCHITECTURES = {
     "llama-bias": {"attention_bias": True, "mlp_bias": True},
     "llama-wide-heads": {"head_dim": 48, "num_key_value_heads": 1},
     "llama-odd-heads": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1},
+    # Large enough for threads to help each other.
+    "llama-large": {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 4650,
+    },
     "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 16.0}, "max_position_embeddings": 64},
     "llama-llama3": {

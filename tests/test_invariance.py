@@ -100,8 +100,14 @@ PARAMS = SamplingParams(max_tokens=12, seed=3, temperature=0.8, top_p=0.9, logpr
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", "float32"), ("llama-odd-heads", "float16"), ("llama", "int4"), ("llama", "int8")],
-    ids=["float32", "float16", "int4", "int8"],
+    params=[
+        ("llama", "float32"),
+        ("llama-odd-heads", "float16"),
+        ("llama", "int4"),
+        ("llama", "int8"),
+        ("llama-large", "int8"),
+    ],
+    ids=["float32", "float16", "int4", "int8", "large"],
 )
 def world(request, tiny):
     """(weights, adapters, the needle's trace alone), the needle with two adapters; they are int8 but beside float32."""
@@ -147,7 +153,7 @@ def test_however_the_prompt_is_cut(world, budget):
     same_in(world, max_num_batched_tokens=budget)
 
 
-@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize("threads", [2, 4, 8])
 def test_on_any_number_of_threads(world, threads):
     same_in(world, threads=threads)
     same_in(world, threads=threads, neighbours=6, seed=2, max_num_batched_tokens=50)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from minilora.model.head import NONE, better
 from minilora.params import SamplingParams
 from minilora.reference import Reference
 from minilora.sequence import AdapterUse
+from minilora_kernels.jit import kernel, program
 
 from .support import (
     ARCHITECTURES,
@@ -152,3 +154,21 @@ def test_adapters_on_quantised_weights(tiny, dtype):
     found = prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(adapter), 1.0),))
     expected = reference_logprobs(weights, tokens, engine.length, [(adapter, 1.0)])
     assert largest_error(found, expected, tokens) < 0.4
+
+
+@kernel
+def _best_of(x, columns):
+    best = NONE
+    for column in columns:
+        best = better(x, 0, best, column)
+    return best
+
+
+@pytest.mark.parametrize("bad", [(), (np.nan,), (np.nan, np.inf, -np.inf)])
+def test_columns_in_any_order_have_the_same_best(bad):
+    best_of, rng = program(_best_of), np.random.default_rng(5)
+    for _ in range(200):
+        x = rng.integers(0, 3, 12).astype(np.float32)
+        x[rng.choice(12, 2 * len(bad), replace=False)] = 2 * bad
+        assert best_of(x, rng.permutation([NONE, *range(12)])) == np.argmax(x)
+    assert best_of(x, np.array([NONE, NONE])) == NONE

@@ -1,20 +1,18 @@
 """What the threads of a team share while they run: compiled code over one array, `sync`, without locks.
 
-Threads meet at `barrier`, or do something else between `arrive` and `wait`; they split work with `share`, or take it
-piece by piece with `claim`. `begin` and `end` stand around each thread's part of a run. A thread whose part is done
-lingers for a moment, since the next run follows soon, and takes its part in it without going back to Python: waking a
-thread that sleeps, passing it the GIL and handing it its arguments takes some 50 to 100 us.
+Threads meet at `barrier`, or do something else between `arrive` and `wait`; they split work with `share`, take it piece
+by piece with `claim`, or help each other with it, see `stealing`. `begin` and `end` stand around each thread's part of a run.
+A thread whose part is done lingers for a moment, since the next run follows soon, and takes its part in it without going
+back to Python: waking a thread that sleeps, passing it the GIL and handing it its arguments takes some 50 to 100 us.
 """
 
-import sys
 import time
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import cpu
+from .atomics import atomic_add, atomic_load, atomic_store, nanoseconds, pause, slot_of, yield_core
 from .jit import kernel
 
 # Places in sync, most of them on a cache line of their own (LINE numbers). RUN, KIND: the caller's number of a run and
@@ -26,92 +24,14 @@ KIND = RUN + 1
 LOST = RUN + 2
 JOB, JOB_WORDS = RUN + LINE, 256
 THREADS = JOB + JOB_WORDS
-# In a thread's line: its clock, whether it lingers, the last run that it took part in, and its arrivals in this run.
-CLOCK, LINGERS, LAST, MY_ARRIVALS = range(4)
+# In a thread's line: its clock, whether it lingers, the last run that it took part in, and of this run its arrivals, the
+# number of its work, and its part of that.
+CLOCK, LINGERS, LAST, MY_ARRIVALS, WORK, PART = range(6)
 
 # About 10 to 40 us of pauses, then the core is offered to other threads at every look.
 _PATIENCE = 1000
 # How long a thread lingers, in nanoseconds, and how many looks lie between two at the clock.
 _LINGER, _LOOKS = 2_000_000, 64
-
-_YIELD = {"win32": "SwitchToThread"}.get(sys.platform, "sched_yield")
-
-
-def _slot(context, builder, sig, args):
-    return builder.gep(context.make_array(sig.args[0])(context, builder, args[0]).data, [args[1]])
-
-
-@intrinsic
-def _atomic_add(typing_context, array, i, value):
-    def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("add", _slot(context, builder, sig, args), args[2], "seq_cst")
-
-    return types.int64(array, types.intp, types.int64), codegen
-
-
-@intrinsic
-def _atomic_load(typing_context, array, i):
-    def codegen(context, builder, sig, args):
-        return builder.load_atomic(_slot(context, builder, sig, args), "acquire", 8)
-
-    return types.int64(array, types.intp), codegen
-
-
-@intrinsic
-def _atomic_store(typing_context, array, i, value):
-    def codegen(context, builder, sig, args):
-        builder.store_atomic(args[2], _slot(context, builder, sig, args), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.int64), codegen
-
-
-@intrinsic
-def _pause(typing_context):
-    """Tell the core that this is a spin loop."""
-
-    def codegen(context, builder, sig, args):
-        triple = cpu.target()[0]
-        if triple.startswith("x86_64"):
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        elif triple.startswith(("aarch64", "arm64")):
-            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
-            hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint")
-            builder.call(hint, [ir.Constant(ir.IntType(32), 1)])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def _yield_core(typing_context):
-    """Let the operating system run another thread on this core."""
-
-    def codegen(context, builder, sig, args):
-        if binding.address_of_symbol(_YIELD):
-            kind = ir.FunctionType(ir.IntType(32), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def _nanoseconds(typing_context, clock):
-    """What one of the system's clocks shows; 0 where there is no such clock."""
-
-    def codegen(context, builder, sig, args):
-        if not binding.address_of_symbol("clock_gettime"):
-            return ir.Constant(ir.IntType(64), 0)
-        now = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), 2))
-        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), now.type])
-        call = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
-        builder.call(call, [builder.trunc(args[0], ir.IntType(32)), now])
-        seconds, rest = (builder.extract_value(builder.load(now), i) for i in range(2))
-        return builder.add(builder.mul(seconds, ir.Constant(seconds.type, 10**9)), rest)
-
-    return types.int64(types.int64), codegen
 
 
 @intrinsic
@@ -137,7 +57,7 @@ def _job_slot(context, builder, sig, args):
     kind = args[1].type
     if (size := context.get_abi_sizeof(kind)) > 8 * JOB_WORDS:
         raise TypeError(f"a job of {size} bytes is too large: a team passes on {8 * JOB_WORDS}")
-    at = _slot(context, builder, sig, (args[0], ir.Constant(ir.IntType(64), JOB)))
+    at = slot_of(context, builder, sig, (args[0], ir.Constant(ir.IntType(64), JOB)))
     return builder.bitcast(at, kind.as_pointer())
 
 
@@ -145,35 +65,37 @@ _WALL, _CPU = getattr(time, "CLOCK_MONOTONIC", 0), getattr(time, "CLOCK_THREAD_C
 
 
 @kernel
-def begin(sync, thread, job):
+def begin(sync, thread, threads, job):
     """Thread 0 hands the job to all; the others wait for it, unless the run is aborted before."""
     if thread == 0:
         for place in (ARRIVED, CLAIMED, LEFT, ARRIVALS):
             sync[place] = 0
+        for each in range(threads):
+            sync[THREADS + LINE * each + PART] = 0
         _put_job(sync, job)
-        _atomic_store(sync, BEGUN, sync[RUN])
+        atomic_store(sync, BEGUN, sync[RUN])
     looks = 0
-    while _atomic_load(sync, BEGUN) != sync[RUN] and _atomic_load(sync, ABORT) == 0:
+    while atomic_load(sync, BEGUN) != sync[RUN] and atomic_load(sync, ABORT) == 0:
         looks = _look_again(looks)
     line = THREADS + LINE * thread
-    sync[line + LAST], sync[line + MY_ARRIVALS] = sync[RUN], 0
-    sync[line + CLOCK] = _nanoseconds(_CPU) - _nanoseconds(_WALL)
+    sync[line + LAST], sync[line + MY_ARRIVALS], sync[line + WORK] = sync[RUN], 0, 0
+    sync[line + CLOCK] = nanoseconds(_CPU) - nanoseconds(_WALL)
 
 
 @kernel
 def end(sync, thread, threads):
     """Thread 0 waits for the others. These linger; returns whether another run of this kind has begun meanwhile."""
     line = THREADS + LINE * thread
-    sync[line + CLOCK] += _nanoseconds(_WALL) - _nanoseconds(_CPU)
+    sync[line + CLOCK] += nanoseconds(_WALL) - nanoseconds(_CPU)
     if thread > 0:
         run, kind = sync[RUN], sync[KIND]
-        _atomic_store(sync, line + LINGERS, 1)
-        _atomic_add(sync, LEFT, 1)
+        atomic_store(sync, line + LINGERS, 1)
+        atomic_add(sync, LEFT, 1)
         called = _linger(sync, run) and sync[KIND] == kind
-        _atomic_store(sync, line + LINGERS, 0)
+        atomic_store(sync, line + LINGERS, 0)
         return called
     looks = 0
-    while _atomic_load(sync, LEFT) < threads - 1 and _atomic_load(sync, ABORT) == 0:
+    while atomic_load(sync, LEFT) < threads - 1 and atomic_load(sync, ABORT) == 0:
         looks = _look_again(looks)
     sync[LOST] = 0
     for each in range(threads):
@@ -187,15 +109,15 @@ def _linger(sync, run):
 
     It does not yield: a thread that yields waits until the other's time slice ends, one that sleeps is woken at once.
     """
-    began = _nanoseconds(_WALL)
+    began = nanoseconds(_WALL)
     for look in range(_LINGER // 10):
-        if _atomic_load(sync, ABORT) != 0:
+        if atomic_load(sync, ABORT) != 0:
             return False
-        if _atomic_load(sync, BEGUN) != run:
+        if atomic_load(sync, BEGUN) != run:
             return True
-        if look % _LOOKS == _LOOKS - 1 and _nanoseconds(_WALL) - began > _LINGER:
+        if look % _LOOKS == _LOOKS - 1 and nanoseconds(_WALL) - began > _LINGER:
             return False
-        _pause()
+        pause()
     return False
 
 
@@ -203,9 +125,9 @@ def _linger(sync, run):
 def _look_again(looks):
     """Between two looks of a thread that waits for others; returns looks + 1."""
     if looks < _PATIENCE:
-        _pause()
+        pause()
     else:
-        _yield_core()
+        yield_core()
     return looks + 1
 
 
@@ -213,16 +135,16 @@ def _look_again(looks):
 def barrier(sync, threads):
     """Wait until all `threads` threads are here. Resets `claim`. After an abort it lets everybody through."""
     if threads == 1:
-        _atomic_store(sync, CLAIMED, 0)
+        atomic_store(sync, CLAIMED, 0)
         return
-    generation = _atomic_load(sync, GENERATION)
-    if _atomic_add(sync, ARRIVED, 1) == threads - 1:
-        _atomic_store(sync, ARRIVED, 0)
-        _atomic_store(sync, CLAIMED, 0)
-        _atomic_store(sync, GENERATION, generation + 1)
+    generation = atomic_load(sync, GENERATION)
+    if atomic_add(sync, ARRIVED, 1) == threads - 1:
+        atomic_store(sync, ARRIVED, 0)
+        atomic_store(sync, CLAIMED, 0)
+        atomic_store(sync, GENERATION, generation + 1)
         return
     looks = 0
-    while _atomic_load(sync, GENERATION) == generation and _atomic_load(sync, ABORT) == 0:
+    while atomic_load(sync, GENERATION) == generation and atomic_load(sync, ABORT) == 0:
         looks = _look_again(looks)
 
 
@@ -233,14 +155,14 @@ def arrive(sync, thread):
     Between two arrivals of a thread there must be a wait or a barrier.
     """
     sync[THREADS + LINE * thread + MY_ARRIVALS] += 1
-    _atomic_add(sync, ARRIVALS, 1)
+    atomic_add(sync, ARRIVALS, 1)
 
 
 @kernel
 def wait(sync, thread, threads):
     """Wait until all threads have arrived as often as this one. After an abort it lets everybody through."""
     due, looks = threads * sync[THREADS + LINE * thread + MY_ARRIVALS], 0
-    while _atomic_load(sync, ARRIVALS) < due and _atomic_load(sync, ABORT) == 0:
+    while atomic_load(sync, ARRIVALS) < due and atomic_load(sync, ABORT) == 0:
         looks = _look_again(looks)
 
 
@@ -253,4 +175,4 @@ def share(total, thread, threads):
 @kernel
 def claim(sync):
     """The next number of 0, 1, 2 ... that no thread has taken since the last barrier."""
-    return _atomic_add(sync, CLAIMED, 1)
+    return atomic_add(sync, CLAIMED, 1)

@@ -26,7 +26,7 @@ def team_program(body: Callable, constants: tuple = (), units: Iterable[Any] = (
     def part(thread, threads, sync, job, fixed):
         going = True
         while going:
-            begin(sync, thread, job)
+            begin(sync, thread, threads, job)
             body(thread, threads, sync, job, fixed)
             going = end(sync, thread, threads)
             if going:

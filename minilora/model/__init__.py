@@ -1,12 +1,13 @@
 """The forward step of a Llama-family decoder: one compiled function that every thread of the team runs.
 
 A step takes T rows: any mix of prefill chunks and decodes of B sequences, with any adapters. Each phase splits
-its work over the threads; a barrier ends it:
+its work over the threads, who help each other with long work; a barrier ends it:
 
     embed | norm, q k v, rotate, write pages | attend | o | norm, gate up, silu | down | ... | norm, head
 
     step.py         the order of the phases
-    arrays.py       what they work on, and how threads share it
+    arrays.py       what they work on
+    work.py         how threads share it
     rows.py         inputs of the products: norm, quantisation; which rows go on to the end
     projection.py   q k v, rotation, pages
     attention.py    attention
@@ -23,7 +24,8 @@ by the same operations in the same order.
 Products, attention, adapters' tiles and sampling are units of their own, see minilora_kernels.unit: compiled beside the rest.
 """
 
-from .arrays import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Fixed, Shape
+from .arrays import FEW, Buffers, Fixed, Shape
 from .step import make_step
+from .work import CHUNK_BLOCKS, MOST_ROWS
 
 __all__ = ["CHUNK_BLOCKS", "FEW", "MOST_ROWS", "Buffers", "Fixed", "Shape", "make_step"]

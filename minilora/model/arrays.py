@@ -1,24 +1,18 @@
-"""The arrays of a step, and how its threads share them."""
+"""The arrays of a step."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from minilora_kernels.batch import StepInput, StepRows
-from minilora_kernels.jit import kernel
 from minilora_kernels.linear import Rows
 from minilora_kernels.pages import KV
-from minilora_kernels.sync import share
 
 from ..adapters import AdapterArrays
 from ..weights import Network
 
 # Up to so many rows every thread normalises and quantises all of them itself.
 FEW = 8
-# What a thread takes at once: blocks of gate up, rows, and bytes of their inputs.
-CHUNK_BLOCKS = 8
-MOST_ROWS = 256
-CACHE_BYTES = 256 * 1024
 
 
 class Shape(NamedTuple):
@@ -97,15 +91,3 @@ class Place(NamedTuple):
     at: int
     stride: int
     step: int
-
-
-@kernel
-def share_of(c, total):
-    """(first, end) of this thread's part of range(total)."""
-    return share(total, c.thread, c.threads)
-
-
-@kernel
-def rows_at_once(columns):
-    """Rows whose int8 inputs stay in the second-level cache beside the weights of a chunk."""
-    return min(MOST_ROWS, max(8, CACHE_BYTES // columns // 8 * 8))

@@ -17,7 +17,7 @@ from minilora_kernels.pages import NOBODY, SPLIT, Query, first_seen
 from minilora_kernels.sync import barrier, claim
 
 from ..plan import WINDOW
-from .arrays import share_of
+from .work import share_of
 
 
 @kernel

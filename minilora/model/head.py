@@ -8,8 +8,12 @@ from minilora_kernels.pack import BLOCK, GROUP, PANEL, ROWS
 from minilora_kernels.sample import argmax
 from minilora_kernels.sync import barrier, claim
 
-from .arrays import Place, share_of
+from .arrays import Place
 from .rows import norm_row
+from .work import bytes_of, first_piece, next_piece, share_of, work_of
+
+# Instead of a column where a thread had none.
+NONE = -1
 
 
 def make_logits(linear, shrink_all, expand_all):
@@ -25,16 +29,23 @@ def make_logits(linear, shrink_all, expand_all):
             norm_row(c, w.final_norm, group, j, j)
         barrier(c.sync, c.threads)
         shrink_all(c, shape.layers, 0, shape.width, group, b.a, 0, 0)
-        block0, block1 = share_of(c, padded // BLOCK)
-        linear(w.arena, w.matrices, w.head, b.a, 0, count, block0, block1, b.logits, block0 * BLOCK, padded, 0)
-        panel0, panel1 = 2 * block0, min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)
-        to = Place(b.logits, 0, padded, PANEL)
-        expand_all(c, shape.layers, 0, 0, count, panel0, panel1, to, 0, panel0)
         for j in range(count):
-            for i in range(max(shape.vocabulary, block0 * BLOCK), block1 * BLOCK):
-                b.logits[j * padded + i] = -np.inf
-            first = block0 * BLOCK
-            b.bests[j * c.threads + c.thread] = first + argmax(b.logits, j * padded + first, (block1 - block0) * BLOCK)
+            b.bests[j * c.threads + c.thread] = NONE
+        work = work_of(c, padded // BLOCK, count, count, bytes_of(c, w.head, count))
+        block0, block1 = first_piece(c, work)
+        while block0 < block1:
+            column, end = block0 * BLOCK, block1 * BLOCK
+            linear(w.arena, w.matrices, w.head, b.a, 0, count, block0, block1, b.logits, column, padded, 0)
+            panel0, panel1 = 2 * block0, min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)
+            to = Place(b.logits, 0, padded, PANEL)
+            expand_all(c, shape.layers, 0, 0, count, panel0, panel1, to, 0, panel0)
+            for j in range(count):
+                at, mine = j * padded, j * c.threads + c.thread
+                for i in range(max(shape.vocabulary, column), end):
+                    b.logits[at + i] = -np.inf
+                best = column + argmax(b.logits, at + column, end - column)
+                b.bests[mine] = better(b.logits, at, b.bests[mine], best)
+            block0, block1 = next_piece(c, work, block1, block1)
         barrier(c.sync, c.threads)
 
     return logits
@@ -54,12 +65,17 @@ def choose_all(c):
 
 @kernel
 def _best(c, row, padded):
-    """The best of all threads' best columns of a row, as argmax has it: threads have them in order."""
-    b = c.buffers
-    best = b.bests[row * c.threads]
-    for thread in range(1, c.threads):
-        other = b.bests[row * c.threads + thread]
-        so_far = b.logits[row * padded + best]
-        if not (np.isnan(so_far) or b.logits[row * padded + other] <= so_far):
-            best = other
+    """The best of all threads' best columns of a row, as argmax has it."""
+    best = NONE
+    for thread in range(c.threads):
+        best = better(c.buffers.logits, row * padded, best, c.buffers.bests[row * c.threads + thread])
     return best
+
+
+@kernel
+def better(logits, at, i, j):
+    """The better one of two columns, either of which may be NONE, whichever comes first: as argmax has it."""
+    first, second = min(i, j), max(i, j)
+    if first == NONE or not (np.isnan(logits[at + first]) or logits[at + second] <= logits[at + first]):
+        return second
+    return first

@@ -7,8 +7,8 @@ from minilora_kernels.pack import BLOCK, PANEL
 from minilora_kernels.pointwise import embed
 from minilora_kernels.sync import arrive, barrier, wait
 
-from .arrays import share_of
 from .rows import has_int8_adapters, input_group
+from .work import share_of
 
 # From what is used of B to what is asked for: as far as memory is late, with 16 ranks in int8 7.5 KB.
 PANELS_AHEAD = 24

@@ -7,8 +7,9 @@ from minilora_kernels.sync import barrier
 
 from ..adapters import GATE_OUT, UP_OUT
 from ..plan import DOWN, GATE_UP, GATE_UP_BIAS
-from .arrays import CHUNK_BLOCKS, Place, rows_at_once, share_of
+from .arrays import Place
 from .rows import input_group, place_of_values, quantize_if_read
+from .work import CHUNK_BLOCKS, bytes_of, first_piece, next_piece, rows_at_once, span_of, work_of
 
 
 def make_add_product(linear, shrink_all, expand_all):
@@ -24,15 +25,17 @@ def make_add_product(linear, shrink_all, expand_all):
         columns, group = w.matrices[matrix, COLUMNS], w.matrices[matrix, GROUP]
         x_row = quantized_row if group > 0 else values_row
         shrink_all(c, layer, which_in, columns, group, x, quantized_row, values_row)
-        block0, block1 = share_of(c, width // BLOCK)
-        column, step = block0 * BLOCK, rows_at_once(columns)
-        for row in range(0, count, step):
-            rows, at = min(step, count - row), row * width
+        work = work_of(c, width // BLOCK, count, rows_at_once(columns), bytes_of(c, matrix, count))
+        first, end = first_piece(c, work)
+        while first < end:
+            row, rows, block0, block1 = span_of(work, first, end)
+            at, column = row * width, block0 * BLOCK
             linear(w.arena, w.matrices, matrix, x, x_row + row, rows, block0, block1, b.x, at + column, width, 1)
             to, low, high = Place(b.x, at, width, PANEL), 2 * block0, 2 * block1
             expand_all(c, layer, which_out, row, row + rows, low, high, to, which_out, low)
             for r in range(rows if bias >= 0 else 0):
                 add_row(b.x, at + r * width + column, w.arena, bias + 4 * column, (block1 - block0) * BLOCK)
+            first, end = next_piece(c, work, first + block1 - block0, end)
         barrier(c.sync, c.threads)
 
     return add_product
@@ -59,20 +62,22 @@ def make_gate_up(linear, expand_all):
         """silu(gate) * up for this thread's columns. Ends with a barrier."""
         w, b, count = c.w, c.buffers, len(c.rows.tokens)
         matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
-        # Whole groups for each thread, which CHUNK_BLOCKS are a multiple of, and the model's columns.
+        # Threads take whole groups, which CHUNK_BLOCKS are a multiple of, and the model's columns.
         unit = input_group(group) // PANEL
-        low, high = share_of(c, c.shape.forward // PANEL // unit)
-        step, scratch, stride = rows_at_once(c.shape.width), c.thread * b.scratch_stride, CHUNK_BLOCKS * BLOCK
-        for row in range(0, count, step):
-            rows = min(step, count - row)
-            for block in range(low * unit, high * unit, CHUNK_BLOCKS):
-                end = min(block + CHUNK_BLOCKS, high * unit)
-                linear(w.arena, w.matrices, matrix, b.a, x_row + row, rows, block, end, b.scratch, scratch, stride, 0)
-                gate = Place(b.scratch, scratch - block * BLOCK, stride, BLOCK)
-                up = Place(b.scratch, gate.at + PANEL, stride, BLOCK)
-                expand_all(c, layer, GATE_OUT, row, row + rows, block, end, gate, UP_OUT, block)
-                expand_all(c, layer, UP_OUT, row, row + rows, block, end, up, GATE_OUT, end)
-                finish(c, layer, group, row, rows, block, end)
+        units, size = c.shape.forward // PANEL // unit, bytes_of(c, matrix, count)
+        scratch, stride = c.thread * b.scratch_stride, CHUNK_BLOCKS * BLOCK
+        work = work_of(c, units, count, rows_at_once(c.shape.width), size)
+        first, end = first_piece(c, work)
+        while first < end:
+            row, rows, low, high = span_of(work, first, end)
+            block, last = low * unit, min(high * unit, low * unit + CHUNK_BLOCKS)
+            linear(w.arena, w.matrices, matrix, b.a, x_row + row, rows, block, last, b.scratch, scratch, stride, 0)
+            gate = Place(b.scratch, scratch - block * BLOCK, stride, BLOCK)
+            up = Place(b.scratch, gate.at + PANEL, stride, BLOCK)
+            expand_all(c, layer, GATE_OUT, row, row + rows, block, last, gate, UP_OUT, block)
+            expand_all(c, layer, UP_OUT, row, row + rows, block, last, up, GATE_OUT, last)
+            finish(c, layer, group, row, rows, block, last)
+            first, end = next_piece(c, work, first + (last - block) // unit, end)
         barrier(c.sync, c.threads)
 
     return gate_up

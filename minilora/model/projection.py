@@ -7,10 +7,13 @@ from minilora_kernels.sync import barrier, share
 
 from ..adapters import Q_OUT
 from ..plan import K_NORM, Q_NORM, QKV, QKV_BIAS, QKV_PARTS, ROTARY
-from .arrays import FEW, Place, rows_at_once, share_of
+from .arrays import FEW, Place
+from .work import bytes_of, first_piece, is_shared, next_piece, rows_at_once, share_of, span_of, work_of
 
-# From how many rows for each thread on q k v are shared by rows: reading the weights takes little beside them.
+# From how many rows for each thread on they take q k v by rows: reading the weights takes little beside them.
 ROWS_EACH = 32
+# Pieces of such rows for each thread, at least.
+PIECES_EACH = 8
 
 
 def make_projection(linear, expand_all, write_key, write_value):
@@ -75,42 +78,54 @@ def make_projection(linear, expand_all, write_key, write_value):
 
     @kernel
     def project_heads(c, layer, x_row, first):
-        """q k v of the heads from `first` on, 0 or the first of the keys, ready for attention. Ends with a barrier.
-
-        Many rows are shared by rows, few by heads.
-        """
-        shape, count, step = c.shape, len(c.rows.tokens), rows_at_once(c.shape.width)
+        """q k v of the heads from `first` on, 0 or the first of the keys, ready for attention. Ends with a barrier."""
+        w, count, size = c.w, len(c.rows.tokens), 0
+        for part in range(w.layers[layer, QKV_PARTS]):
+            size += bytes_of(c, w.layers[layer, QKV] + part, count)
         if count >= ROWS_EACH * c.threads:
-            # Whole tiles of 8 rows.
-            low, high = share_of(c, (count + FEW - 1) // FEW)
-            end = min(high * FEW, count)
-            for row in range(low * FEW, end, step):
-                project_some(c, layer, x_row, row, min(step, end - row), first, shape.heads + 2 * shape.kv_heads)
+            by_rows(c, layer, x_row, first, size)
+        elif is_shared(c, size) or count == 1 or c.shape.head_dim % BLOCK > 0:
+            by_pairs(c, layer, x_row, first, size)
         else:
-            for row in range(0, count, step):
-                project_mine(c, layer, x_row, row, min(step, count - row), first)
+            by_kinds(c, layer, x_row, first)
         barrier(c.sync, c.threads)
 
     @kernel
-    def project_mine(c, layer, x_row, row, rows, first):
-        """q k v of this thread's part of the heads from `first` on.
+    def by_rows(c, layer, x_row, first, size):
+        """Threads take rows, whole tiles of 8, and all heads of them; so many that reading the weights takes little."""
+        shape, count, step = c.shape, len(c.rows.tokens), rows_at_once(c.shape.width)
+        piece = min(step, FEW * max(1, count // (FEW * PIECES_EACH * c.threads)))
+        work = work_of(c, 1, count, piece, size)
+        at, end = first_piece(c, work)
+        while at < end:
+            row = at * piece
+            rows = min(step // piece * piece, end * piece - row, count - row)
+            project_some(c, layer, x_row, row, rows, first, shape.heads + 2 * shape.kv_heads)
+            at, end = next_piece(c, work, at + (rows + piece - 1) // piece, end)
 
-        Each kind of head is shared by itself: keys take longest to write, and those who have more queries get fewer of them.
-        For a single row they take little, and weights are better read in one piece.
-        """
-        shape = c.shape
+    @kernel
+    def by_pairs(c, layer, x_row, first, size):
+        """Threads take pairs of heads, of which two may share a block; weights are read in one piece."""
+        heads, pair0 = c.shape.heads + 2 * c.shape.kv_heads, first // 2
+        work = work_of(c, (heads + 1) // 2 - pair0, len(c.rows.tokens), rows_at_once(c.shape.width), size)
+        at, end = first_piece(c, work)
+        while at < end:
+            row, rows, low, high = span_of(work, at, end)
+            project_some(c, layer, x_row, row, rows, 2 * (pair0 + low), min(2 * (pair0 + high), heads))
+            at, end = next_piece(c, work, at + high - low, end)
+
+    @kernel
+    def by_kinds(c, layer, x_row, first):
+        """Each kind of head is shared by itself: keys take longest to write, and who has more queries gets fewer of them."""
+        shape, count, step = c.shape, len(c.rows.tokens), rows_at_once(c.shape.width)
         keys, values = shape.heads, shape.heads + shape.kv_heads
-        if shape.head_dim % BLOCK == 0 and len(c.rows.tokens) > 1:
+        for row in range(0, count, step):
+            rows = min(step, count - row)
             low, high = share_of(c, shape.heads - first)
             project_some(c, layer, x_row, row, rows, low, high)
             low, high = share(shape.kv_heads, c.threads - 1 - c.thread, c.threads)
             project_some(c, layer, x_row, row, rows, keys + low, keys + high)
             low, high = share_of(c, shape.kv_heads)
             project_some(c, layer, x_row, row, rows, values + low, values + high)
-        else:
-            # Two heads may share a block: pairs of them stay together.
-            pair = first // 2
-            low, high = share_of(c, (values + shape.kv_heads + 1) // 2 - pair)
-            project_some(c, layer, x_row, row, rows, 2 * (pair + low), min(2 * (pair + high), values + shape.kv_heads))
 
     return project_heads

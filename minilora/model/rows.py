@@ -8,7 +8,8 @@ from minilora_kernels.quantize_rows import quantize_row, quantize_row_finely
 from minilora_kernels.simd_memory import load_f32, store_f32
 from minilora_kernels.sync import barrier
 
-from .arrays import FEW, share_of
+from .arrays import FEW
+from .work import first_piece, next_piece, share_of, work_of
 
 
 @kernel
@@ -61,9 +62,11 @@ def norm_rows(c, norm_at, group):
         for r in range(count):
             norm_row(c, norm_at, group, r, first + r)
         return first
-    low, high = share_of(c, count)
-    for r in range(low, high):
+    work = work_of(c, 1, count, 1, count * c.shape.width * 4)
+    r, end = first_piece(c, work)
+    while r < end:
         norm_row(c, norm_at, group, r, r)
+        r, end = next_piece(c, work, r + 1, end)
     barrier(c.sync, c.threads)
     return 0
 
@@ -79,9 +82,11 @@ def quantize_attended(c, group):
         for r in range(count):
             quantize_if_read(c, a.values, r * a.stride, columns, group, a, first + r, 0)
         return first
-    low, high = share_of(c, count)
-    for r in range(low, high):
+    work = work_of(c, 1, count, 1, count * columns * 4)
+    r, end = first_piece(c, work)
+    while r < end:
         quantize_if_read(c, a.values, r * a.stride, columns, group, a, r, 0)
+        r, end = next_piece(c, work, r + 1, end)
     barrier(c.sync, c.threads)
     return 0
 
