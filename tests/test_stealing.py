@@ -5,9 +5,9 @@ import pytest
 
 from minilora_kernels.atomics import atomic_add, atomic_load, pause
 from minilora_kernels.jit import kernel
+from minilora_kernels.stealing import MOST, begin_work, take
 from minilora_kernels.sync import barrier
 from minilora_kernels.team import Team, team_program
-from minilora_kernels.stealing import MOST, begin_work, take
 
 
 @kernel

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from minilora_kernels.jit import kernel
 from minilora_kernels.pack import BLOCK, BLOCK_BYTES, ROWS
-from minilora_kernels.sync import share
 from minilora_kernels.stealing import begin_work, take
+from minilora_kernels.sync import share
 
 from .arrays import FEW
 
