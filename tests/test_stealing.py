@@ -11,19 +11,19 @@ from minilora_kernels.team import Team, team_program
 
 
 @kernel
-def _do_all(thread, threads, sync, job, slowness):
+def _do_all(thread, threads, sync, job, fixed):
     """done[turn, i] += 1 for all i < totals[turn]; every turn another thread is slow. pieces: how many each took."""
-    done, totals, pieces = job
+    (done, totals, pieces), (slowness, grain) = job, fixed
     for turn in range(len(totals)):
         begin_work(sync, thread)
-        at, end = take(sync, thread, threads, totals[turn])
+        at, end = take(sync, thread, threads, totals[turn], grain)
         while at < end:
             pieces[turn, thread] += 1
             for i in range(at, end):
                 done[turn, i] += 1
             for _ in range(slowness if turn % threads == thread else 0):
                 pause()
-            at, end = take(sync, thread, threads, totals[turn])
+            at, end = take(sync, thread, threads, totals[turn], grain)
         barrier(sync, threads)
 
 
@@ -34,11 +34,11 @@ def _last_is_late(thread, threads, sync, job, fixed):
     while thread == threads - 1 and atomic_load(ready, 0) < threads - 1:
         pause()
     begin_work(sync, thread)
-    at, end = take(sync, thread, threads, done.shape[1])
+    at, end = take(sync, thread, threads, done.shape[1], 1)
     while at < end:
         for i in range(at, end):
             done[thread, i] += 1
-        at, end = take(sync, thread, threads, done.shape[1])
+        at, end = take(sync, thread, threads, done.shape[1], 1)
     atomic_add(ready, 0, 1)
     barrier(sync, threads)
 
@@ -46,7 +46,7 @@ def _last_is_late(thread, threads, sync, job, fixed):
 @kernel
 def _take_one(thread, threads, sync, ranges, total):
     begin_work(sync, thread)
-    ranges[0], ranges[1] = take(sync, thread, threads, total)
+    ranges[0], ranges[1] = take(sync, thread, threads, total, 1)
 
 
 DO_ALL, LAST_IS_LATE, TAKE_ONE = (team_program(each) for each in (_do_all, _last_is_late, _take_one))
@@ -59,14 +59,14 @@ def team(request):
     team.close()
 
 
-@pytest.mark.parametrize("slowness", [0, 1000])
-def test_every_item_is_done_once(team, slowness):
+@pytest.mark.parametrize(("slowness", "grain"), [(0, 1), (1000, 1), (1000, 4)])
+def test_every_item_is_done_once(team, slowness, grain):
     totals = np.array([0, 1, 4, 37, 1000, 1000, 0, 0, 3, 400] * 20)
     # Fewer threads leave others' parts behind as they were.
     for active in (team.size, 1, team.size):
         team.active = active
         done, pieces = np.zeros((len(totals), 1000), np.int64), np.zeros((len(totals), team.size), np.int64)
-        team.run(DO_ALL, (done, totals, pieces), slowness)
+        team.run(DO_ALL, (done, totals, pieces), (slowness, grain))
         assert (done == (np.arange(1000) < totals[:, None])).all()
 
 
@@ -75,7 +75,7 @@ def test_more_ranges_than_they_have_numbers(team):
     totals = np.zeros(1 << 7, np.int64)
     totals[-1] = 4
     done, pieces = np.zeros((len(totals), 4), np.int64), np.zeros((len(totals), team.size), np.int64)
-    team.run(DO_ALL, (done, totals, pieces), 0)
+    team.run(DO_ALL, (done, totals, pieces), (0, 1))
     assert (done == (np.arange(4) < totals[:, None])).all()
 
 
@@ -95,10 +95,10 @@ def test_the_largest_range(team):
     assert ranges[0] == 0 and 0 < ranges[1] < MOST
 
 
-def test_pieces_are_few_where_nobody_is_slow():
-    """A part is taken in pieces that get shorter: not one by one, and the last ones can be taken by others."""
-    team = Team(1)
-    pieces = np.zeros((1, 1), np.int64)
-    team.run(DO_ALL, (np.zeros((1, 1000), np.int64), np.array([1000]), pieces), 0)
-    assert 10 < pieces[0, 0] < 40
+@pytest.mark.parametrize(("grain", "fewest", "most"), [(1, 10, 40), (50, 8, 20)])
+def test_a_part_is_taken_in_pieces_that_get_shorter(grain, fewest, most):
+    """Not one by one, so that there is little to do for it, nor as a whole, so that others can take the end of it."""
+    team, pieces = Team(1), np.zeros((1, 1), np.int64)
+    team.run(DO_ALL, (np.zeros((1, 1000), np.int64), np.array([1000]), pieces), (0, grain))
+    assert fewest < pieces[0, 0] < most
     team.close()

@@ -29,21 +29,24 @@ def begin_work(sync, thread):
 
 
 @kernel
-def take(sync, thread, threads, total):
-    """(first, end) of what this thread does next of range(total), total < MOST; empty where nothing is left to take."""
+def take(sync, thread, threads, total, grain):
+    """(first, end) of what this thread does next of range(total), total < MOST; empty where nothing is left to take.
+
+    grain: how many numbers are best done in one go; pieces are multiples of it, while there are so many.
+    """
     at, number = THREADS + LINE * thread + PART, sync[THREADS + LINE * thread + WORK]
     while True:
         word, first, end = _part(sync, number, total, thread, threads)
-        size = (end - first + _PIECES - 1) // _PIECES
+        size = _piece(end - first, grain)
         # An empty part is written too: it must not be older than the range before.
         if atomic_swap(sync, at, word, _packed(number, first + size, end)):
             if size > 0:
                 return first, first + size
-            return _steal(sync, at, number, total, thread, threads)
+            return _steal(sync, at, number, total, thread, threads, grain)
 
 
 @kernel
-def _steal(sync, at, number, total, thread, threads):
+def _steal(sync, at, number, total, thread, threads, grain):
     """Half of the largest part of another thread: a piece of it to do, the rest becomes this thread's part."""
     while True:
         victim, most = thread, 0
@@ -57,9 +60,15 @@ def _steal(sync, at, number, total, thread, threads):
         word, first, end = _part(sync, number, total, victim, threads)
         middle = first + (end - first) // 2
         if first < end and atomic_swap(sync, THREADS + LINE * victim + PART, word, _packed(number, first, middle)):
-            last = middle + (end - middle + _PIECES - 1) // _PIECES
+            last = middle + _piece(end - middle, grain)
             atomic_store(sync, at, _packed(number, last, end))
             return middle, last
+
+
+@kernel
+def _piece(left, grain):
+    """How many of so many numbers a thread takes from its part at a time."""
+    return min(left, (left + _PIECES * grain - 1) // (_PIECES * grain) * grain)
 
 
 @kernel

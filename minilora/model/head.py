@@ -31,7 +31,7 @@ def make_logits(linear, shrink_all, expand_all):
         shrink_all(c, shape.layers, 0, shape.width, group, b.a, 0, 0)
         for j in range(count):
             b.bests[j * c.threads + c.thread] = NONE
-        work = work_of(c, padded // BLOCK, count, count, bytes_of(c, w.head, count))
+        work = work_of(c, padded // BLOCK, count, count, bytes_of(c, w.head, count), 1)
         block0, block1 = first_piece(c, work)
         while block0 < block1:
             column, end = block0 * BLOCK, block1 * BLOCK

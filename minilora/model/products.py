@@ -25,7 +25,7 @@ def make_add_product(linear, shrink_all, expand_all):
         columns, group = w.matrices[matrix, COLUMNS], w.matrices[matrix, GROUP]
         x_row = quantized_row if group > 0 else values_row
         shrink_all(c, layer, which_in, columns, group, x, quantized_row, values_row)
-        work = work_of(c, width // BLOCK, count, rows_at_once(columns), bytes_of(c, matrix, count))
+        work = work_of(c, width // BLOCK, count, rows_at_once(columns), bytes_of(c, matrix, count), 1)
         first, end = first_piece(c, work)
         while first < end:
             row, rows, block0, block1 = span_of(work, first, end)
@@ -66,7 +66,7 @@ def make_gate_up(linear, expand_all):
         unit = input_group(group) // PANEL
         units, size = c.shape.forward // PANEL // unit, bytes_of(c, matrix, count)
         scratch, stride = c.thread * b.scratch_stride, CHUNK_BLOCKS * BLOCK
-        work = work_of(c, units, count, rows_at_once(c.shape.width), size)
+        work = work_of(c, units, count, rows_at_once(c.shape.width), size, CHUNK_BLOCKS // unit)
         first, end = first_piece(c, work)
         while first < end:
             row, rows, low, high = span_of(work, first, end)

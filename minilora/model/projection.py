@@ -95,7 +95,7 @@ def make_projection(linear, expand_all, write_key, write_value):
         """Threads take rows, whole tiles of 8, and all heads of them; so many that reading the weights takes little."""
         shape, count, step = c.shape, len(c.rows.tokens), rows_at_once(c.shape.width)
         piece = min(step, FEW * max(1, count // (FEW * PIECES_EACH * c.threads)))
-        work = work_of(c, 1, count, piece, size)
+        work = work_of(c, 1, count, piece, size, 1)
         at, end = first_piece(c, work)
         while at < end:
             row = at * piece
@@ -107,7 +107,7 @@ def make_projection(linear, expand_all, write_key, write_value):
     def by_pairs(c, layer, x_row, first, size):
         """Threads take pairs of heads, of which two may share a block; weights are read in one piece."""
         heads, pair0 = c.shape.heads + 2 * c.shape.kv_heads, first // 2
-        work = work_of(c, (heads + 1) // 2 - pair0, len(c.rows.tokens), rows_at_once(c.shape.width), size)
+        work = work_of(c, (heads + 1) // 2 - pair0, len(c.rows.tokens), rows_at_once(c.shape.width), size, 1)
         at, end = first_piece(c, work)
         while at < end:
             row, rows, low, high = span_of(work, at, end)

@@ -62,7 +62,7 @@ def norm_rows(c, norm_at, group):
         for r in range(count):
             norm_row(c, norm_at, group, r, first + r)
         return first
-    work = work_of(c, 1, count, 1, count * c.shape.width * 4)
+    work = work_of(c, 1, count, 1, count * c.shape.width * 4, 1)
     r, end = first_piece(c, work)
     while r < end:
         norm_row(c, norm_at, group, r, r)
@@ -82,7 +82,7 @@ def quantize_attended(c, group):
         for r in range(count):
             quantize_if_read(c, a.values, r * a.stride, columns, group, a, first + r, 0)
         return first
-    work = work_of(c, 1, count, 1, count * columns * 4)
+    work = work_of(c, 1, count, 1, count * columns * 4, 1)
     r, end = first_piece(c, work)
     while r < end:
         quantize_if_read(c, a.values, r * a.stride, columns, group, a, r, 0)

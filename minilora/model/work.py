@@ -24,13 +24,17 @@ def share_of(c, total):
 
 
 class Work(NamedTuple):
-    """Items that threads share out: `length` for each `step` of the rows, `total` in all; shared: who is done helps others."""
+    """Items that threads share out: `length` for each `step` of the rows, `total` in all.
+
+    shared: who is done helps others; grain: how many items are best done in one go.
+    """
 
     length: int
     rows: int
     step: int
     total: int
     shared: bool
+    grain: int
 
 
 @kernel
@@ -40,12 +44,12 @@ def is_shared(c, size):
 
 
 @kernel
-def work_of(c, length, rows, step, size):
+def work_of(c, length, rows, step, size, grain):
     """Work that reads `size` bytes. Between two barriers there is one."""
     shared = is_shared(c, size)
     if shared:
         begin_work(c.sync, c.thread)
-    return Work(length, rows, step, (rows + step - 1) // step * length, shared)
+    return Work(length, rows, step, (rows + step - 1) // step * length, shared, grain)
 
 
 @kernel
@@ -58,7 +62,9 @@ def bytes_of(c, matrix, rows):
 @kernel
 def first_piece(c, work):
     """(first, end) of the items that this thread does before it asks for the next_piece."""
-    return take(c.sync, c.thread, c.threads, work.total) if work.shared else share_of(c, work.total)
+    if work.shared:
+        return take(c.sync, c.thread, c.threads, work.total, work.grain)
+    return share_of(c, work.total)
 
 
 @kernel
@@ -66,7 +72,9 @@ def next_piece(c, work, at, end):
     """(first, end) of the items that it does next: what is left of its piece, from `at` on, or another; empty at the end."""
     if at < end:
         return at, end
-    return take(c.sync, c.thread, c.threads, work.total) if work.shared else (work.total, work.total)
+    if work.shared:
+        return take(c.sync, c.thread, c.threads, work.total, work.grain)
+    return work.total, work.total
 
 
 @kernel
