@@ -9,7 +9,7 @@ from ..adapters import GATE_OUT, UP_OUT
 from ..plan import DOWN, GATE_UP, GATE_UP_BIAS
 from .arrays import Place
 from .rows import input_group, place_of_values, quantize_if_read
-from .work import CHUNK_BLOCKS, bytes_of, first_piece, next_piece, rows_at_once, span_of, work_of
+from .work import CHUNK_BLOCKS, MOST_ROWS, bytes_of, first_piece, next_piece, rows_at_once, span_of, work_of
 
 
 def make_add_product(linear, shrink_all, expand_all):
@@ -45,9 +45,9 @@ def make_gate_up(linear, expand_all):
     """The kernel gate_up."""
 
     @kernel
-    def finish(c, layer, group, row, rows, block, end):
+    def finish(c, layer, group, row, rows, block, end, stride):
         """silu(gate) * up of a chunk in scratch, quantised: columns of buffers.b."""
-        b, count, stride = c.buffers, end - block, CHUNK_BLOCKS * BLOCK
+        b, count = c.buffers, end - block
         at, bias = c.thread * b.scratch_stride, c.w.layers[layer, GATE_UP_BIAS]
         for r in range(row, row + rows):
             values, to = place_of_values(c, group, b.b, r * b.b.stride + block * PANEL, at)
@@ -62,21 +62,22 @@ def make_gate_up(linear, expand_all):
         """silu(gate) * up for this thread's columns. Ends with a barrier."""
         w, b, count = c.w, c.buffers, len(c.rows.tokens)
         matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
-        # Threads take whole groups, which CHUNK_BLOCKS are a multiple of, and the model's columns.
+        # Threads take whole groups, which CHUNK_BLOCKS are a multiple of, and the model's columns; as much as scratch holds.
         unit = input_group(group) // PANEL
         units, size = c.shape.forward // PANEL // unit, bytes_of(c, matrix, count)
-        scratch, stride = c.thread * b.scratch_stride, CHUNK_BLOCKS * BLOCK
+        chunk = CHUNK_BLOCKS * max(1, MOST_ROWS // count)
+        scratch, stride = c.thread * b.scratch_stride, chunk * BLOCK
         work = work_of(c, units, count, rows_at_once(c.shape.width), size, CHUNK_BLOCKS // unit)
         first, end = first_piece(c, work)
         while first < end:
             row, rows, low, high = span_of(work, first, end)
-            block, last = low * unit, min(high * unit, low * unit + CHUNK_BLOCKS)
+            block, last = low * unit, min(high * unit, low * unit + chunk)
             linear(w.arena, w.matrices, matrix, b.a, x_row + row, rows, block, last, b.scratch, scratch, stride, 0)
             gate = Place(b.scratch, scratch - block * BLOCK, stride, BLOCK)
             up = Place(b.scratch, gate.at + PANEL, stride, BLOCK)
             expand_all(c, layer, GATE_OUT, row, row + rows, block, last, gate, UP_OUT, block)
             expand_all(c, layer, UP_OUT, row, row + rows, block, last, up, GATE_OUT, last)
-            finish(c, layer, group, row, rows, block, last)
+            finish(c, layer, group, row, rows, block, last, stride)
             first, end = next_piece(c, work, first + (last - block) // unit, end)
         barrier(c.sync, c.threads)
 

@@ -11,10 +11,10 @@ from .arrays import FEW
 
 # Of work that reads so many bytes for each thread they help each other.
 SHARED_BYTES = 1 << 20
-# What a thread takes at once: blocks of gate up, rows, and bytes of their inputs.
-CHUNK_BLOCKS = 8
+# What a thread takes at once: rows, bytes of their inputs, and of so many rows blocks of gate up; of fewer rows more.
 MOST_ROWS = 128
 CACHE_BYTES = 256 * 1024
+CHUNK_BLOCKS = 8
 
 
 @kernel
