@@ -48,13 +48,15 @@ ARCHITECTURES = {
     "llama-bias": {"attention_bias": True, "mlp_bias": True},
     "llama-wide-heads": {"head_dim": 48, "num_key_value_heads": 1},
     "llama-odd-heads": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1},
-    # Large enough for threads to help each other.
+    # Large enough for threads to help each other, with nothing even.
     "llama-large": {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_attention_heads": 8,
-        "head_dim": 64,
+        "hidden_size": 640,
+        "intermediate_size": 2112,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 5,
+        "head_dim": 48,
         "vocab_size": 4650,
+        "max_position_embeddings": 2048,
     },
     "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 16.0}, "max_position_embeddings": 64},
@@ -217,3 +219,16 @@ def run(engine: Engine, *sequences, check: bool = True):
 
 def random_tokens(rng: np.random.Generator, count: int) -> list[int]:
     return rng.integers(3, VOCABULARY, count).tolist()
+
+
+class Odd:
+    """A program that does something of its own on one thread, and another program on the others."""
+
+    def __init__(self, thread, act, program):
+        self.thread, self.act, self.program = thread, act, program
+
+    def compile(self, types):
+        self.program.compile(types)
+
+    def __call__(self, thread, *args):
+        return self.act() if thread == self.thread else self.program(thread, *args)

@@ -5,22 +5,24 @@ import pytest
 
 from minilora_kernels.atomics import atomic_add, atomic_load, pause
 from minilora_kernels.jit import kernel
-from minilora_kernels.stealing import MOST, begin_work, take
+from minilora_kernels.stealing import MOST_ITEMS, NUMBERS, begin_work, take
 from minilora_kernels.sync import barrier
 from minilora_kernels.team import Team, team_program
+
+from .support import Odd
 
 
 @kernel
 def _do_all(thread, threads, sync, job, fixed):
-    """done[turn, i] += 1 for all i < totals[turn]; every turn another thread is slow. pieces: how many each took."""
-    (done, totals, pieces), (slowness, grain) = job, fixed
+    """done[turn, thread, i] += 1 for all i < totals[turn], sizes[thread, i] = size of the piece; one thread is slow."""
+    (done, totals, sizes), (slowness, grain) = job, fixed
     for turn in range(len(totals)):
         begin_work(sync, thread)
         at, end = take(sync, thread, threads, totals[turn], grain)
         while at < end:
-            pieces[turn, thread] += 1
+            sizes[thread, at] = end - at
             for i in range(at, end):
-                done[turn, i] += 1
+                done[turn, thread, i] += 1
             for _ in range(slowness if turn % threads == thread else 0):
                 pause()
             at, end = take(sync, thread, threads, totals[turn], grain)
@@ -44,12 +46,12 @@ def _last_is_late(thread, threads, sync, job, fixed):
 
 
 @kernel
-def _take_one(thread, threads, sync, ranges, total):
+def _take_first(thread, threads, sync, found, total):
     begin_work(sync, thread)
-    ranges[0], ranges[1] = take(sync, thread, threads, total, 1)
+    found[thread, 0], found[thread, 1] = take(sync, thread, threads, total, 1)
 
 
-DO_ALL, LAST_IS_LATE, TAKE_ONE = (team_program(each) for each in (_do_all, _last_is_late, _take_one))
+DO_ALL, LAST_IS_LATE, TAKE_FIRST = (team_program(each) for each in (_do_all, _last_is_late, _take_first))
 
 
 @pytest.fixture(params=[1, 2, 3, 5])
@@ -59,24 +61,24 @@ def team(request):
     team.close()
 
 
+def all_done(team, totals, slowness=0, grain=1):
+    most = max(totals)
+    done, sizes = np.zeros((len(totals), team.size, most), np.int64), np.zeros((team.size, most), np.int64)
+    team.run(DO_ALL, (done, np.array(totals), sizes), (slowness, grain))
+    return (done.sum(1) == (np.arange(most) < np.array(totals)[:, None])).all()
+
+
 @pytest.mark.parametrize(("slowness", "grain"), [(0, 1), (1000, 1), (1000, 4)])
 def test_every_item_is_done_once(team, slowness, grain):
-    totals = np.array([0, 1, 4, 37, 1000, 1000, 0, 0, 3, 400] * 20)
     # Fewer threads leave others' parts behind as they were.
     for active in (team.size, 1, team.size):
         team.active = active
-        done, pieces = np.zeros((len(totals), 1000), np.int64), np.zeros((len(totals), team.size), np.int64)
-        team.run(DO_ALL, (done, totals, pieces), (slowness, grain))
-        assert (done == (np.arange(1000) < totals[:, None])).all()
+        assert all_done(team, [0, 1, 4, 37, 1000, 1000, 0, 0, 3, 400] * 20, slowness, grain)
 
 
-def test_more_ranges_than_they_have_numbers(team):
+def test_more_works_than_they_have_numbers(team):
     """Nothing to do for so long that numbers begin again: then a part that was never written would look like one that is done."""
-    totals = np.zeros(1 << 7, np.int64)
-    totals[-1] = 4
-    done, pieces = np.zeros((len(totals), 4), np.int64), np.zeros((len(totals), team.size), np.int64)
-    team.run(DO_ALL, (done, totals, pieces), (0, 1))
-    assert (done == (np.arange(4) < totals[:, None])).all()
+    assert all_done(team, [0] * (NUMBERS - 1) + [4])
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -89,16 +91,35 @@ def test_others_do_what_a_late_thread_has_not_begun(threads):
     team.close()
 
 
-def test_the_largest_range(team):
-    ranges = np.zeros(2, np.int64)
-    team.run(TAKE_ONE, ranges, MOST - 1, most=1)
-    assert ranges[0] == 0 and 0 < ranges[1] < MOST
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_error_in_one_thread_ends_the_others(failing):
+    """Barriers are open then: the others are in different works, and must not take one's parts for another's."""
+    team, (done, sizes) = Team(3), (np.zeros((300, 3, 500), np.int64), np.zeros((3, 500), np.int64))
+
+    def fail():
+        raise ValueError("as planned")
+
+    for totals in (np.full(300, 500), np.arange(300) % 50):
+        with pytest.raises(ValueError, match="as planned"):
+            team.run(Odd(failing, fail, DO_ALL), (done, totals, sizes), (100, 1))
+        assert done.max() <= 1
+        done[:] = 0
+    team.close()
 
 
-@pytest.mark.parametrize(("grain", "fewest", "most"), [(1, 10, 40), (50, 8, 20)])
-def test_a_part_is_taken_in_pieces_that_get_shorter(grain, fewest, most):
+def test_the_largest_work():
+    team, found = Team(2), np.zeros((2, 2), np.int64)
+    team.run(TAKE_FIRST, found, MOST_ITEMS - 1)
+    assert found[0, 0] == 0 and found[1, 0] == (MOST_ITEMS - 1) // 2 and (found[:, 0] < found[:, 1]).all()
+    team.close()
+
+
+@pytest.mark.parametrize("grain", [1, 50])
+def test_a_part_is_taken_in_pieces_that_get_shorter(grain):
     """Not one by one, so that there is little to do for it, nor as a whole, so that others can take the end of it."""
-    team, pieces = Team(1), np.zeros((1, 1), np.int64)
-    team.run(DO_ALL, (np.zeros((1, 1000), np.int64), np.array([1000]), pieces), (0, grain))
-    assert fewest < pieces[0, 0] < most
+    team, sizes = Team(1), np.zeros((1, 1010), np.int64)
+    team.run(DO_ALL, (np.zeros((1, 1, 1010), np.int64), np.array([1010]), sizes), (0, grain))
+    *whole, last = sizes[sizes > 0]
+    assert whole[0] in range(250, 301) and whole == sorted(whole, reverse=True) and len(whole) < 40
+    assert all(size % grain == 0 for size in whole) and last <= grain
     team.close()

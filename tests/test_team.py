@@ -12,6 +12,8 @@ from minilora_kernels.jit import kernel
 from minilora_kernels.sync import arrive, barrier, claim, share, wait
 from minilora_kernels.team import Each, Team, team_program
 
+from .support import Odd
+
 
 @kernel
 def _rounds(thread, threads, sync, job, fixed):
@@ -68,19 +70,6 @@ def _who_ran(thread, threads, sync, ran, fixed):
 
 ROUNDS, HALVES, CLAIMS, SHARES = (team_program(each) for each in (_rounds, _halves, _claims, _shares))
 OWN, WHO_RAN = team_program(_own), team_program(_who_ran)
-
-
-class Odd:
-    """A program that does something of its own on one thread, and another program on the others."""
-
-    def __init__(self, thread, act, program=ROUNDS):
-        self.thread, self.act, self.program = thread, act, program
-
-    def compile(self, types):
-        self.program.compile(types)
-
-    def __call__(self, thread, *args):
-        return self.act() if thread == self.thread else self.program(thread, *args)
 
 
 def meets(team):
@@ -158,7 +147,7 @@ def test_an_interrupt_waits_for_the_threads_inside(pair):
         pair.abort()
 
     with pytest.raises(KeyboardInterrupt):
-        pair.run(Odd(1, slow), (np.zeros((200, 2), np.int64), np.zeros(2, np.int64)))
+        pair.run(Odd(1, slow, ROUNDS), (np.zeros((200, 2), np.int64), np.zeros(2, np.int64)))
     assert not inside.is_set(), "nobody is left in the team's arrays"
     assert meets(pair)
 
@@ -279,7 +268,8 @@ def test_lingering_threads_take_the_next_job_or_leave(team):
         if i % 50 == 0 and team.size > 1:
             with pytest.raises(ZeroDivisionError):
                 team.run(
-                    Odd(i // 50 % team.size, lambda: 1 // 0), (np.zeros((200, 5), np.int64), np.zeros(5, np.int64))
+                    Odd(i // 50 % team.size, lambda: 1 // 0, ROUNDS),
+                    (np.zeros((200, 5), np.int64), np.zeros(5, np.int64)),
                 )
 
 

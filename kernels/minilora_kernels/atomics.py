@@ -49,7 +49,7 @@ def atomic_store(typing_context, array, i, value):
 
 
 @intrinsic
-def atomic_swap(typing_context, array, i, expected, value):
+def atomic_compare_swap(typing_context, array, i, expected, value):
     """array[i] = value if it is what is expected there; returns whether it was."""
 
     def codegen(context, builder, sig, args):

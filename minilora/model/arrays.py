@@ -34,8 +34,8 @@ class Buffers(NamedTuple):
     x: [T, width], the residual stream; a: inputs of q k v, o and gate up; b: inputs of down; qkv: [T, qkv];
     s: [T, s_stride], shrunk rows, of int8 adapters as wide integers; scratch: scratch_stride numbers for each thread;
     parts: unmerged attention; logits: [rows, vocabulary padded to 32]; bests: [rows, threads], where the largest of
-    each thread's columns is; chances, ids: a row of logits for each thread. shared: T at most; from that row of `a` on,
-    FEW rows for each thread.
+    each thread's columns is, or NONE; chances, ids: a row of logits for each thread. shared: T at most; from that row of
+    `a` on, FEW rows for each thread.
     """
 
     x: np.ndarray

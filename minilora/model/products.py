@@ -17,7 +17,7 @@ def make_add_product(linear, shrink_all, expand_all):
 
     @kernel
     def add_product(c, layer, matrix, bias, which_in, which_out, x, quantized_row, values_row):
-        """x += this thread's columns of o or down, with bias and adapters. Ends with a barrier.
+        """x += o or down, with bias and adapters. Ends with a barrier.
 
         quantized_row: first of the quantised rows of `x`; values_row: of the float ones.
         """
@@ -59,7 +59,7 @@ def make_gate_up(linear, expand_all):
 
     @kernel
     def gate_up(c, layer, x_row):
-        """silu(gate) * up for this thread's columns. Ends with a barrier."""
+        """silu(gate) * up. Ends with a barrier."""
         w, b, count = c.w, c.buffers, len(c.rows.tokens)
         matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
         # Threads take whole groups, which CHUNK_BLOCKS are a multiple of, and the model's columns; as much as scratch holds.

@@ -7,13 +7,13 @@ from minilora_kernels.sync import barrier, share
 
 from ..adapters import Q_OUT
 from ..plan import K_NORM, Q_NORM, QKV, QKV_BIAS, QKV_PARTS, ROTARY
-from .arrays import FEW, Place
-from .work import bytes_of, first_piece, is_shared, next_piece, rows_at_once, share_of, span_of, work_of
+from .arrays import Place
+from .work import TILE_ROWS, bytes_of, first_piece, is_helped, next_piece, rows_at_once, share_of, span_of, work_of
 
 # From how many rows for each thread on they take q k v by rows: reading the weights takes little beside them.
 ROWS_EACH = 32
-# Pieces of such rows for each thread, at least.
-PIECES_EACH = 8
+# Items of such rows for each thread, unless these are fewer than as many tiles.
+ITEMS_EACH = 8
 
 
 def make_projection(linear, expand_all, write_key, write_value):
@@ -84,7 +84,7 @@ def make_projection(linear, expand_all, write_key, write_value):
             size += bytes_of(c, w.layers[layer, QKV] + part, count)
         if count >= ROWS_EACH * c.threads:
             by_rows(c, layer, x_row, first, size)
-        elif is_shared(c, size) or count == 1 or c.shape.head_dim % BLOCK > 0:
+        elif is_helped(c, size) or count == 1 or c.shape.head_dim % BLOCK > 0:
             by_pairs(c, layer, x_row, first, size)
         else:
             by_kinds(c, layer, x_row, first)
@@ -94,14 +94,14 @@ def make_projection(linear, expand_all, write_key, write_value):
     def by_rows(c, layer, x_row, first, size):
         """Threads take rows, whole tiles of 8, and all heads of them; so many that reading the weights takes little."""
         shape, count, step = c.shape, len(c.rows.tokens), rows_at_once(c.shape.width)
-        piece = min(step, FEW * max(1, count // (FEW * PIECES_EACH * c.threads)))
-        work = work_of(c, 1, count, piece, size, 1)
+        height = min(step, TILE_ROWS * max(1, count // (TILE_ROWS * ITEMS_EACH * c.threads)))
+        work = work_of(c, 1, count, height, size, 1)
         at, end = first_piece(c, work)
         while at < end:
-            row = at * piece
-            rows = min(step // piece * piece, end * piece - row, count - row)
+            row = at * height
+            rows = min(step // height * height, end * height - row, count - row)
             project_some(c, layer, x_row, row, rows, first, shape.heads + 2 * shape.kv_heads)
-            at, end = next_piece(c, work, at + (rows + piece - 1) // piece, end)
+            at, end = next_piece(c, work, at + (rows + height - 1) // height, end)
 
     @kernel
     def by_pairs(c, layer, x_row, first, size):
