@@ -62,9 +62,10 @@ def make_gate_up(linear, expand_all):
         """silu(gate) * up. Ends with a barrier."""
         w, b, count = c.w, c.buffers, len(c.rows.tokens)
         matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
-        # Threads take whole groups, which CHUNK_BLOCKS are a multiple of, and the model's columns; as much as scratch holds.
+        # Threads take whole groups, which CHUNK_BLOCKS are a multiple of, and the model's columns.
         unit = input_group(group) // PANEL
         units, size = c.shape.forward // PANEL // unit, bytes_of(c, matrix, count)
+        # As much as scratch holds.
         chunk = CHUNK_BLOCKS * max(1, MOST_ROWS // count)
         scratch, stride = c.thread * b.scratch_stride, chunk * BLOCK
         work = work_of(c, units, count, rows_at_once(c.shape.width), size, CHUNK_BLOCKS // unit)

@@ -88,4 +88,4 @@ def span_of(work, at, end):
 @kernel
 def rows_at_once(columns):
     """Rows whose int8 inputs stay in the second-level cache beside the weights of a chunk."""
-    return min(MOST_ROWS, max(8, CACHE_BYTES // columns // 8 * 8))
+    return min(MOST_ROWS, max(TILE_ROWS, CACHE_BYTES // columns // TILE_ROWS * TILE_ROWS))

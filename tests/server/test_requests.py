@@ -241,7 +241,7 @@ def test_s10_no_ssrf(post, part):
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 INTEGERS = ("n", "seed", "top_k", "max_tokens", "min_tokens", "prompt_logprobs", "priority")
 # What each takes of the values below; anything else is an error that names it.
-FINE_STEP = {
+FINE = {
     "temperature": {"-0.0", "5e-324"},
     "top_p": {"5e-324"},
     "min_p": {"-0.0", "5e-324"},
@@ -270,7 +270,7 @@ def test_s14_nonfinite(post, path, field):
     base = {key: value for key, value in ROUTES[path].items() if key != field}
     for value in [*ODD[field], *WRONG]:
         answer = post(path, json.dumps({**base, "seed": 1} | {field: "@"}).replace('"@"', value).encode())
-        if value in FINE_STEP[field]:
+        if value in FINE[field]:
             assert answer.status_code == 200, (value, answer.text)
         elif value in ("NaN", "Infinity", "-Infinity"):
             # These are no JSON at all.
