@@ -159,17 +159,17 @@ def test_on_any_number_of_threads(world, threads):
     same_in(world, threads=threads, neighbours=6, seed=2, max_num_batched_tokens=100)
 
 
-def test_a_long_prompt_in_one_piece(tiny):
+def test_a_long_prompt_in_one_step(tiny):
     """So many rows that threads help each other with their norms, too."""
-    weights, prompt, found = (
-        load_weights(tiny("llama-large"), "int8"),
-        random_tokens(np.random.default_rng(8), 1300),
-        [],
-    )
-    for threads, budget in ((1, 64), (2, 1300)):
-        engine = make_engine(weights, threads=threads, max_num_batched_tokens=budget, max_model_len=1400)
-        [sequence] = engine.submit(prompt, SamplingParams(max_tokens=2, logprobs=1, prompt_logprobs=1, **GREEDY))
+    weights, prompt = load_weights(tiny("llama-large"), "int8"), random_tokens(np.random.default_rng(8), 1300)
+    found = []
+    for threads, budget, steps in ((1, 64, 21), (2, 1300, 1)):
+        sizes = {"max_num_batched_tokens": budget, "max_step_ms": None, "max_model_len": 1400}
+        engine = make_engine(weights, threads=threads, num_scheduler_steps=1, **sizes)
+        # Log-probabilities of the prompt would have it cut.
+        [sequence] = engine.submit(prompt, SamplingParams(max_tokens=9, logprobs=3, **GREEDY))
         found.append(trace(engine, sequence, run(engine)))
+        assert engine.stats().steps == steps + 8
     assert found[0] == found[1]
 
 
