@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from minilora_kernels import reference
+from minilora_kernels.asking import Ask
+from minilora_kernels.attention_int8 import LATE, first_keys, late_values
 from minilora_kernels.attention_span import Span, keys_beside
 from minilora_kernels.cases import CASES
 from minilora_kernels.jit import kernel, program
-from minilora_kernels.pages import KV_INT8, NOBODY, SPLIT, SUBPAGE, advance, empty_pool
+from minilora_kernels.pages import KV_INT8, NOBODY, RUN, SPLIT, SUBPAGE, Query, advance, empty_pool
 from minilora_kernels.wide import LARGEST, make_to_wide
 
 [INT8] = [case for case in CASES if case.name == "attend int8"]
@@ -19,7 +21,7 @@ def test_wide_integers_are_the_rounded_numbers():
     row = np.random.default_rng(1).standard_normal(112, dtype=np.float32)
     row[40:44] = 3.5, -3.5, 0, 1e-9
     before = row.copy()
-    to_wide(row, 0, 16, 96, 48, np.abs(row[16:96]).max())
+    to_wide(row, 0, 16, 96, 48, np.abs(row[16:96]).max(), Ask(np.zeros(640, np.uint8), 0, 128))
     scale = row[48]
     got = reference.wide_integers(row[8:48].reshape(5, 8)).reshape(-1)
     assert scale == np.abs(before[16:96]).max() / LARGEST and np.abs(got).max() == LARGEST
@@ -108,24 +110,52 @@ def test_scratch_suffices_and_what_is_in_it_does_not_matter(kind):
 
 
 @kernel
-def _walk(kv, span, columns, out):
+def _walk(kv, span, columns, skipped, asked, out):
     n = 0
     for d in range(0, kv.size, columns):
-        cursor = keys_beside(kv, span, d)
+        cursor = keys_beside(kv, span, skipped, d // columns * asked)
         for _ in range(span.first, span.end, SUBPAGE):
             out[n], out[n + 1], out[n + 2], out[n + 3] = cursor
-            cursor, n = advance(kv, cursor, columns), n + 4
+            cursor, n = advance(kv, cursor, asked), n + 4
 
 
 @pytest.mark.parametrize("page", [32, 96])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("size", "columns"), [(64, 32), (64, 64), (128, 32), (96, 32), (80, 16), (80, 64), (96, 64)])
-def test_keys_are_asked_for_once_and_in_order(size, columns, page):
+def test_keys_are_asked_for_once_and_in_order(size, columns, late, page):
+    skipped, step = (LATE, columns * 5 // 8) if late else (0, columns)
     kv = empty_pool(KV_INT8, 1, 1, 1, size, page)
     span = Span(NOBODY, np.zeros(1, np.int64), 288, 480, NOBODY, 512)
     out = np.zeros(4 * 6 * -(-size // columns), np.int64)
-    program(_walk, (size, columns))(kv, span, columns, out)
-    asked = [divmod(d * 6 + i * columns, size) for d in range(0, size, columns) for i in range(6)]
-    places = [(512 + subpage * SUBPAGE, column) for subpage, column in asked]
+    program(_walk)(kv, span, columns, skipped, step, out)
+    asked = [divmod(d // columns * step * 6 + i * step, size) for d in range(0, size, columns) for i in range(6)]
+    places = [(512 + (skipped + subpage) * SUBPAGE, column) for subpage, column in asked]
     expected = [[position, *divmod(position, page), column] for position, column in places]
     assert out.reshape(-1, 4).tolist() == expected
     assert asked == sorted(set(asked))
+
+
+@kernel
+def _late(kv, span, out):
+    for n in range(len(out)):
+        for kind, ask in enumerate((late_values(kv, span, n), first_keys(kv, span, n))):
+            out[n, kind, 0], out[n, kind, 1] = ask.at, ask.each
+
+
+def test_late_values_and_the_first_keys_are_asked_for_beside_rows():
+    size, page = 64, 96
+    kv = empty_pool(KV_INT8, 2 * RUN, 1, 1, size, page)
+    pages, following = np.array([7, 9, 2, 4, 11, 5, 6]), Query(0, 0, 1, 0, 560, 0, 0)
+    numbers = np.arange(len(kv.numbers)).reshape(2, 2, RUN, page, size)
+
+    def place(kind, position):
+        run, number = divmod(int(pages[position // page]), RUN)
+        return [numbers[run, kind, number, position % page, 0], 2 * size]
+
+    for first, end in ((288, 480), (480, 500)):
+        span = Span(following, pages, first, end, following, 512)
+        program(_late)(kv, span, out := np.zeros((LATE + 1, 2, 2), np.int64))
+        late = list(range(first, end, SUBPAGE))[-LATE:]
+        assert out[: len(late), 0].tolist() == [place(1, position) for position in late]
+        assert out[:2, 1].tolist() == [place(0, 512), place(0, 544)]
+        assert not out[len(late) :, 0].any() and not out[2:, 1, 1].any(), "no keys beyond the end, no more than LATE"

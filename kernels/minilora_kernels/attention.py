@@ -6,7 +6,8 @@ Dao et al. 2022, arXiv:2205.14135). The cut depends on the position alone, so th
 on how its prompt was chunked nor on the rows or threads beside it.
 
 Memory is asked for evenly: the values of a split beside its scores, and beside its sums the keys that this thread
-needs next, of the same text or of the one that follows. A core drops prefetches while it has as many under way as it can,
+needs next, of the same text or of the one that follows. Where scores take long to become weights, as with int8 pages, some
+of both are asked for meanwhile. A core drops prefetches that come too fast, or while it has as many under way as it can,
 without a word. So all but the first keys of a split are asked for again shortly before they are scored.
 """
 

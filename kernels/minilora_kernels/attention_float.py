@@ -26,8 +26,8 @@ ZERO = np.float32(0)
 def score_tile(kv_format: int):
     """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage.
 
-    part: (token, values, keys), where the subpage's first token lies. If the tile asks, the values of token `values` and its
-    subpage are prefetched, with keys >= 0 the keys likewise.
+    part: (token, values, keys): the subpage's first token, and where in kv.numbers the values and keys lie that are prefetched
+    if the tile asks, a subpage of each; -1 where there are none.
     """
     dots = _dots(kv_format)
 
@@ -52,9 +52,9 @@ def many_scores(kv_format: int):
     def scores(kv, token, values, keys, rows, scratch, q_at, keys_at, scores_at):
         for row in range(0, kv.size * SUBPAGE, SUBPAGE):
             for n in range(0, SUBPAGE, line):
-                prefetch_beside(kv.numbers, values * kv.size + row + n)
+                prefetch_beside(kv.numbers, values + row + n)
                 if keys >= 0:
-                    prefetch_beside(kv.numbers, keys * kv.size + row + n)
+                    prefetch_beside(kv.numbers, keys + row + n)
             for n in range(0, SUBPAGE, 16):
                 store_f32(scratch, keys_at + row + n, load(kv.numbers, token * kv.size + row + n))
         for r in range(0, rows, MOST_ROWS):
@@ -80,9 +80,9 @@ def _dots(kv_format: int):
                 row = (d + c) * SUBPAGE
                 for n in range(0, SUBPAGE, line):
                     if values >= 0:
-                        prefetch_beside(kv.numbers, values * kv.size + row + n)
+                        prefetch_beside(kv.numbers, values + row + n)
                     if keys >= 0:
-                        prefetch_beside(kv.numbers, keys * kv.size + row + n)
+                        prefetch_beside(kv.numbers, keys + row + n)
                 for n in range(AT_ONCE):
                     key[n] = load(numbers, at + row + 16 * n)
                 for r in range(rows):
@@ -117,7 +117,7 @@ def value_tile(width: int, kv_format: int):
         for r in range(rows):
             for j in range(width):
                 acc[r, j] = splat_f32(ZERO)
-        cursor, ahead = cursor_at(kv, span.first), keys_beside(kv, span, d)
+        cursor, ahead = cursor_at(kv, span.first), keys_beside(kv, span, 0, d)
         for p in range(span.first, span.end, SUBPAGE):
             at, weights = value_at(kv, span, cursor) * kv.size + d, weights_at + p % SPLIT
             keys = key_at(kv, span, ahead) if asks else -1

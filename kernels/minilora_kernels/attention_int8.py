@@ -5,16 +5,23 @@ These are queries and the weights of values, see `wide`; those of queries have m
 
 import numpy as np
 
+from .asking import Ask, nothing
 from .attention_float import AT_ONCE, MOST_ROWS
-from .attention_span import key_at, keys_beside, value_at
+from .attention_span import ask_scales, key_at, keys_beside, subpages_of, value_at
 from .dot import start_wide, wide_first_signed, wide_first_unsigned, wide_second_signed, wide_second_unsigned
 from .jit import inlined, kernel
+from .memory import CACHE_LINE
 from .pages import SPLIT, SUBPAGE, advance, cursor_at
 from .simd import i32x16, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
 from .simd_lanes import keep_lanes
 from .simd_memory import load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
 from .wide import SECOND, SECOND_SUM, join_sums, largest, make_to_wide
 
+# Memory is asked for at an even pace. Of a split's subpages LATE of the values, the last ones, and as many of the keys that
+# follow, the first ones, are asked for while scores become weights; so of a product's LINES BESIDE are asked for beside it.
+SUBPAGES, LATE = SPLIT // SUBPAGE, 3
+LINES = 16 * SUBPAGE // CACHE_LINE
+BESIDE = LINES - LINES * LATE // SUBPAGES
 ZERO, NOTHING = np.float32(0), np.int32(0)
 
 _score_sums, _score_keys = tile(i32x16, 2 * MOST_ROWS, AT_ONCE), tile(u8x64, AT_ONCE)
@@ -26,7 +33,8 @@ _widen_query, _widen_weights = make_to_wide(minus=True), make_to_wide(minus=Fals
 def widen_queries(kv, rows, scratch, at):
     """Rows of queries as score tiles read them."""
     for row in range(at, at + rows * kv.size, kv.size):
-        _widen_query(scratch, row, 0, kv.size, kv.size // 2, largest(scratch, row, kv.size))
+        most = largest(scratch, row, kv.size)
+        _widen_query(scratch, row, 0, kv.size, kv.size // 2, most, nothing(kv.numbers))
 
 
 @kernel
@@ -43,14 +51,42 @@ def load_scales(kv, span, scratch, to):
 
 
 @kernel
-def widen_weights(scratch, at, first, end, most):
-    """Weights times scales of a row, `most` at most, as value tiles read them."""
-    _widen_weights(scratch, at, first, end, SPLIT // 2, most)
+def late_values(kv, span, n):
+    """The n-th subpage of the late values, to be asked for beside a row's weights; nothing where there are no more."""
+    position = span.first + (max(subpages_of(span) - LATE, 0) + n) * SUBPAGE
+    if n >= LATE or position >= span.end:
+        return nothing(kv.numbers)
+    return _beside_row(kv, value_at(kv, span, cursor_at(kv, position)))
+
+
+@kernel
+def first_keys(kv, span, n):
+    """Likewise of the keys that follow."""
+    cursor = cursor_at(kv, span.ahead + n * SUBPAGE)
+    if n >= LATE or key_at(kv, span, cursor) < 0:
+        return nothing(kv.numbers)
+    return _beside_row(kv, key_at(kv, span, cursor))
+
+
+@kernel
+def _beside_row(kv, token):
+    """A subpage, to be asked for beside a row of SPLIT numbers; its scales are asked for at once."""
+    ask_scales(kv, token)
+    return Ask(kv.numbers, token * kv.size, kv.size * 16 // SUBPAGES)
+
+
+@kernel
+def widen_weights(scratch, at, first, end, most, ask):
+    """Weights times scales of a row, `most` at most, as value tiles read them. Meanwhile `ask` is asked for."""
+    _widen_weights(scratch, at, first, end, SPLIT // 2, most, ask)
 
 
 @inlined
 def score_tile(rows, kv, part, asks, scratch, q_at, scores_at):
-    """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage; see attention_float.score_tile."""
+    """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage; see attention_float.score_tile.
+
+    Of the values' lines only BESIDE of LINES are prefetched.
+    """
     token, values, keys = part
     if not asks:
         values, keys = -1, -1
@@ -63,11 +99,6 @@ def score_tile(rows, kv, part, asks, scratch, q_at, scores_at):
 def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
     """Of 16 * AT_ONCE tokens of the subpage, from `first` on."""
     acc, key, behind = _score_sums(), _score_keys(), q_at + kv.size // 2
-    for n in range(0, SUBPAGE, 16):
-        if values >= 0:
-            prefetch_beside(kv.scales, values + n)
-        if keys >= 0:
-            prefetch_beside(kv.scales, keys + n)
     for r in range(2 * rows):
         for n in range(AT_ONCE):
             acc[r, n] = splat_i32(NOTHING)
@@ -75,11 +106,12 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
     for d in range(0, kv.size, 16):
         for i in range(4):
             row = (d + 4 * i) * SUBPAGE
-            for n in range(0, 4 * SUBPAGE, 64):
-                if values >= 0:
-                    prefetch_beside(kv.numbers, values * kv.size + row + n)
+            for n in range(0, 4 * SUBPAGE, CACHE_LINE):
+                line = 2 * i + n // CACHE_LINE
+                if values >= 0 and line < BESIDE:
+                    prefetch_beside(kv.numbers, values + (d // 16 * BESIDE + line) * CACHE_LINE)
                 if keys >= 0:
-                    prefetch_beside(kv.numbers, keys * kv.size + row + n)
+                    prefetch_beside(kv.numbers, keys + row + n)
             for n in range(AT_ONCE):
                 key[n] = load_u8(kv.numbers, at + row + 64 * n)
             for r in range(rows):
@@ -99,6 +131,9 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
 def value_tile(width: int):
     """sums[r] = sum over t of weight[r, t] * value[t], from integers; see attention_float.value_tile."""
     new_acc, new_value = tile(i32x16, 2 * MOST_ROWS, width), tile(u8x64, width)
+    # Lines of keys that are prefetched beside 16 values, and their columns beside a subpage.
+    lines = 4 * width * BESIDE // LINES
+    columns = lines * (SUBPAGE // 16) * CACHE_LINE // SUBPAGE
 
     @inlined
     def accumulate(rows, kv, part, asks, scratch, weights_at, sums_at):
@@ -107,19 +142,19 @@ def value_tile(width: int):
         for r in range(2 * rows):
             for j in range(width):
                 acc[r, j] = splat_i32(NOTHING)
-        cursor, ahead = cursor_at(kv, span.first), keys_beside(kv, span, d)
+        cursor, ahead = cursor_at(kv, span.first), keys_beside(kv, span, LATE, d // (16 * width) * columns)
         for p in range(span.first, span.end, SUBPAGE):
             at, weights = value_at(kv, span, cursor) * kv.size + 4 * d, weights_at + p % SPLIT // 2
             keys = key_at(kv, span, ahead) if asks else -1
             asked = keys * kv.size + ahead.column * SUBPAGE
-            if keys >= 0 and ahead.column < 16 * width:
-                for n in range(0, SUBPAGE, 16):
-                    prefetch_beside(kv.scales, keys + n)
+            if keys >= 0 and ahead.column < columns:
+                ask_scales(kv, keys)
             for t in range(0, min(SUBPAGE, span.end - p), 16):
                 for i in range(4):
                     for j in range(width):
-                        if keys >= 0:
-                            prefetch_beside(kv.numbers, asked + ((t // 4 + i) * width + j) * 64)
+                        line = i * width + j
+                        if keys >= 0 and line < lines:
+                            prefetch_beside(kv.numbers, asked + (t // 16 * lines + line) * CACHE_LINE)
                         value[j] = load_u8(kv.numbers, at + (t + 4 * i) * kv.size + 64 * j)
                     for r in range(rows):
                         word, s = weights + r * SPLIT + t // 2 + i, 2 * r + SECOND_SUM
@@ -128,7 +163,7 @@ def value_tile(width: int):
                         for j in range(width):
                             acc[2 * r, j] = wide_first_signed(acc[2 * r, j], value[j], first_w)
                             acc[s, j] = wide_second_signed(acc[s, j], value[j], second_w)
-            cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, 16 * width)
+            cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, columns)
         for r in range(rows):
             scale = splat_f32(load_scalar_f32(scratch, weights_at + r * SPLIT + SPLIT // 2))
             for j in range(width):

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .jit import kernel
+from .memory import CACHE_LINE
 from .pages import SUBPAGE, Cursor, Query, cursor_at, token_at, values_behind
+from .simd_memory import prefetch_beside
 
 
 class Span(NamedTuple):
@@ -31,11 +33,17 @@ def value_at(kv, span, cursor):
 
 
 @kernel
-def keys_beside(kv, span, d):
-    """The cursor of the keys that are asked for beside the first subpage's values, columns from d on."""
-    columns = d * ((span.end - span.first + SUBPAGE - 1) // SUBPAGE)
+def subpages_of(span):
+    """How many subpages the positions lie in."""
+    return (span.end - span.first + SUBPAGE - 1) // SUBPAGE
+
+
+@kernel
+def keys_beside(kv, span, skipped, columns):
+    """The cursor of the keys of which so many subpages lie behind, and for each subpage of values so many columns."""
+    columns *= subpages_of(span)
     subpages = columns // kv.size
-    position, page, slot, _ = cursor_at(kv, span.ahead + subpages * SUBPAGE)
+    position, page, slot, _ = cursor_at(kv, span.ahead + (skipped + subpages) * SUBPAGE)
     return Cursor(position, page, slot, columns - subpages * kv.size)
 
 
@@ -45,3 +53,10 @@ def key_at(kv, span, cursor):
     if cursor.position >= span.following.position + span.following.tokens:
         return -1
     return token_at(kv, span.following, span.pages, cursor)
+
+
+@kernel
+def ask_scales(kv, token):
+    """Ask for the scales of a subpage of int8 numbers."""
+    for n in range(0, SUBPAGE, CACHE_LINE // 4):
+        prefetch_beside(kv.scales, token + n)

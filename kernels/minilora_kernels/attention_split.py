@@ -5,10 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from . import attention_float, attention_int8, cpu
+from .asking import ask_at_once, nothing
 from .attention_float import AT_ONCE, MOST_ROWS, VALUE_ROWS
-from .attention_span import Span
+from .attention_span import Span, ask_scales, value_at
 from .jit import kernel
-from .pages import KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, advance, cursor_at, first_seen, token_at, values_behind
+from .pages import KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, advance, cursor_at, first_seen, token_at
 from .softmax import make_weigh_row, mask_row
 
 # From how many rows on it pays to widen float16 keys for all of them.
@@ -16,14 +17,15 @@ MANY = 12 if cpu.vectors() >= 32 else 5
 # How far ahead of scores keys are asked for, again or for the first time.
 AHEAD = 4 * SUBPAGE
 # Numbers of a row's state, see Room.
-STATE = 2
+STATE = 3
 
 
 class Room(NamedTuple):
     """Where in scratch a split of some rows has what it computes.
 
     loaded: for all rows: a subpage's keys, widened to float32, or the scales of int8 values; weights: SPLIT scores of each
-    row, then weights; sums: of values, `size` of each row; state: maximum and total weight of each row.
+    row, then weights; sums: of values, `size` of each row; state: of each row the maximum, the total weight and what else
+    weigh_row returns.
     """
 
     scratch: np.ndarray
@@ -94,9 +96,8 @@ def _make_score_subpage(kv_format):
     many = attention_float.many_scores(kv_format) if kv_format == KV_FLOAT16 else None
 
     @kernel
-    def score_subpage(kv, token, keys, rows, room, q_at, scores_at):
-        """All rows against one subpage; meanwhile its values and the keys of token `keys` come nearer."""
-        values = token + values_behind(kv)
+    def score_subpage(kv, token, values, keys, rows, room, q_at, scores_at):
+        """All rows against one subpage; meanwhile values and keys from these places on come nearer, see score_tile."""
         if many is not None and rows >= MANY:
             many(kv, token, values, keys, rows, room.scratch, q_at, room.loaded, scores_at)
             return
@@ -141,6 +142,7 @@ def _seen(query, r, start, end):
 def make_split(kv_format, head_unit):
     """The kernel attend_split for a pool of this format; head_unit as in make_attention."""
     quantized = kv_format == KV_INT8
+    late = attention_int8.LATE if quantized else 0
     score_subpage, weigh_row, values = (
         _make_score_subpage(kv_format),
         make_weigh_row(quantized),
@@ -152,10 +154,22 @@ def make_split(kv_format, head_unit):
         """Scores of all rows."""
         query, start = span.query, span.first // SPLIT * SPLIT
         cursor, ahead = cursor_at(kv, span.first), cursor_at(kv, span.first + AHEAD)
+        beside = cursor
         for p in range(span.first, span.end, SUBPAGE):
-            keys = token_at(kv, query, span.pages, ahead) if ahead.position < span.end else -1
-            score_subpage(kv, token_at(kv, query, span.pages, cursor), keys, rows, room, q_at, room.weights + p - start)
+            token, keys = token_at(kv, query, span.pages, cursor), -1
+            if ahead.position < span.end:
+                keys = ask_scales_of(kv, token_at(kv, query, span.pages, ahead))
+            values = ask_scales_of(kv, value_at(kv, span, beside)) + beside.column * SUBPAGE
+            score_subpage(kv, token, values, keys, rows, room, q_at, room.weights + p - start)
             cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, kv.size)
+            beside = advance(kv, beside, kv.size - kv.size * late // attention_int8.SUBPAGES)
+
+    @kernel
+    def ask_scales_of(kv, token):
+        """Where in kv.numbers the token lies; the scales of its subpage come nearer."""
+        if quantized:
+            ask_scales(kv, token)
+        return token * kv.size
 
     @kernel
     def weigh(kv, span, rows, room):
@@ -167,11 +181,23 @@ def make_split(kv_format, head_unit):
             scratch[state + STATE * r] = mask_row(scratch, room.weights + r * SPLIT, low, high, first, end)
         if quantized:
             attention_int8.load_scales(kv, span, scratch, room.loaded)
+        for n in range(rows, late):
+            ask_at_once(attention_int8.late_values(kv, span, n), SPLIT)
         for r in range(rows):
-            at, row = state + STATE * r, room.weights + r * SPLIT
-            scratch[at + 1], largest = weigh_row(scratch, row, first, end, scratch[at], room.loaded - first)
-            if quantized:
-                attention_int8.widen_weights(scratch, row, first, end, largest)
+            at, row, scales = state + STATE * r, room.weights + r * SPLIT, room.loaded - first
+            ask = attention_int8.late_values(kv, span, r) if quantized else nothing(kv.numbers)
+            scratch[at + 1], scratch[at + 2] = weigh_row(scratch, row, first, end, scratch[at], scales, ask)
+        if quantized:
+            widen(kv, span, rows, room, first, end)
+
+    @kernel
+    def widen(kv, span, rows, room, first, end):
+        """Weights of lanes first .. end to wide integers: all rows are weighed by then, so nobody waits for a row's largest."""
+        for n in range(rows, late):
+            ask_at_once(attention_int8.first_keys(kv, span, n), SPLIT)
+        for r in range(rows):
+            most, ask = room.scratch[room.state + STATE * r + 2], attention_int8.first_keys(kv, span, r)
+            attention_int8.widen_weights(room.scratch, room.weights + r * SPLIT, first, end, most, ask)
 
     @kernel
     def attend_split(kv, query, pages, split, following, ahead, room, q_at):

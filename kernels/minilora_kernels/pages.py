@@ -22,7 +22,8 @@ from .wide import inverse_of, largest
 KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)
 KV_NAMES = ("float32", "float16", "int8")
 SUBPAGE = 32
-RUN = 4
+# As many as hold a split with the smallest pages: reading goes on in one piece from its keys to its values.
+RUN = 8
 # Attention works through a text in splits of so many positions.
 SPLIT = 256
 

@@ -21,11 +21,13 @@ from .pack import (
     OFFSET,
     PANEL,
 )
-from .simd import exp, f32x16, fma, splat_f32, tile
+from .simd import exp, f32x16, fma, splat_f32, tile, vmin
 from .simd_lanes import hsum
 from .simd_memory import load_f32, load_scalar_bf16, load_scalar_f16, load_scalar_f32, store_f32
 
 ZERO, ONE = np.float32(0), np.float32(1)
+# exp takes no more.
+MOST = np.float32(88)
 
 _four_sums = tile(f32x16, 4)
 
@@ -63,10 +65,10 @@ def silu_mul(gate_up, at, panels, out, out_at):
 
     gate_up: float32, 32 * panels values from at; out: float32, 16 * panels values from out_at.
     """
-    one, nought = splat_f32(ONE), splat_f32(ZERO)
+    one, nought, most = splat_f32(ONE), splat_f32(ZERO), splat_f32(MOST)
     for p in range(panels):
         gate, up = load_f32(gate_up, at + 32 * p), load_f32(gate_up, at + 32 * p + 16)
-        store_f32(out, out_at + 16 * p, gate / (one + exp(nought - gate)) * up)
+        store_f32(out, out_at + 16 * p, gate / (one + exp(vmin(most, nought - gate))) * up)
 
 
 @kernel

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .asking import ask_beside
 from .jit import kernel
 from .simd import exp, fma, magnitude, number_of, splat_f32, splat_i32, vmax, vmax_i32
 from .simd_lanes import hmax, hmax_i32, hsum, keep_lanes
@@ -31,8 +32,9 @@ def make_weigh_row(scaled: bool):
     """A kernel that turns scores into weights, or into weights times scales."""
 
     @kernel
-    def weigh_row(scratch, at, start, stop, maximum, scales):
-        """Scores of lanes start .. stop, multiples of 16, become exp(score - maximum), times the scale at `scales` + lane.
+    def weigh_row(scratch, at, start, stop, maximum, scales, ask):
+        """Scores of lanes start .. stop, multiples of 16, become exp(score - maximum), times the scale at `scales` + lane. Meanwhile
+        `ask` is asked for.
 
         Returns (sum of the weights, with scales the largest of what they became); NaN where one of them is NaN.
         """
@@ -46,6 +48,7 @@ def make_weigh_row(scaled: bool):
                 weight = weight * load_f32(scratch, scales + t)
                 largest = vmax_i32(magnitude(weight), largest)
             store_f32(scratch, at + t, weight)
+            ask_beside(ask, t - start)
         return hsum(total), number_of(hmax_i32(largest))
 
     return weigh_row

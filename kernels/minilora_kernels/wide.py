@@ -11,6 +11,7 @@ Of sixteen numbers the four first words lie before the four second ones. Behind 
 
 import numpy as np
 
+from .asking import ask_beside
 from .dot import PAIRS
 from .jit import kernel
 from .simd import i32x16, join_digits, magnitude, number_of, primitive, round_i32, splat_f32, splat_i32, vmax_i32
@@ -57,16 +58,18 @@ def make_to_wide(minus: bool):
     """A kernel that turns numbers into wide integers, with minus their sum behind them or not."""
 
     @kernel
-    def to_wide(scratch, at, first, end, behind, most):
+    def to_wide(scratch, at, first, end, behind, most, ask):
         """Numbers first .. end (multiples of 16) of the row at `at` as words, in place; scale and sum from `behind` on.
 
         most: the largest |x|, see `largest`. Where one of them is not finite the scale is not either: integers would hide it.
+        ask: what is asked for meanwhile.
         """
         scale = most / LARGEST
         inverse, total = splat_f32(inverse_of(scale)), splat_i32(NOTHING)
         for i in range(first, end, 16):
             v = round_i32(load_f32(scratch, at + i) * inverse)
             _store_words(scratch, at + i // 2, v)
+            ask_beside(ask, i - first)
             if minus:
                 total = total - v
         scratch[at + behind] = scale
