@@ -136,10 +136,10 @@ def test_keys_are_asked_for_once_and_in_order(size, columns, late, page):
 
 
 @kernel
-def _late(kv, span, out):
-    for n in range(len(out)):
-        for kind, ask in enumerate((late_values(kv, span, n), first_keys(kv, span, n))):
-            out[n, kind, 0], out[n, kind, 1] = ask.at, ask.each
+def _late(kv, span, rows, out):
+    for r in range(len(out)):
+        for kind, ask in enumerate((late_values(kv, span, rows, r), first_keys(kv, span, rows, r))):
+            out[r, kind, 0], out[r, kind, 1] = ask.at, ask.each
 
 
 def test_late_values_and_the_first_keys_are_asked_for_beside_rows():
@@ -148,14 +148,17 @@ def test_late_values_and_the_first_keys_are_asked_for_beside_rows():
     pages, following = np.array([7, 9, 2, 4, 11, 5, 6]), Query(0, 0, 1, 0, 560, 0, 0)
     numbers = np.arange(len(kv.numbers)).reshape(2, 2, RUN, page, size)
 
-    def place(kind, position):
-        run, number = divmod(int(pages[position // page]), RUN)
-        return [numbers[run, kind, number, position % page, 0], 2 * size]
-
-    for first, end in ((288, 480), (480, 500)):
+    def asked(first, end, rows):
         span = Span(following, pages, first, end, following, 512)
-        program(_late)(kv, span, out := np.zeros((LATE + 1, 2, 2), np.int64))
-        late = list(range(first, end, SUBPAGE))[-LATE:]
-        assert out[: len(late), 0].tolist() == [place(1, position) for position in late]
-        assert out[:2, 1].tolist() == [place(0, 512), place(0, 544)]
-        assert not out[len(late) :, 0].any() and not out[2:, 1, 1].any(), "no keys beyond the end, no more than LATE"
+        program(_late)(kv, span, rows, out := np.zeros((LATE + 2, 2, 2), np.int64))
+        return [[ask for ask in asks.tolist() if ask[1]] for asks in (out[:, 0], out[:, 1])]
+
+    def places(kind, *positions):
+        runs = [divmod(int(pages[position // page]), RUN) for position in positions]
+        each = SUBPAGE * size * 16 // SPLIT
+        return [[numbers[run, kind, n, p % page, 0], each] for (run, n), p in zip(runs, positions, strict=True)]
+
+    # Beyond position 560 there are no keys.
+    assert asked(288, 480, 3) == [places(1, 384, 416, 448), places(0, 512, 544)]
+    assert asked(480, 500, 9) == [places(1, 480), places(0, 512, 544)]
+    assert asked(288, 480, LATE - 1) == [[], []]

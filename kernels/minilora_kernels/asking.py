@@ -10,29 +10,22 @@ from .simd_memory import prefetch_beside
 
 
 class Ask(NamedTuple):
-    """What to ask for beside work on 16 numbers at a time: `each` numbers for each of these, from numbers[at] on."""
+    """What to ask for: bytes[at] and what follows, `each` bytes beside work on each 16 numbers."""
 
-    numbers: np.ndarray
+    bytes: np.ndarray
     at: int
     each: int
 
 
 @kernel
-def nothing(numbers):
-    """Nothing of these."""
-    return Ask(numbers, 0, 0)
+def nothing(array):
+    """Nothing of this array."""
+    return Ask(array, 0, 0)
 
 
 @kernel
 def ask_beside(ask, i):
     """While numbers i .. i + 16 of the work are at hand."""
     at = ask.at + i // 16 * ask.each
-    for n in range(0, ask.each, CACHE_LINE // ask.numbers.itemsize):
-        prefetch_beside(ask.numbers, at + n)
-
-
-@kernel
-def ask_at_once(ask, count):
-    """For work on `count` numbers."""
-    for i in range(0, count, 16):
-        ask_beside(ask, i)
+    for n in range(0, ask.each, CACHE_LINE):
+        prefetch_beside(ask.bytes, at + n)

@@ -18,10 +18,8 @@ from .simd_memory import load_f32, load_scalar_f32, load_u8, load_word, prefetch
 from .wide import SECOND, SECOND_SUM, join_sums, largest, make_to_wide
 
 # Memory is asked for at an even pace. Of a split's subpages LATE of the values, the last ones, and as many of the keys that
-# follow, the first ones, are asked for while scores become weights; so of a product's LINES BESIDE are asked for beside it.
+# follow, the first ones, are asked for while scores become weights, one beside each row; where there are fewer rows, none.
 SUBPAGES, LATE = SPLIT // SUBPAGE, 3
-LINES = 16 * SUBPAGE // CACHE_LINE
-BESIDE = LINES - LINES * LATE // SUBPAGES
 ZERO, NOTHING = np.float32(0), np.int32(0)
 
 _score_sums, _score_keys = tile(i32x16, 2 * MOST_ROWS, AT_ONCE), tile(u8x64, AT_ONCE)
@@ -51,19 +49,25 @@ def load_scales(kv, span, scratch, to):
 
 
 @kernel
-def late_values(kv, span, n):
-    """The n-th subpage of the late values, to be asked for beside a row's weights; nothing where there are no more."""
-    position = span.first + (max(subpages_of(span) - LATE, 0) + n) * SUBPAGE
-    if n >= LATE or position >= span.end:
+def beside(rows, count):
+    """How much of `count`, a multiple of SUBPAGES, is asked for beside products of so many rows."""
+    return count - count // SUBPAGES * LATE if rows >= LATE else count
+
+
+@kernel
+def late_values(kv, span, rows, r):
+    """The values that are asked for beside the weights of row r of so many rows."""
+    position = span.first + (max(subpages_of(span) - LATE, 0) + r) * SUBPAGE
+    if rows < LATE or r >= LATE or position >= span.end:
         return nothing(kv.numbers)
     return _beside_row(kv, value_at(kv, span, cursor_at(kv, position)))
 
 
 @kernel
-def first_keys(kv, span, n):
+def first_keys(kv, span, rows, r):
     """Likewise of the keys that follow."""
-    cursor = cursor_at(kv, span.ahead + n * SUBPAGE)
-    if n >= LATE or key_at(kv, span, cursor) < 0:
+    cursor = cursor_at(kv, span.ahead + r * SUBPAGE)
+    if rows < LATE or r >= LATE or key_at(kv, span, cursor) < 0:
         return nothing(kv.numbers)
     return _beside_row(kv, key_at(kv, span, cursor))
 
@@ -85,7 +89,7 @@ def widen_weights(scratch, at, first, end, most, ask):
 def score_tile(rows, kv, part, asks, scratch, q_at, scores_at):
     """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage; see attention_float.score_tile.
 
-    Of the values' lines only BESIDE of LINES are prefetched.
+    Of the values only as much is prefetched as `beside` says.
     """
     token, values, keys = part
     if not asks:
@@ -108,8 +112,8 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
             row = (d + 4 * i) * SUBPAGE
             for n in range(0, 4 * SUBPAGE, CACHE_LINE):
                 line = 2 * i + n // CACHE_LINE
-                if values >= 0 and line < BESIDE:
-                    prefetch_beside(kv.numbers, values + (d // 16 * BESIDE + line) * CACHE_LINE)
+                if values >= 0 and line < beside(rows, 8):
+                    prefetch_beside(kv.numbers, values + (d // 16 * beside(rows, 8) + line) * CACHE_LINE)
                 if keys >= 0:
                     prefetch_beside(kv.numbers, keys + row + n)
             for n in range(AT_ONCE):
@@ -131,18 +135,21 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
 def value_tile(width: int):
     """sums[r] = sum over t of weight[r, t] * value[t], from integers; see attention_float.value_tile."""
     new_acc, new_value = tile(i32x16, 2 * MOST_ROWS, width), tile(u8x64, width)
-    # Lines of keys that are prefetched beside 16 values, and their columns beside a subpage.
-    lines = 4 * width * BESIDE // LINES
-    columns = lines * (SUBPAGE // 16) * CACHE_LINE // SUBPAGE
 
     @inlined
     def accumulate(rows, kv, part, asks, scratch, weights_at, sums_at):
         span, d = part
         acc, value = new_acc(), new_value()
+        # Lines of keys that are prefetched beside 16 values, and their columns beside a subpage.
+        lines = beside(rows, 8) * width // 2
+        columns = lines * (SUBPAGE // 16) * CACHE_LINE // SUBPAGE
         for r in range(2 * rows):
             for j in range(width):
                 acc[r, j] = splat_i32(NOTHING)
-        cursor, ahead = cursor_at(kv, span.first), keys_beside(kv, span, LATE, d // (16 * width) * columns)
+        cursor, ahead = (
+            cursor_at(kv, span.first),
+            keys_beside(kv, span, LATE if rows >= LATE else 0, d // (16 * width) * columns),
+        )
         for p in range(span.first, span.end, SUBPAGE):
             at, weights = value_at(kv, span, cursor) * kv.size + 4 * d, weights_at + p % SPLIT // 2
             keys = key_at(kv, span, ahead) if asks else -1

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import attention_float, attention_int8, cpu
-from .asking import ask_at_once, nothing
+from .asking import nothing
 from .attention_float import AT_ONCE, MOST_ROWS, VALUE_ROWS
 from .attention_span import Span, ask_scales, value_at
 from .jit import kernel
@@ -142,7 +142,6 @@ def _seen(query, r, start, end):
 def make_split(kv_format, head_unit):
     """The kernel attend_split for a pool of this format; head_unit as in make_attention."""
     quantized = kv_format == KV_INT8
-    late = attention_int8.LATE if quantized else 0
     score_subpage, weigh_row, values = (
         _make_score_subpage(kv_format),
         make_weigh_row(quantized),
@@ -162,7 +161,7 @@ def make_split(kv_format, head_unit):
             values = ask_scales_of(kv, value_at(kv, span, beside)) + beside.column * SUBPAGE
             score_subpage(kv, token, values, keys, rows, room, q_at, room.weights + p - start)
             cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, kv.size)
-            beside = advance(kv, beside, kv.size - kv.size * late // attention_int8.SUBPAGES)
+            beside = advance(kv, beside, attention_int8.beside(rows, kv.size) if quantized else kv.size)
 
     @kernel
     def ask_scales_of(kv, token):
@@ -181,11 +180,9 @@ def make_split(kv_format, head_unit):
             scratch[state + STATE * r] = mask_row(scratch, room.weights + r * SPLIT, low, high, first, end)
         if quantized:
             attention_int8.load_scales(kv, span, scratch, room.loaded)
-        for n in range(rows, late):
-            ask_at_once(attention_int8.late_values(kv, span, n), SPLIT)
         for r in range(rows):
             at, row, scales = state + STATE * r, room.weights + r * SPLIT, room.loaded - first
-            ask = attention_int8.late_values(kv, span, r) if quantized else nothing(kv.numbers)
+            ask = attention_int8.late_values(kv, span, rows, r) if quantized else nothing(kv.numbers)
             scratch[at + 1], scratch[at + 2] = weigh_row(scratch, row, first, end, scratch[at], scales, ask)
         if quantized:
             widen(kv, span, rows, room, first, end)
@@ -193,10 +190,8 @@ def make_split(kv_format, head_unit):
     @kernel
     def widen(kv, span, rows, room, first, end):
         """Weights of lanes first .. end to wide integers: all rows are weighed by then, so nobody waits for a row's largest."""
-        for n in range(rows, late):
-            ask_at_once(attention_int8.first_keys(kv, span, n), SPLIT)
         for r in range(rows):
-            most, ask = room.scratch[room.state + STATE * r + 2], attention_int8.first_keys(kv, span, r)
+            most, ask = room.scratch[room.state + STATE * r + 2], attention_int8.first_keys(kv, span, rows, r)
             attention_int8.widen_weights(room.scratch, room.weights + r * SPLIT, first, end, most, ask)
 
     @kernel
