@@ -36,6 +36,10 @@ hsum_i32 = primitive(types.int32, [i32x16], _halving(lambda b, x, y: b.add(x, y)
 """The sum, or the largest, of all lanes."""
 
 
+first_lane = primitive(types.float32, [f32x16], lambda b, v: b.extract_element(v, ir.Constant(_WORD, 0)))
+"""Lane 0."""
+
+
 def _four_at_once(combine):
     """Fold each of four vectors to one number, with 8 shuffles; by themselves they take 4 each."""
 

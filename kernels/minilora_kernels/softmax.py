@@ -5,7 +5,7 @@ import numpy as np
 from .asking import ask_beside
 from .jit import kernel
 from .simd import exp, fma, magnitude, number_of, splat_f32, splat_i32, vmax, vmax_i32
-from .simd_lanes import hmax, hmax_i32, hsum, keep_lanes
+from .simd_lanes import first_lane, hmax, hmax_i32, hsum, keep_lanes
 from .simd_memory import load_f32, store_f32
 
 ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.int32(0)
@@ -63,12 +63,14 @@ def merge_row(sums, at, size, maximum, total, more, more_at, more_maximum, more_
         for d in range(0, size, 16):
             store_f32(sums, at + d, load_f32(more, more_at + d))
         return more_maximum, more_total
-    larger = max(maximum, more_maximum)
-    keep, take = np.exp(maximum - larger), np.exp(more_maximum - larger)
+    # exp(maximum - the larger one): 1 for that one itself.
+    keep, take = splat_f32(ONE), exp(splat_f32(-abs(maximum - more_maximum)))
+    larger = maximum
+    if not maximum >= more_maximum:
+        keep, take, larger = take, keep, more_maximum
     for d in range(0, size, 16):
-        kept = load_f32(sums, at + d) * splat_f32(keep)
-        store_f32(sums, at + d, fma(load_f32(more, more_at + d), splat_f32(take), kept))
-    return larger, total * keep + more_total * take
+        store_f32(sums, at + d, fma(load_f32(more, more_at + d), take, load_f32(sums, at + d) * keep))
+    return larger, first_lane(fma(splat_f32(more_total), take, splat_f32(total) * keep))
 
 
 @kernel
