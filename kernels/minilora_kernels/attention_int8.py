@@ -50,7 +50,10 @@ def load_scales(kv, span, scratch, to):
 
 @kernel
 def beside(rows, count):
-    """How much of `count`, a multiple of SUBPAGES, is asked for beside products of so many rows."""
+    """How much of `count`, a multiple of SUBPAGES, is asked for beside products of so many rows.
+
+    Tiles may say their own: the one that asks is the first, which has LATE rows if there are as many.
+    """
     return count - count // SUBPAGES * LATE if rows >= LATE else count
 
 
@@ -66,10 +69,10 @@ def late_values(kv, span, rows, r):
 @kernel
 def first_keys(kv, span, rows, r):
     """Likewise of the keys that follow."""
-    cursor = cursor_at(kv, span.ahead + r * SUBPAGE)
-    if rows < LATE or r >= LATE or key_at(kv, span, cursor) < 0:
+    if rows < LATE or r >= LATE:
         return nothing(kv.numbers)
-    return _beside_row(kv, key_at(kv, span, cursor))
+    token = key_at(kv, span, cursor_at(kv, span.ahead + r * SUBPAGE))
+    return _beside_row(kv, token) if token >= 0 else nothing(kv.numbers)
 
 
 @kernel
@@ -111,6 +114,7 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
         for i in range(4):
             row = (d + 4 * i) * SUBPAGE
             for n in range(0, 4 * SUBPAGE, CACHE_LINE):
+                # Of 16 columns' 8 lines.
                 line = 2 * i + n // CACHE_LINE
                 if values >= 0 and line < beside(rows, 8):
                     prefetch_beside(kv.numbers, values + (d // 16 * beside(rows, 8) + line) * CACHE_LINE)
@@ -140,7 +144,7 @@ def value_tile(width: int):
     def accumulate(rows, kv, part, asks, scratch, weights_at, sums_at):
         span, d = part
         acc, value = new_acc(), new_value()
-        # Lines of keys that are prefetched beside 16 values, and their columns beside a subpage.
+        # Lines of keys that are prefetched beside 4 * width lines of 16 values, and their columns beside a subpage.
         lines = beside(rows, 8) * width // 2
         columns = lines * (SUBPAGE // 16) * CACHE_LINE // SUBPAGE
         for r in range(2 * rows):

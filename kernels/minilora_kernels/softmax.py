@@ -33,8 +33,9 @@ def make_weigh_row(scaled: bool):
 
     @kernel
     def weigh_row(scratch, at, start, stop, maximum, scales, ask):
-        """Scores of lanes start .. stop, multiples of 16, become exp(score - maximum), times the scale at `scales` + lane. Meanwhile
-        `ask` is asked for.
+        """Scores of lanes start .. stop, multiples of 16, become exp(score - maximum), times the scale at `scales` + lane.
+
+        Meanwhile `ask` is asked for.
 
         Returns (sum of the weights, with scales the largest of what they became); NaN where one of them is NaN.
         """

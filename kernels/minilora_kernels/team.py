@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,14 +59,17 @@ class _Worker:
         self._team, self._number = team, number
         self._error: BaseException | None = None
         self._last = 0
-        self._news = threading.Condition()
+        # Open when there may be news. Not a Condition: Ctrl-C can leave its lock taken, and the thread would wait for ever.
+        self._news = threading.Lock()
+        self._news.acquire()
         self._thread = threading.Thread(target=self._loop, name=f"minilora-{number}", daemon=True)
         self._thread.start()
 
     def call(self) -> None:
         """Wake the thread, if it sleeps, after a new run was announced."""
-        with self._news:
-            self._news.notify()
+        with suppress(RuntimeError):
+            # Where it is open already this raises: the thread has yet to look.
+            self._news.release()
 
     def join(self) -> None:
         """Wait for the thread's end."""
@@ -96,11 +99,10 @@ class _Worker:
 
     def _next(self) -> _Run | None:
         """The next run that this thread is in; None when there will be none."""
-        with self._news:
-            while (run := self._team.current) is not None:
-                if run.number > self._last and self._number < run.threads:
-                    return run
-                self._news.wait()
+        while (run := self._team.current) is not None:
+            if run.number > self._last and self._number < run.threads:
+                return run
+            self._news.acquire()
         return None
 
 
@@ -118,12 +120,16 @@ class Team:
         self._cpus = cpus
         self._process = os.getpid()
         self.size = self.active = size
-        self.current: _Run | None = _NOTHING
-        self._last_run = _NOTHING
+        self._last_run, self._dismissed = _NOTHING, False
         self._sync = np.zeros(THREADS + LINE * size, np.int64)
         self._lock = threading.Lock()
         self._compiled: set[Any] = set()
         self._workers = [_Worker(self, number) for number in range(1, size)]
+
+    @property
+    def current(self) -> _Run | None:
+        """The last run that was announced; None when there will be no more."""
+        return None if self._dismissed else self._last_run
 
     def run(self, program, job: Any, fixed: Any = (), most: int | None = None) -> None:
         """Run a team_program on every active thread, or on `most` of them; returns when all are done.
@@ -138,7 +144,7 @@ class Team:
                 "Start the model in the process that uses it, or start processes by spawn instead of fork."
             )
         with self._lock:
-            if self.current is None:
+            if self._dismissed:
                 raise RuntimeError("the team was closed")
             self._settle()
             self.prepare(program, job, fixed)
@@ -173,7 +179,7 @@ class Team:
             self._sync[KIND] += 1
         run = _Run(before.number + 1, count, program, job, fixed)
         self._sync[RUN] = run.number
-        self.current = self._last_run = run
+        self._last_run = run
         return run
 
     def prepare(self, program, job: Any, fixed: Any = ()) -> None:
@@ -209,7 +215,7 @@ class Team:
 
     def dismiss(self) -> None:
         """Let the threads end, without waiting for it; the team can't run again. From any thread, its own included."""
-        self.current = None
+        self._dismissed = True
         for worker in self._workers:
             worker.call()
 
