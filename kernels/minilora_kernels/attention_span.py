@@ -1,7 +1,7 @@
 """The positions of one split whose values are summed, and the keys that are asked for meanwhile.
 
-These are as many as the values, and asked for one line after the other, whatever the order in which values are read: so
-the CPU asks ahead by itself. Where a tile's columns do not divide those of a head, it runs over the end of subpages into
+These are as many as the values, less what is asked for beside weights, and asked for one line after the other, whatever
+the order in which values are read: so the CPU asks ahead by itself. Where a tile's columns do not divide those of a head, it runs over the end of subpages into
 what lies behind: mostly the next one, and a few lines lost where that is elsewhere.
 """
 

@@ -153,19 +153,19 @@ def make_split(kv_format, head_unit):
         """Scores of all rows."""
         query, start = span.query, span.first // SPLIT * SPLIT
         cursor, ahead = cursor_at(kv, span.first), cursor_at(kv, span.first + AHEAD)
-        beside = cursor
+        asked = cursor
         for p in range(span.first, span.end, SUBPAGE):
             token, keys = token_at(kv, query, span.pages, cursor), -1
             if ahead.position < span.end:
-                keys = ask_scales_of(kv, token_at(kv, query, span.pages, ahead))
-            values = ask_scales_of(kv, value_at(kv, span, beside)) + beside.column * SUBPAGE
+                keys = asked_place(kv, token_at(kv, query, span.pages, ahead))
+            values = asked_place(kv, value_at(kv, span, asked)) + asked.column * SUBPAGE
             score_subpage(kv, token, values, keys, rows, room, q_at, room.weights + p - start)
             cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, kv.size)
-            beside = advance(kv, beside, attention_int8.beside(rows, kv.size) if quantized else kv.size)
+            asked = advance(kv, asked, attention_int8.beside(rows, kv.size) if quantized else kv.size)
 
     @kernel
-    def ask_scales_of(kv, token):
-        """Where in kv.numbers the token lies; the scales of its subpage come nearer."""
+    def asked_place(kv, token):
+        """Where in kv.numbers a token lies whose subpage is asked for; its scales are asked for at once."""
         if quantized:
             ask_scales(kv, token)
         return token * kv.size
