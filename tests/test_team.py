@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -172,6 +173,32 @@ def test_interrupts_at_any_moment(pair, alarm_interrupts):
             interrupts += 1
         assert meets(pair)
     assert interrupts == 150
+
+
+def test_an_interrupt_while_a_thread_is_called(pair):
+    """At any line of `call` and of what it uses, one after the other: no lock is left taken."""
+    [worker] = pair._workers
+    lines, interrupted = 0, True
+    while interrupted:
+        left, lines, interrupted = lines, lines + 1, False
+
+        def interrupt(frame, event, arg):
+            nonlocal left, interrupted
+            left -= 1
+            if left == -1:
+                interrupted = True
+                raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            worker.call()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert meets(pair)
+    assert lines > 3
 
 
 def test_an_interrupt_after_a_run_was_announced(pair, monkeypatch):
