@@ -9,9 +9,6 @@ import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from minilora_kernels import cpu
 from minilora_kernels.dot import SHORT_COLUMNS, begin_short, dot4_short, end_short, short_sums
@@ -19,7 +16,7 @@ from minilora_kernels.jit import kernel
 from minilora_kernels.limits import usable_cores
 from minilora_kernels.simd import i32x16, splat_i32, tile
 from minilora_kernels.simd_lanes import hsum_i32
-from minilora_kernels.simd_memory import load_i32, load_u8
+from minilora_kernels.simd_memory import compiler_barrier, load_i32, load_u8
 from minilora_kernels.sync import share
 from minilora_kernels.team import Team, team_program
 
@@ -29,17 +26,6 @@ LOOPS = 9_600_000 // DOTS
 BYTES = 256 << 20
 
 _sums, _dots = tile(i32x16, 16), tile(short_sums, DOTS)
-
-
-@intrinsic
-def forget(typing_context):
-    """Keep the compiler from knowing what memory holds."""
-
-    def codegen(context, builder, sig, args):
-        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
-        return context.get_dummy_value()
-
-    return types.void(), codegen
 
 
 @kernel
@@ -71,7 +57,7 @@ def _multiply(thread, threads, sync, job, fixed):
         for i in range(DOTS):
             if SHORT_COLUMNS:
                 # Products and sums are two instructions here: the same product would be computed once for all.
-                forget()
+                compiler_barrier()
                 s = load_u8(data, 64)
             dots[i] = dot4_short(dots[i], u, s)
     total = splat_i32(np.int32(0))

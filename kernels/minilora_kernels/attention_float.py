@@ -7,7 +7,7 @@ from .attention_span import key_at, keys_beside, value_at
 from .jit import inlined, kernel
 from .pages import KV_FLOAT16, KV_FLOAT32, SPLIT, SUBPAGE, advance, cursor_at
 from .simd import f32x16, fma, splat_f32, tile
-from .simd_memory import load_f16, load_f32, load_scalar_f32, prefetch_beside, store_f32
+from .simd_memory import compiler_barrier, load_f16, load_f32, load_scalar_f32, prefetch_beside, store_f32
 
 _LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
 # Numbers in a cache line.
@@ -57,6 +57,7 @@ def many_scores(kv_format: int):
                     prefetch_beside(kv.numbers, keys + row + n)
             for n in range(0, SUBPAGE, 16):
                 store_f32(scratch, keys_at + row + n, load(kv.numbers, token * kv.size + row + n))
+            compiler_barrier()
         for r in range(0, rows, MOST_ROWS):
             dots(MOST_ROWS, kv, scratch, keys_at, -1, -1, scratch, q_at + r * kv.size, scores_at + r * SPLIT)
 
@@ -89,6 +90,8 @@ def _dots(kv_format: int):
                     q = splat_f32(load_scalar_f32(scratch, q_at + r * kv.size + d + c))
                     for n in range(AT_ONCE):
                         acc[r, 2 * n + c] = fma(key[n], q, acc[r, 2 * n + c])
+                if values >= 0:
+                    compiler_barrier()
         for r in range(rows):
             for n in range(AT_ONCE):
                 store_f32(scratch, scores_at + r * SPLIT + 16 * n, acc[r, 2 * n] + acc[r, 2 * n + 1])
@@ -131,6 +134,8 @@ def value_tile(width: int, kv_format: int):
                     weight = splat_f32(load_scalar_f32(scratch, weights + r * SPLIT + t))
                     for j in range(width):
                         acc[r, j] = fma(value[j], weight, acc[r, j])
+                if asks:
+                    compiler_barrier()
             cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, 16 * width)
         for r in range(rows):
             for j in range(width):

@@ -14,7 +14,7 @@ from .memory import CACHE_LINE
 from .pages import SPLIT, SUBPAGE, advance, cursor_at
 from .simd import i32x16, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
 from .simd_lanes import keep_lanes
-from .simd_memory import load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
+from .simd_memory import compiler_barrier, load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
 from .wide import SECOND, SECOND_SUM, join_sums, largest, make_to_wide
 
 # Memory is asked for at an even pace. Of a split's subpages LATE of the values, the last ones, and as many of the keys that
@@ -128,6 +128,7 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
                 for n in range(AT_ONCE):
                     acc[2 * r, n] = wide_first_unsigned(acc[2 * r, n], key[n], first_q)
                     acc[s, n] = wide_second_unsigned(acc[s, n], key[n], second_q)
+            compiler_barrier()
     for r in range(rows):
         scale = splat_f32(load_scalar_f32(scratch, behind + r * kv.size))
         start = start_wide(splat_i32(load_word(scratch, behind + r * kv.size + 1)))
@@ -174,6 +175,7 @@ def value_tile(width: int):
                         for j in range(width):
                             acc[2 * r, j] = wide_first_signed(acc[2 * r, j], value[j], first_w)
                             acc[s, j] = wide_second_signed(acc[s, j], value[j], second_w)
+                    compiler_barrier()
             cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, columns)
         for r in range(rows):
             scale = splat_f32(load_scalar_f32(scratch, weights_at + r * SPLIT + SPLIT // 2))

@@ -46,6 +46,7 @@ from .simd import (
     u8x64,
 )
 from .simd_memory import (
+    compiler_barrier,
     load_bf16,
     load_f16,
     load_f32,
@@ -153,6 +154,8 @@ def _quantized_tile(rows: int, width: int, fmt: int):
                     if ahead > 0:
                         for i in range(0, step // askers, 64):
                             ask(weights, soon + header // askers + step // askers * k + i)
+                        if rows != MANY:
+                            compiler_barrier()
                     for n in range(width):
                         if nibbles:
                             both = load_u8(weights, at + header + step * k)
@@ -204,6 +207,7 @@ def _float_tile(rows: int, width: int, fmt: int):
             if ahead > 0:
                 for i in range(0, BLOCK * size, 64):
                     ask(weights, at + ahead + i)
+                compiler_barrier()
             for n in range(width):
                 w[n] = load(weights, at + 16 * size * (first + n))
             for m in range(rows):

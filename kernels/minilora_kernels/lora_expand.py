@@ -11,9 +11,19 @@ from . import cpu
 from .dot import start_wide, wide_first_unsigned, wide_second_unsigned
 from .jit import inlined
 from .lora_pack import head_bytes, number_bytes
+from .memory import CACHE_LINE
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import f32x16, fma, i32x16, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
-from .simd_memory import load_f16, load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
+from .simd_memory import (
+    compiler_barrier,
+    load_f16,
+    load_f32,
+    load_scalar_f32,
+    load_u8,
+    load_word,
+    prefetch_beside,
+    store_f32,
+)
 from .wide import MINUS, SCALE, SECOND, SECOND_SUM, join_sums
 
 # Rows of a tile at most.
@@ -68,19 +78,20 @@ def _float_rows(fmt: int):
     @inlined
     def expand_some(rows, panels, b, first, rank, s, column, out):
         acc, numbers_of, at, to = new_acc(), new_b(), b.at + first * b.size, out.at + first * out.step
-        if b.ahead != 0:
-            for i in range(0, panels * b.size, 64):
-                prefetch_beside(b.arena, at + b.ahead + i)
         for p in range(panels):
             for m in range(rows):
                 acc[m, p] = splat_f32(ZERO)
         for r in range(rank):
             for p in range(panels):
-                numbers_of[p] = load(b.arena, at + p * b.size + r * numbers)
+                place = at + p * b.size + r * numbers
+                if b.ahead != 0 and r * numbers % CACHE_LINE == 0:
+                    prefetch_beside(b.arena, place + b.ahead)
+                numbers_of[p] = load(b.arena, place)
             for m in range(rows):
                 x = splat_f32(load_scalar_f32(s.array, s.at + m * s.stride + column + r))
                 for p in range(panels):
                     acc[m, p] = fma(numbers_of[p], x, acc[m, p])
+            compiler_barrier()
         for m in range(rows):
             for p in range(panels):
                 place = to + m * out.stride + p * out.step
@@ -130,6 +141,7 @@ def _int8_rows():
                 for m in range(rows):
                     dots[m, 0] = wide_first_unsigned(dots[m, 0], four, words[m, w])
                     dots[m, SECOND_SUM] = wide_second_unsigned(dots[m, SECOND_SUM], four, words[m, WORDS + w])
+                compiler_barrier()
             lanes = load_f32(b.arena, at)
             for m in range(rows):
                 place, total = to + m * out.stride, join_sums(dots[m, 0], dots[m, SECOND_SUM]) + starts[m]

@@ -14,6 +14,7 @@ from .lora_pack import head_bytes, number_bytes
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
 from .simd import f32x16, fma, i32x16, repeat2, splat_f32, splat_i32, tile, to_f32
 from .simd_memory import (
+    compiler_barrier,
     load_f16,
     load_f32,
     load_i8,
@@ -71,6 +72,7 @@ def _float_tile(fmt: int):
                 for c in range(CHAINS):
                     number = load_scalar_f32(x.values, x_at + m * x.stride + k + c)
                     acc[m, c] = fma(a[c], splat_f32(number), acc[m, c])
+            compiler_barrier()
         for m in range(rows):
             total = (acc[m, 0] + acc[m, 1]) + (acc[m, 2] + acc[m, 3])
             store_f32(s, s_at + m * s_stride, total * lanes)
@@ -97,14 +99,17 @@ def _int8_tile():
                 ahead = part * PANEL + AHEAD
                 soon = at + ahead if ahead < length else following + ahead - length
                 place = at + part * PANEL
-                for i in range(0, PART * PANEL, 64):
-                    prefetch_beside(arena, soon + i)
-                    prefetch_beside(arena, place + AGAIN + i)
                 for k in range(0, PART, 2):
+                    # A cache line holds four columns.
+                    if k % 4 == 0:
+                        prefetch_beside(arena, soon + k * PANEL)
+                    else:
+                        prefetch_beside(arena, place + AGAIN + (k - 2) * PANEL)
                     a = load_i16_of_i8(arena, place + k * PANEL)
                     for m in range(rows):
                         two = load_word(x.fine, x_at + m * x.stride + part + k)
                         dots[m] = dot2(dots[m], a, repeat2(two))
+                    compiler_barrier()
             for m in range(rows):
                 row_scale = splat_f32(load_scalar_f32(x.scales, scale_at + m * scale_stride))
                 acc[m] = fma(to_f32(dots[m]), row_scale, acc[m])

@@ -1,4 +1,4 @@
-"""SIMD values from memory and back: loads, stores, prefetches.
+"""SIMD values from memory and back: loads, stores, prefetches, and their order.
 
 Offsets count elements of the array that is read or written: bytes in a uint8 arena. Nothing is checked
 against the array's length. float16 and bfloat16 live in memory only: loads widen them to float32.
@@ -204,3 +204,18 @@ prefetch_once = _prefetcher(lambda: 0)
 """Ask for a cache line of what is read once in a step: it should not push out of the caches what is read again."""
 prefetch_beside = _prefetcher(lambda: 0 if cpu.streams_past_caches() else 2)
 """Likewise for kernels that compute as long as they read: on most CPUs into the second-level cache."""
+
+
+@intrinsic
+def compiler_barrier(typing_context):
+    """Nothing for the CPU to do; but the compiler moves no load, store or prefetch from one side to the other.
+
+    Where it unrolls a loop that asks for a line in each turn, it would ask for all of them at once, and a core drops what
+    comes at once.
+    """
+
+    def codegen(context, builder, sig, args):
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
