@@ -1,5 +1,7 @@
 """SIMD values by themselves: conversions, reductions, exp, the byte dot product. Run on every CPU family by test_families."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -40,6 +42,7 @@ from minilora_kernels.simd import (
 )
 from minilora_kernels.simd_lanes import count_above, hmax, hmax4_i32, hmax_i32, hsum, hsum4_i32, keep_lanes, lane
 from minilora_kernels.simd_memory import (
+    compiler_barrier,
     load_bf16,
     load_f16,
     load_f32,
@@ -201,6 +204,24 @@ def test_an_inlined_kernel_is_part_of_its_caller_at_every_size():
     assert len(set(out[:96])) == 1 and abs(out[0] - np.exp(-out[0])) < 1e-3 and np.all(out[96:] == 0)
     [code] = compiled.inspect_llvm().values()
     assert not [line for line in code.splitlines() if "_towers" in line and ("define" in line or "call" in line)]
+
+
+@kernel
+def _three_stores(x):
+    x[0] = 3
+    x[0] = 5
+    compiler_barrier()
+    x[0] = 7
+
+
+def test_a_compiler_barrier_stays_where_it_is():
+    """A store that nobody can see is gone, but not that before the barrier."""
+    compiled, x = program(_three_stores), np.zeros(1, np.int64)
+    compiled._cache.disable()
+    compiled(x)
+    [code] = compiled.inspect_llvm().values()
+    stored = [int(number) for number in re.findall(r"store i64 (\d+), ", code)]
+    assert [number for number in stored if number in (3, 5, 7)] == [5, 7] and x[0] == 7
 
 
 def test_every_float16_widens_exactly():
