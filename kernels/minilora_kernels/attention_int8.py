@@ -128,6 +128,7 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
                 for n in range(AT_ONCE):
                     acc[2 * r, n] = wide_first_unsigned(acc[2 * r, n], key[n], first_q)
                     acc[s, n] = wide_second_unsigned(acc[s, n], key[n], second_q)
+            # In tiles that ask for nothing, too: without it there all of attention was slower, unlike with floats.
             compiler_barrier()
     for r in range(rows):
         scale = splat_f32(load_scalar_f32(scratch, behind + r * kv.size))
