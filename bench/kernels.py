@@ -17,9 +17,10 @@ import numpy as np
 
 from minilora_kernels.cases import CASES, Case, Scratch
 from minilora_kernels.jit import program
+from minilora_kernels.simd_memory import compiler_barrier
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ceilings import Ceilings, forget, measure
+from ceilings import Ceilings, measure
 
 SECONDS = 0.15
 
@@ -34,13 +35,13 @@ def repeated(case: Case, returns: bool):
     def add_up(times, arguments):
         total = 0.0
         for _ in range(times):
-            forget()
+            compiler_barrier()
             total += kernel(*arguments)
         return total
 
     def call(times, arguments):
         for _ in range(times):
-            forget()
+            compiler_barrier()
             kernel(*arguments)
 
     return program(add_up if returns else call, ("bench", case.name, *case.constants))

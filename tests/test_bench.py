@@ -31,6 +31,14 @@ def test_engine(tiny):
     assert rows == {("pp40", 1, a) for a in (0, 2)} | {("tg4", b, a) for b in (1, 2) for a in (0, 2)}
 
 
+def test_kernels():
+    found = last_line("kernels.py", "--only", "merge_parts")
+    [row] = found["rows"]
+    assert (
+        row["case"] == "merge_parts" and row["us"] > 0 and row["read_percent"] > 0 and found["ceilings"]["multiply"] > 0
+    )
+
+
 @pytest.mark.parametrize("mode", [[], ["--rate", 200, "--burstiness", 0.5]], ids=["closed", "open"])
 def test_serving(tiny, mode):
     other = "adapters=0 prompt=4-8 preload threads=1"

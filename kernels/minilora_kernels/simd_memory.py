@@ -208,7 +208,8 @@ prefetch_beside = _prefetcher(lambda: 0 if cpu.streams_past_caches() else 2)
 
 @intrinsic
 def compiler_barrier(typing_context):
-    """Nothing for the CPU to do; but the compiler moves no load, store or prefetch from one side to the other.
+    """Nothing for the CPU to do; but the compiler moves no load, store or prefetch from one side to the other, and forgets
+    what memory holds.
 
     Where it unrolls a loop that asks for a line in each turn, it would ask for all of them at once, and a core drops what
     comes at once.
