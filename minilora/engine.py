@@ -4,10 +4,12 @@ Everything is called from one thread. A request that fails ends alone; a step th
 in it, and the engine goes on.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from .adapters import Adapter, pack_adapter
@@ -62,14 +64,15 @@ class Engine:
             )
         self.runner = Runner(weights, config, self.length)
         self.pool = PagePool(self.runner.pages, self.runner.poison_page if config.debug_checks else None)
-        self._news = threading.Event()
+        # Adapters were read. Calls of it are single ones of C: Ctrl-C leaves no lock taken, as it can within an Event.
+        self._news: SimpleQueue[None] = SimpleQueue()
         model, fmt = self.model, self.runner.adapter_pool.format
         self.adapters = AdapterRegistry(
             self.runner.adapter_pool,
             config.max_lora_rank,
             lambda folder: load_adapter(folder, model, weights),
             lambda adapter: pack_adapter(adapter, model, fmt),
-            self._news.set,
+            partial(self._news.put, None),
         )
         rows = config.max_num_batched_tokens
         self.scheduler = Scheduler(
@@ -221,7 +224,8 @@ class Engine:
     def wait(self, timeout: float | None = None) -> None:
         """After a step that had nothing to do: until an adapter was read from disk, if any is being read."""
         if self.stalled and self.adapters.loading:
-            self._news.wait(timeout)
+            with suppress(Empty):
+                self._news.get(timeout=timeout)
 
     # ------------------------------------------------------------ one step
 
@@ -235,7 +239,8 @@ class Engine:
             return self._step(take)
 
     def _step(self, take: Callable[[Output], None] | None) -> list[Output]:
-        self._news.clear()
+        while not self._news.empty():
+            self._news.get_nowait()
         self.adapters.collect()
         self._look_up()
         self.scheduler.chunk = self._pace.chunk()

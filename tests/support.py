@@ -1,6 +1,8 @@
 """Makers of tiny random checkpoints, adapters and engines."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -232,3 +234,25 @@ class Odd:
 
     def __call__(self, thread, *args):
         return self.act() if thread == self.thread else self.program(thread, *args)
+
+
+def interrupts_at(line: int, act: Callable[[], object]) -> bool:
+    """Call `act` and interrupt it after so many lines, its own and those of what it calls; False where it has fewer."""
+    left, interrupted = line, False
+
+    def interrupt(frame, event, arg):
+        nonlocal left, interrupted
+        left -= 1
+        if left == -1:
+            interrupted = True
+            raise KeyboardInterrupt
+        return interrupt
+
+    sys.settrace(interrupt)
+    try:
+        act()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return interrupted

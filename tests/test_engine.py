@@ -13,7 +13,17 @@ from minilora.params import EngineConfig, SamplingParams
 from minilora.sequence import AdapterUse
 from minilora_kernels import limits
 
-from .support import GREEDY, VOCABULARY, load_weights, make_adapter, make_engine, random_tokens, run, save_adapter
+from .support import (
+    GREEDY,
+    VOCABULARY,
+    interrupts_at,
+    load_weights,
+    make_adapter,
+    make_engine,
+    random_tokens,
+    run,
+    save_adapter,
+)
 
 PROMPT = random_tokens(np.random.default_rng(11), 40)
 
@@ -182,6 +192,30 @@ def test_texts_go_on_while_an_adapter_is_read(weights, tmp_path, monkeypatch):
         engine.step()
         assert not engine.stalled or text.finish_reason is not None
         assert engine.adapters.loading
+    gate.set()
+    while engine.busy:
+        engine.step()
+        engine.wait(30)
+    engine.close()
+
+
+def test_an_interrupt_while_an_adapter_is_waited_for(weights, tmp_path, monkeypatch):
+    """At any line of `wait` and of what it uses, one after the other: the thread that reads can still say so."""
+    engine, gate = make_engine(weights), threading.Event()
+    read = engine.adapters.loader._read
+    monkeypatch.setattr(engine.adapters.loader, "_read", lambda path: gate.wait(30) and read(path))
+    version = engine.add_adapter(save_adapter(tmp_path, weights.config), "slow")
+    engine.submit([5], SamplingParams(max_tokens=1), (AdapterUse(version, 1.0),))
+    engine.step()
+    lines, interrupted = 0, True
+    while interrupted:
+        lines, interrupted = lines + 1, interrupts_at(lines, lambda: engine.wait(0.01))
+        speaker = threading.Thread(target=engine.adapters.loader.wake, daemon=True)
+        speaker.start()
+        speaker.join(10)
+        assert not speaker.is_alive()
+        engine.step()
+    assert lines > 3
     gate.set()
     while engine.busy:
         engine.step()

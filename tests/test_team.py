@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -13,7 +12,7 @@ from minilora_kernels.jit import kernel
 from minilora_kernels.sync import arrive, barrier, claim, share, wait
 from minilora_kernels.team import Each, Team, team_program
 
-from .support import Odd
+from .support import Odd, interrupts_at
 
 
 @kernel
@@ -180,23 +179,7 @@ def test_an_interrupt_while_a_thread_is_called(pair):
     [worker] = pair._workers
     lines, interrupted = 0, True
     while interrupted:
-        left, lines, interrupted = lines, lines + 1, False
-
-        def interrupt(frame, event, arg):
-            nonlocal left, interrupted
-            left -= 1
-            if left == -1:
-                interrupted = True
-                raise KeyboardInterrupt
-            return interrupt
-
-        sys.settrace(interrupt)
-        try:
-            worker.call()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
+        lines, interrupted = lines + 1, interrupts_at(lines, worker.call)
         assert meets(pair)
     assert lines > 3
 
