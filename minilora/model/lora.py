@@ -23,7 +23,7 @@ def make_adapters(lora_format, shrink, gather, expand):
         """s = scale * x A of every segment, if there is one, for the matrices that read input `which`. expand_all waits for it.
 
         x: Rows, from quantized_row on quantised for a matrix of this group, from values_row on as floats. A unit of work
-        is one panel and up to 32 rows; neighbouring units read neighbouring bytes.
+        is one panel and up to 32 rows; neighbouring units read the same rows, which a thread mostly made itself.
         """
         x_row, grouped = quantized_row if has_int8_adapters(c) else values_row, input_group(group)
         inputs, b, arena, segments, units = c.adapters.inputs, c.buffers, c.adapters.arena, c.rows.segments, 0
@@ -37,17 +37,15 @@ def make_adapters(lora_format, shrink, gather, expand):
         for i in range(len(segments)):
             first, end, slot = segments[i, SEGMENT_FIRST], segments[i, SEGMENT_END], segments[i, SEGMENT_SLOT]
             at, panels = inputs[slot, layer, which, 0], inputs[slot, layer, which, 1] // PANEL
-            then, scale = (
-                inputs[segments[min(i + 1, len(segments) - 1), SEGMENT_SLOT], layer, which, 0],
-                c.rows.scales[i],
-            )
-            for panel in range(panels):
-                following = then if panel + 1 == panels else at + (panel + 1) * (head + columns * size)
-                for row in range(first, end, BLOCK):
+            next_slot, scale = segments[min(i + 1, len(segments) - 1), SEGMENT_SLOT], c.rows.scales[i]
+            for row in range(first, end, BLOCK):
+                rows, to = min(BLOCK, end - row), row * b.s_stride + segments[i, SEGMENT_COLUMN]
+                then = at if row + BLOCK < end else inputs[next_slot, layer, which, 0]
+                for panel in range(panels):
                     if low <= unit < high:
-                        to = row * b.s_stride + segments[i, SEGMENT_COLUMN]
+                        following = then if panel + 1 == panels else at + (panel + 1) * (head + columns * size)
                         # What follows this thread's last unit is another's: it asks for what it has.
-                        rows, ahead = min(BLOCK, end - row), following if unit + 1 < high else at
+                        ahead = following if unit + 1 < high else at
                         shrink(
                             arena, at, ahead, columns, grouped, panel, x, x_row + row, rows, scale, b.s, to, b.s_stride
                         )
