@@ -5,7 +5,8 @@
     tokenizer.json, tokenizer_config.json, chat_template.jinja
 
 `quantize` writes such a folder on purpose, loading any other model writes one into the cache. A folder that is
-damaged or was made from other bytes is made again.
+damaged or was made from other bytes is made again. What the cache has for older versions or other files of a model goes
+when it was not used for a month.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -45,6 +47,8 @@ VERSION = 3
 CHECKED_WORDS = 1 << 17
 # Seconds after which a folder that is being written is nobody's any more.
 ABANDONED = 3600
+# And after which a packed model in the cache that nobody has started with is removed when another one is packed.
+UNUSED = 30 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,12 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
     except PermissionError as error:
         raise FormatError(f"{error.filename or path} may not be read by this user", "Change its permissions.") from None
     try:
-        return read_packed(folder, name)
+        model = read_packed(folder, name)
     except (FormatError, LookupError, OSError):
         pass
+    else:
+        _note_use(folder)
+        return model
     checkpoint = open_checkpoint(path)
     report(f"packing {name} ({target.dtype})")
     plan = Plan(checkpoint, target)
@@ -127,7 +134,7 @@ def _check_target(path: Path, target: Target) -> None:
 def _keep(folder: Path, name: str, plan: Plan, tokenizer: TokenizerFiles, report: Report) -> Model | None:
     """The model, written into the cache and read from there; None, and a report, where that is not possible."""
     try:
-        _remove_abandoned(folder.parent)
+        _remove_old(folder.parent)
         write_packed(folder, plan, tokenizer, replace=True)
     except OSError as error:
         report(
@@ -200,12 +207,29 @@ def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles, replace: b
         raise
 
 
-def _remove_abandoned(cache: Path) -> None:
-    """Remove what processes that were killed while they packed have left: nobody has written there for long."""
+def _note_use(folder: Path) -> None:
+    """A folder of the cache is as old as its last use; one that may not be written is left to whoever may."""
+    with suppress(OSError):
+        os.utime(folder)
+
+
+def _remove_old(cache: Path) -> None:
+    """Remove what killed processes have left half written, and models that nobody used for long.
+
+    Who runs one of these keeps what is mapped.
+    """
     for building in cache.glob(".*-" + 16 * "[0-9a-f]"):
-        files = [building, *building.iterdir()]
-        if time.time() - max(file.stat().st_mtime for file in files) > ABANDONED:
-            shutil.rmtree(building, ignore_errors=True)
+        _remove_older(building, ABANDONED)
+    for manifest in cache.glob("[!.]*/" + MANIFEST):
+        _remove_older(manifest.parent, UNUSED)
+
+
+def _remove_older(folder: Path, seconds: float) -> None:
+    """Remove a folder that, with all in it, is older than so many seconds, unless somebody else just does."""
+    with suppress(FileNotFoundError):
+        newest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
+        if time.time() - newest > seconds:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_arena(path: Path, chunks: Iterable[np.ndarray]) -> None:

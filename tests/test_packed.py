@@ -279,6 +279,19 @@ def test_what_killed_processes_have_left_is_removed(cache, model):
     assert new.exists() and not old.exists()
 
 
+def test_what_was_not_used_for_long_is_removed_when_another_model_is_packed(cache, model):
+    old, used = (load(model, dtype=dtype)[0].folder for dtype in ("int4", "float32"))
+    other = cache / "not a model"
+    other.mkdir()
+    for folder in (old, used, other):
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (1, 1))
+    load(model, dtype="float32")
+    assert old.exists()
+    new = load(model, dtype="int8")[0].folder
+    assert used.exists() and new.exists() and other.exists() and not old.exists()
+
+
 def at(*place, value):
     """A function that sets one number of a manifest's tables."""
 
