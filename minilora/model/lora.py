@@ -19,11 +19,19 @@ def make_adapters(lora_format, shrink, gather, expand):
     head, size = head_bytes(lora_format), PANEL * number_bytes(lora_format)
 
     @kernel
-    def shrink_all(c, layer, which, columns, group, x, quantized_row, values_row):
+    def panel_of(c, slot, layer, which, panel):
+        """The byte where a panel of B begins."""
+        outputs = c.adapters.outputs
+        return outputs[slot, layer, which, 0] + panel * (head + outputs[slot, layer, which, 1] * size)
+
+    @kernel
+    def shrink_all(c, layer, which, columns, group, x, quantized_row, values_row, which_out, panels_out):
         """s = scale * x A of every segment, if there is one, for the matrices that read input `which`. expand_all waits for it.
 
         x: Rows, from quantized_row on quantised for a matrix of this group, from values_row on as floats. A unit of work
         is one panel and up to 32 rows; neighbouring units read the same rows, which a thread mostly made itself.
+        which_out, panels_out: the matrix that expand_all begins with, and how many panels it has. The thread's last unit asks
+        for the first ones of its share.
         """
         x_row, grouped = quantized_row if has_int8_adapters(c) else values_row, input_group(group)
         inputs, b, arena, segments, units = c.adapters.inputs, c.buffers, c.adapters.arena, c.rows.segments, 0
@@ -32,8 +40,8 @@ def make_adapters(lora_format, shrink, gather, expand):
         for i in range(len(segments)):
             pieces = (segments[i, SEGMENT_END] - segments[i, SEGMENT_FIRST] + BLOCK - 1) // BLOCK
             units += pieces * (inputs[segments[i, SEGMENT_SLOT], layer, which, 1] // PANEL)
-        low, high = share_of(c, units)
-        unit = 0
+        (low, high), unit = share_of(c, units), 0
+        first_out = panel_of(c, segments[0, SEGMENT_SLOT], layer, which_out, share_of(c, panels_out)[0])
         for i in range(len(segments)):
             first, end, slot = segments[i, SEGMENT_FIRST], segments[i, SEGMENT_END], segments[i, SEGMENT_SLOT]
             at, panels = inputs[slot, layer, which, 0], inputs[slot, layer, which, 1] // PANEL
@@ -44,8 +52,8 @@ def make_adapters(lora_format, shrink, gather, expand):
                 for panel in range(panels):
                     if low <= unit < high:
                         following = then if panel + 1 == panels else at + (panel + 1) * (head + columns * size)
-                        # What follows this thread's last unit is another's: it asks for what it has.
-                        ahead = following if unit + 1 < high else at
+                        # What follows this thread's last unit is another's.
+                        ahead = following if unit + 1 < high else first_out
                         shrink(
                             arena, at, ahead, columns, grouped, panel, x, x_row + row, rows, scale, b.s, to, b.s_stride
                         )
@@ -73,8 +81,7 @@ def make_adapters(lora_format, shrink, gather, expand):
                 j, matrix, panel = i + max(1, PANELS_AHEAD // (high - low)), which, low
                 if j > last:
                     j, matrix, panel = (j - last - 1) % (last + 1), next_which, next_low
-                then, count = segments[j, SEGMENT_SLOT], end - first
-                asked = outputs[then, layer, matrix, 0] + panel * (head + outputs[then, layer, matrix, 1] * size)
+                count, asked = end - first, panel_of(c, segments[j, SEGMENT_SLOT], layer, matrix, panel)
                 expand(
                     arena,
                     at,

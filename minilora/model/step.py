@@ -8,11 +8,11 @@ from minilora_kernels.held import hold
 from minilora_kernels.jit import kernel
 from minilora_kernels.linear import make_linear
 from minilora_kernels.lora import make_lora
-from minilora_kernels.pack import GROUP
+from minilora_kernels.pack import GROUP, PANEL
 from minilora_kernels.pages import make_write
 from minilora_kernels.team import team_program
 
-from ..adapters import DOWN_IN, DOWN_OUT, GATE_UP_IN, O_IN, O_OUT, QKV_IN
+from ..adapters import DOWN_IN, DOWN_OUT, GATE_OUT, GATE_UP_IN, O_IN, O_OUT, Q_OUT, QKV_IN
 from ..plan import DOWN, DOWN_BIAS, GATE_UP, INPUT_NORM, O_BIAS, POST_NORM, QKV, O
 from .arrays import Context
 from .attention import make_attend_all
@@ -42,24 +42,33 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
     logits = make_logits(linear, shrink_all, expand_all)
 
     @kernel
-    def prepare(c, layer, norm, matrix, which_in):
-        """Normalised rows for a product, and the adapters' share of them; returns as norm_rows does."""
+    def prepare(c, layer, norm, matrix, which_in, which_out, columns_out):
+        """Normalised rows for a product, and the adapters' share of them; returns as norm_rows does.
+
+        which_out, columns_out: the matrix that adapters' B begins with, and how many columns it makes.
+        """
         group = c.w.matrices[c.w.layers[layer, matrix], GROUP]
         x_row = norm_rows(c, c.w.layers[layer, norm], group)
-        shrink_all(c, layer, which_in, c.shape.width, group, c.buffers.a, x_row, x_row)
+        width, panels = c.shape.width, columns_out // PANEL
+        shrink_all(c, layer, which_in, width, group, c.buffers.a, x_row, x_row, which_out, panels)
         return x_row
+
+    @kernel
+    def prepare_heads(c, layer):
+        """Normalised rows for q k v, as prepare has them."""
+        return prepare(c, layer, INPUT_NORM, QKV, QKV_IN, Q_OUT, c.shape.heads * c.shape.head_dim)
 
     @kernel
     def run_layer(c, layer):
         """One layer of all rows."""
         w = c.w
         o, down = w.layers[layer, O], w.layers[layer, DOWN]
-        x_row = prepare(c, layer, INPUT_NORM, QKV, QKV_IN)
+        x_row = prepare_heads(c, layer)
         project_heads(c, layer, x_row, 0)
         attend_all(c, layer)
         x_row = quantize_attended(c, w.matrices[o, GROUP])
         add_product(c, layer, o, w.layers[layer, O_BIAS], O_IN, O_OUT, c.buffers.a, x_row, 0)
-        x_row = prepare(c, layer, POST_NORM, GATE_UP, GATE_UP_IN)
+        x_row = prepare(c, layer, POST_NORM, GATE_UP, GATE_UP_IN, GATE_OUT, c.shape.forward)
         gate_up(c, layer, x_row)
         add_product(c, layer, down, w.layers[layer, DOWN_BIAS], DOWN_IN, DOWN_OUT, c.buffers.b, 0, 0)
 
@@ -75,7 +84,7 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
         for layer in range(last):
             run_layer(c, layer)
         if len(wanted.rows.tokens) < len(c.rows.tokens):
-            project_heads(c, last, prepare(c, last, INPUT_NORM, QKV, QKV_IN), c.shape.heads)
+            project_heads(c, last, prepare_heads(c, last), c.shape.heads)
             keep_wanted(c)
         if len(wanted.rows.tokens) > 0:
             run_layer(wanted, last)
