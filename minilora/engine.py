@@ -64,7 +64,8 @@ class Engine:
             )
         self.runner = Runner(weights, config, self.length)
         self.pool = PagePool(self.runner.pages, self.runner.poison_page if config.debug_checks else None)
-        # Adapters were read. Calls of it are single ones of C: Ctrl-C leaves no lock taken, as it can within an Event.
+        # An entry for each adapter that was read. Its methods are single calls of C: Ctrl-C leaves no lock taken, as it
+        # may within an Event.
         self._news: SimpleQueue[None] = SimpleQueue()
         model, fmt = self.model, self.runner.adapter_pool.format
         self.adapters = AdapterRegistry(

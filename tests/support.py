@@ -1,4 +1,4 @@
-"""Makers of tiny random checkpoints, adapters and engines."""
+"""Makers of tiny random checkpoints, adapters, engines, and of trouble in the middle of something."""
 
 import json
 import sys

@@ -28,7 +28,7 @@ def make_logits(linear, shrink_all, expand_all):
         for j in range(low, high):
             norm_row(c, w.final_norm, group, j, j)
         barrier(c.sync, c.threads)
-        shrink_all(c, shape.layers, 0, shape.width, group, b.a, 0, 0, 0, padded // PANEL)
+        shrink_all(c, shape.layers, 0, shape.width, group, b.a, 0, 0, 0, padded)
         for j in range(count):
             b.bests[j * c.threads + c.thread] = NONE
         work = work_of(c, padded // BLOCK, count, count, bytes_of(c, w.head, count), 1)

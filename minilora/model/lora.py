@@ -25,13 +25,13 @@ def make_adapters(lora_format, shrink, gather, expand):
         return outputs[slot, layer, which, 0] + panel * (head + outputs[slot, layer, which, 1] * size)
 
     @kernel
-    def shrink_all(c, layer, which, columns, group, x, quantized_row, values_row, which_out, panels_out):
+    def shrink_all(c, layer, which, columns, group, x, quantized_row, values_row, which_out, columns_out):
         """s = scale * x A of every segment, if there is one, for the matrices that read input `which`. expand_all waits for it.
 
         x: Rows, from quantized_row on quantised for a matrix of this group, from values_row on as floats. A unit of work
         is one panel and up to 32 rows; neighbouring units read the same rows, which a thread mostly made itself.
-        which_out, panels_out: the matrix that expand_all begins with, and how many panels it has. The thread's last unit asks
-        for the first ones of its share.
+        which_out, columns_out: the matrix that expand_all begins with, and how many columns its product has. The thread's last
+        unit asks for the first panels of its share of them.
         """
         x_row, grouped = quantized_row if has_int8_adapters(c) else values_row, input_group(group)
         inputs, b, arena, segments, units = c.adapters.inputs, c.buffers, c.adapters.arena, c.rows.segments, 0
@@ -41,7 +41,7 @@ def make_adapters(lora_format, shrink, gather, expand):
             pieces = (segments[i, SEGMENT_END] - segments[i, SEGMENT_FIRST] + BLOCK - 1) // BLOCK
             units += pieces * (inputs[segments[i, SEGMENT_SLOT], layer, which, 1] // PANEL)
         (low, high), unit = share_of(c, units), 0
-        first_out = panel_of(c, segments[0, SEGMENT_SLOT], layer, which_out, share_of(c, panels_out)[0])
+        first_out = panel_of(c, segments[0, SEGMENT_SLOT], layer, which_out, share_of(c, columns_out // PANEL)[0])
         for i in range(len(segments)):
             first, end, slot = segments[i, SEGMENT_FIRST], segments[i, SEGMENT_END], segments[i, SEGMENT_SLOT]
             at, panels = inputs[slot, layer, which, 0], inputs[slot, layer, which, 1] // PANEL

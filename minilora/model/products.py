@@ -24,7 +24,7 @@ def make_add_product(linear, shrink_all, expand_all):
         w, b, width, count = c.w, c.buffers, c.shape.width, len(c.rows.tokens)
         columns, group = w.matrices[matrix, COLUMNS], w.matrices[matrix, GROUP]
         x_row = quantized_row if group > 0 else values_row
-        shrink_all(c, layer, which_in, columns, group, x, quantized_row, values_row, which_out, width // PANEL)
+        shrink_all(c, layer, which_in, columns, group, x, quantized_row, values_row, which_out, width)
         work = work_of(c, width // BLOCK, count, rows_at_once(columns), bytes_of(c, matrix, count), 1)
         first, end = first_piece(c, work)
         while first < end:

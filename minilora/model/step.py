@@ -8,7 +8,7 @@ from minilora_kernels.held import hold
 from minilora_kernels.jit import kernel
 from minilora_kernels.linear import make_linear
 from minilora_kernels.lora import make_lora
-from minilora_kernels.pack import GROUP, PANEL
+from minilora_kernels.pack import GROUP
 from minilora_kernels.pages import make_write
 from minilora_kernels.team import team_program
 
@@ -45,12 +45,12 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
     def prepare(c, layer, norm, matrix, which_in, which_out, columns_out):
         """Normalised rows for a product, and the adapters' share of them; returns as norm_rows does.
 
-        which_out, columns_out: the matrix that adapters' B begins with, and how many columns it makes.
+        which_out, columns_out: as shrink_all has them.
         """
         group = c.w.matrices[c.w.layers[layer, matrix], GROUP]
         x_row = norm_rows(c, c.w.layers[layer, norm], group)
-        width, panels = c.shape.width, columns_out // PANEL
-        shrink_all(c, layer, which_in, width, group, c.buffers.a, x_row, x_row, which_out, panels)
+        a, width = c.buffers.a, c.shape.width
+        shrink_all(c, layer, which_in, width, group, a, x_row, x_row, which_out, columns_out)
         return x_row
 
     @kernel
