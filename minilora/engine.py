@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .adapters import Adapter, pack_adapter
 from .asked import Answer, Question, chunk_of, draws_of, ends_of, expected
 from .batch import Draw
+from .bounds import Bounds
 from .cache import PagePool
 from .errors import EngineClosedError, RequestError, UnloadedError, UsageError
 from .interrupts import Interrupts
@@ -22,7 +23,7 @@ from .pace import Pace
 from .params import EngineConfig, SamplingParams, check_order
 from .peft import load_adapter
 from .registry import AdapterRegistry, AdapterVersion
-from .runner import MOST_USES, PROMPT_LOGITS, Runner
+from .runner import PROMPT_LOGITS, Runner
 from .scheduler import Scheduler, Work
 from .sequence import AdapterUse, Sequence, State, TokenLogprobs
 from .stats import AdapterStats, Recorder, Stats, adapter_states, load_by_adapter
@@ -63,6 +64,7 @@ class Engine:
                 param="max_model_len",
             )
         self.runner = Runner(weights, config, self.length)
+        self.bounds = Bounds(self.length, self.model.vocab_size, self.runner.pages, config)
         self.pool = PagePool(self.runner.pages, self.runner.poison_page if config.debug_checks else None)
         # An entry for each adapter that was read. Its methods are single calls of C: Ctrl-C leaves no lock taken, as it
         # may within an Event.
@@ -140,7 +142,7 @@ class Engine:
         """
         if self._closed:
             raise EngineClosedError("the engine was closed")
-        self._check(tokens, params, uses)
+        self.bounds.check(tokens, params, uses)
         check_order(salt, priority, tenant)
         seed = params.seed_or_drawn()
         if tenant is None:
@@ -153,41 +155,10 @@ class Engine:
             sequence.weight = uses[0].adapter.weight if uses else 1.0
             sequences.append(sequence)
             self._recorder.submitted(sequence, time.perf_counter())
-        self._recorder.asked(params, self._final_length(len(tokens), params) - len(tokens))
+        self._recorder.asked(params, self.bounds.final_length(len(tokens), params) - len(tokens))
         sequences[0].siblings = sequences[1:]
         self.scheduler.submit(sequences)
         return sequences
-
-    def _check(self, tokens: list[int], params: SamplingParams, uses: tuple[AdapterUse, ...]) -> None:
-        if not tokens:
-            raise UsageError("the prompt is empty", "Give at least one token.")
-        if wrong := [t for t in tokens if not 0 <= t < self.model.vocab_size]:
-            raise UsageError(f"the prompt holds token {wrong[0]}, the vocabulary has {self.model.vocab_size}")
-        if len(tokens) >= self.length:
-            raise UsageError(
-                f"the prompt has {len(tokens)} tokens, the model takes {self.length - 1} at most",
-                "Shorten it, or raise max_model_len if the model was trained for more.",
-            )
-        if self._final_length(len(tokens), params) > self.pool.pages * self.config.block_size:
-            raise UsageError(
-                f"{len(tokens)} tokens and max_tokens do not fit into {self.pool.pages} KV pages",
-                "Lower max_tokens or raise kv_cache_memory.",
-            )
-        if params.n > self.config.max_num_seqs:
-            raise UsageError(
-                f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}", "Raise max_num_seqs.", param="n"
-            )
-        if len(uses) > MOST_USES:
-            raise UsageError(f"{len(uses)} adapters in one request, at most {MOST_USES} are possible")
-        if (different := len({use.adapter for use in uses})) > self.config.max_loras:
-            raise UsageError(
-                f"{different} different adapters in one request, but max_loras is {self.config.max_loras}",
-                "Raise max_loras.",
-            )
-        params.check_vocabulary(self.model.vocab_size)
-
-    def _final_length(self, prompt: int, params: SamplingParams) -> int:
-        return self.length if params.max_tokens is None else min(prompt + params.max_tokens, self.length)
 
     def cancel(self, sequence: Sequence, reason: str = "abort") -> None:
         """End a sequence; its pages and adapters are free at once. Raises UsageError while a step is computed."""
@@ -208,7 +179,7 @@ class Engine:
 
         The text is the same, token for token, as without. Guesses for a text that can't take them are dropped.
         """
-        room = self._final_length(sequence.prompt_length, sequence.params) - len(sequence.tokens) - 1
+        room = self.bounds.final_length(sequence.prompt_length, sequence.params) - len(sequence.tokens) - 1
         guesses = tokens[: max(0, min(room, PROMPT_LOGITS))]
         if any(not 0 <= token < self.model.vocab_size for token in guesses):
             raise UsageError("a guessed token is not in the vocabulary")
@@ -334,7 +305,7 @@ class Engine:
         sequences = [work.sequence for work in plan]
         if len(plan) < len(self.scheduler.running) or not all(sequence.repeats for sequence in sequences):
             return 1
-        left = [self._final_length(s.prompt_length, s.params) - len(s.tokens) for s in sequences]
+        left = [self.bounds.final_length(s.prompt_length, s.params) - len(s.tokens) for s in sequences]
         # A text that ends leaves its place to one that waits; where none does, the longest one counts.
         useful = min(left) if self.scheduler.waiting else max(left)
         room = self.length - max(len(sequence.tokens) for sequence in sequences)
@@ -427,7 +398,7 @@ class Engine:
         sequence.siblings = []
 
     def _append(self, sequence: Sequence, token: int) -> None:
-        most = self._final_length(sequence.prompt_length, sequence.params)
+        most = self.bounds.final_length(sequence.prompt_length, sequence.params)
         reason = sequence.append(token, self.eos, most)
         self.scheduler.generated(sequence)
         if reason is not None:
