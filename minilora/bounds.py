@@ -23,6 +23,8 @@ class Bounds:
 
     def check(self, tokens: list[int], params: SamplingParams, uses: tuple[AdapterUse, ...]) -> None:
         """Raise UsageError for a request that could never run."""
+        if not isinstance(params, SamplingParams):
+            raise UsageError(f"sampling_params is {params!r}", "Write SamplingParams(...).", param="sampling_params")
         self._check_prompt(tokens, params)
         if params.n > self.config.max_num_seqs:
             raise UsageError(

@@ -4,9 +4,10 @@ Everything is called from one thread. A request that fails ends alone; a step th
 in it, and the engine goes on.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -96,6 +97,9 @@ class Engine:
         self._computing = self.stalled = self._closed = False
         self._stuck = 0
         self._interrupts = Interrupts()
+        # Taken during a step, by which thread.
+        self._stepping = threading.Lock()
+        self._stepper: int | None = None
 
     # ------------------------------------------------------------ adapters
 
@@ -115,12 +119,13 @@ class Engine:
         Raises NotFoundError, or UsageError from within a step.
         """
         self._refuse_within_step()
-        version = self.adapters.remove(name)
+        self.adapters.remove(name)
         self._recorder.forget(name)
         if force:
             error = UnloadedError(f"adapter {name!r} was unloaded")
             for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-                if version in sequence.adapters:
+                # Those that keep an older version of it, too.
+                if any(used.name == name for used in sequence.adapters):
                     self.scheduler.fail(sequence, error)
 
     # ------------------------------------------------------------ requests
@@ -137,11 +142,12 @@ class Engine:
         """Queue a prompt; returns its params.n sequences.
 
         salt: prompts share cached pages with prompts of the same salt only. priority: lower ones go first; tenant:
-        who shares fairly with others, None for the first adapter's name. Raises UsageError where it can never run,
-        EngineClosedError after close.
+        who shares fairly with others, None for the first adapter's name. Raises UsageError where it can never run, or
+        another thread is in a step, EngineClosedError after close.
         """
         if self._closed:
             raise EngineClosedError("the engine was closed")
+        self._refuse_other_threads()
         self.bounds.check(tokens, params, uses)
         check_order(salt, priority, tenant)
         seed = params.seed_or_drawn()
@@ -171,6 +177,7 @@ class Engine:
             self._recorder.finished(sequence, time.perf_counter())
 
     def _refuse_within_step(self) -> None:
+        self._refuse_other_threads()
         if self._computing:
             raise UsageError("a step is computed right now", "End texts between steps, not from a logits processor.")
 
@@ -206,9 +213,33 @@ class Engine:
 
         take: called with each of these before the next one counts. It may cancel texts, as where a stop string is whole:
         what else the step has for them is dropped. Ctrl-C comes between two steps, or while one computes, which it ends.
+        Raises UsageError within another step, and while another thread is in one.
         """
-        with self._interrupts.held_back():
+        with self._interrupts.held_back(), self._one_step():
             return self._step(take)
+
+    @contextmanager
+    def _one_step(self) -> Iterator[None]:
+        """Steps within one another, or side by side, would compute in the same arrays."""
+        self.check_idle()
+        if not self._stepping.acquire(blocking=False):
+            raise _other_thread()
+        self._stepper = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._stepper = None
+            self._stepping.release()
+
+    def check_idle(self) -> None:
+        """Raise UsageError where no step can begin: within one, or while another thread is in one."""
+        self._refuse_other_threads()
+        if self._stepper is not None:
+            raise UsageError("the engine is in a step already", "Within one, queue requests with submit.")
+
+    def _refuse_other_threads(self) -> None:
+        if self._stepper not in (None, threading.get_ident()):
+            raise _other_thread()
 
     def _step(self, take: Callable[[Output], None] | None) -> list[Output]:
         while not self._news.empty():
@@ -476,6 +507,10 @@ class Engine:
         self._closed = True
         self.adapters.close()
         self.runner.close()
+
+
+def _other_thread() -> UsageError:
+    return UsageError("another thread is in a step of this engine", "To serve several threads use AsyncEngine.")
 
 
 def _as_int64(number: int) -> int:

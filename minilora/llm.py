@@ -84,8 +84,9 @@ class LLM:
         RequestError, with all outputs in its `outputs`, where one failed.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _each(sampling_params or SamplingParams(), len(listed), "sampling_params")
+        params = _each(sampling_params, len(listed), "sampling_params")
         loras = _each_lora(lora_request, len(listed))
+        self.engine.check_idle()
         requests: list[Request] = []
         try:
             for prompt, p, lora in zip(listed, params, loras, strict=True):
@@ -115,13 +116,18 @@ class LLM:
 
         Leaving the iteration ends the request. Raises UsageError where it can't run, RequestError where it failed.
         """
-        request = self._submit(prompt, sampling_params or SamplingParams(), as_loras(lora_request))
+        self.engine.check_idle()
+        request = self._submit(prompt, sampling_params, as_loras(lora_request))
         try:
-            while not request.finished:
-                self.step()
+            while True:
+                # Others that step meanwhile work on it too, even to its end.
+                if not request.finished:
+                    self.step()
                 delta = request.delta()
                 if delta.outputs or delta.finished:
                     yield delta
+                if delta.finished:
+                    break
         finally:
             self.llm_engine.abort_request(request)
         _unless_failed([request.output])
@@ -144,8 +150,8 @@ class LLM:
         `request.delta()` what is new, `request.finished` says whether it was the last call. An exception in it ends
         that request only, and is its `output.error`. priority, tenant, salt: as AsyncEngine.generate has them.
         """
-        params, loras = sampling_params or SamplingParams(), as_loras(lora_request)
-        return self._submit(prompt, params, loras, callback, priority=priority, tenant=tenant, salt=salt)
+        order = {"priority": priority, "tenant": tenant, "salt": salt}
+        return self._submit(prompt, sampling_params, as_loras(lora_request), callback, **order)
 
     def cancel(self, request: Request) -> None:
         """End a request; what it held is free at once."""
@@ -170,12 +176,13 @@ class LLM:
     def _submit(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | None,
         loras: tuple[LoRARequest, ...],
         callback: Callable[[Request], None] | None = None,
         **order: Any,
     ) -> Request:
         text, tokens = self.llm_engine.encode(prompt)
+        params = SamplingParams() if params is None else params
         return self.llm_engine.add_request(text, tokens, params, loras, callback, **order)
 
     def close(self) -> None:

@@ -40,6 +40,8 @@ class Request:
         self, output: RequestOutput, builders: list[TextBuilder], callback: Callable[["Request"], None] | None
     ):
         self.output, self.builders, self.callback = output, builders, callback
+        # As far as known; none for the first token.
+        self.prompt_logprobs: list[LogprobsAt | None] = [None]
 
     @property
     def finished(self) -> bool:
@@ -97,6 +99,8 @@ class LLMEngine:
         self._sources: dict[str, str] = {}
         # Of each sequence under way, by number.
         self._under_way: dict[int, tuple[Request, TextBuilder]] = {}
+        # Those that wait for log-probabilities of their prompts.
+        self._asking: dict[Request, None] = {}
         self._number = 0
         try:
             for name, path in (lora or {}).items():
@@ -188,6 +192,8 @@ class LLMEngine:
         request = Request(output, builders, callback)
         for builder in builders:
             self._under_way[builder.sequence.number] = request, builder
+        if params.prompt_logprobs is not None:
+            self._asking[request] = None
         return request
 
     def abort_request(self, request: Request, reason: str = "abort") -> None:
@@ -217,16 +223,20 @@ class LLMEngine:
                     self._fail(request, error)
                 changed[request] = None
 
-        self.engine.step(take)
-        for request in changed:
-            self._call_back(request)
+        try:
+            self.engine.step(take)
+        finally:
+            # After Ctrl-C too: what was taken counts.
+            self._note_prompts()
+            for request in changed:
+                self._call_back(request)
         return list(changed)
 
     def _take(self, request: Request, builder: TextBuilder, output: Output) -> None:
         sequence = output.sequence
         stopped = output.token is not None and builder.add(output.token, output.logprobs, output.last)
         if builder is request.builders[0] and len(builder.output.token_ids) == 1:
-            self._note_prompt(request)
+            self._show_prompt(request)
         if stopped:
             self.engine.cancel(sequence, "stop")
         if stopped or output.last or output.token is None:
@@ -236,24 +246,38 @@ class LLMEngine:
         if self._under_way.pop(builder.sequence.number, None) is None:
             return
         builder.finish()
+        if builder is request.builders[0]:
+            self._asking.pop(request, None)
         output = request.output
         output.error = output.error or builder.sequence.error
         if all(b.output.finish_reason is not None for b in request.builders):
             output.finished = True
 
+    def _note_prompts(self) -> None:
+        """Turn what was computed of prompts into log-probabilities by id, step by step: of a long one it takes a second."""
+        for request in self._asking:
+            self._note_prompt(request)
+
     def _note_prompt(self, request: Request) -> None:
+        new = request.builders[0].sequence.prompt_logprobs[len(request.prompt_logprobs) - 1 :]
+        request.prompt_logprobs += [logprobs_at(found, self.tokenizer) for found in new]
+
+    def _show_prompt(self, request: Request) -> None:
         """What is known of the prompt, once the first token is there."""
-        first = request.builders[0].sequence
-        request.output.num_cached_tokens = first.cached
-        if first.params.prompt_logprobs is not None:
-            found: list[LogprobsAt | None] = [logprobs_at(at, self.tokenizer) for at in first.prompt_logprobs]
-            request.output.prompt_logprobs = [None, *found]
+        request.output.num_cached_tokens = request.builders[0].sequence.cached
+        if request in self._asking:
+            self._note_prompt(request)
+            request.output.prompt_logprobs = request.prompt_logprobs
+            del self._asking[request]
 
     def _call_back(self, request: Request) -> None:
-        if request.callback is None:
+        if (callback := request.callback) is None:
             return
+        if request.finished:
+            # Before the call: within it, there may be other steps, and more calls.
+            request.callback = None
         try:
-            request.callback(request)
+            callback(request)
         except Exception as error:
             request.callback = None
             self._fail(request, error)

@@ -181,3 +181,8 @@ def alter(logits: np.ndarray, draw: Draw) -> None:
         found = processor(draw.prompt, draw.text, logits)
         if found is not None and found is not logits:
             logits[:] = found
+    if params.logits_processors and len(wrong := np.flatnonzero(~(logits < np.inf))):
+        raise RequestError(
+            f"after the request's logits processors the logit of token {wrong[0]} is {logits[wrong[0]]}",
+            "Leave numbers there, or -inf for what must not come.",
+        )

@@ -356,7 +356,8 @@ class Scheduler:
             self._wait(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
-        for page in sequence.pages:
+        # Its last pages are the first to go from the cache: they are of no use without those before.
+        for page in reversed(sequence.pages):
             self.pool.drop(page)
         sequence.pages, sequence.computed = [], 0
         self.running.remove(sequence)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minilora import LLM, memory
-from minilora.errors import EngineClosedError, UsageError
+from minilora.errors import EngineClosedError, UnloadedError, UsageError
 from minilora.params import EngineConfig, SamplingParams
 from minilora.sequence import AdapterUse
 from minilora_kernels import limits
@@ -428,6 +428,22 @@ def test_prefix_cache_keys(weights):
     assert cached(tokens=prompt[:64]) == 32, "the last token is always computed"
 
 
+def test_a_cached_prefix_goes_from_its_end(weights):
+    """Its first pages are of use without its last ones, not the other way round."""
+    engine = make_engine(weights, max_num_seqs=1, max_model_len=320)
+    pages = engine.pool.pages
+    prompt = random_tokens(np.random.default_rng(2), 32 * (pages - 2) + 1)
+
+    def cached(tokens):
+        [sequence] = engine.submit(tokens, SamplingParams(max_tokens=1, **GREEDY))
+        run(engine)
+        return sequence.cached
+
+    assert cached(prompt) == 0 and cached(prompt) == 32 * (pages - 2)
+    assert cached(random_tokens(np.random.default_rng(3), 32 * 3)) == 0, "one page more than is free"
+    assert cached(prompt) == 32 * (pages - 3)
+
+
 def test_without_prefix_cache(weights):
     engine = make_engine(weights, enable_prefix_caching=False)
     for _ in range(2):
@@ -491,6 +507,20 @@ def test_nothing_ends_within_a_step(weights):
     assert isinstance(bad.error, UsageError) and "logits processor" in str(bad.error)
     assert other.tokens == text_of(weights, SamplingParams(max_tokens=4, **GREEDY)).tokens
     engine.cancel(other)
+
+
+def test_forced_removal_ends_requests_of_all_versions(weights):
+    engine = make_engine(weights)
+    sequences = []
+    for seed in range(2):
+        version = engine.add_adapter(make_adapter(weights.config, seed=seed), "x")
+        sequences += engine.submit(PROMPT, SamplingParams(max_tokens=40, **GREEDY), (AdapterUse(version, 1.0),))
+        engine.step()
+    [other] = engine.submit(PROMPT, SamplingParams(max_tokens=4, **GREEDY))
+    engine.remove_adapter("x", force=True)
+    run(engine)
+    assert all(isinstance(sequence.error, UnloadedError) for sequence in sequences) and other.finish_reason == "length"
+    assert engine.runner.adapter_pool.in_use == 0
 
 
 def test_more_adapters_than_slots(weights):

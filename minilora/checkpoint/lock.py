@@ -107,7 +107,8 @@ def _resolve(name: str, kinds: tuple[str, ...], patterns: tuple[str, ...], repor
     local = os.path.expanduser(name)
     # Unlike Path.exists, this is False for what can be no path, such as too long a name.
     if os.path.exists(local):
-        return Path(local)
+        # Absolute: an adapter may be read later, from another working directory.
+        return Path(local).absolute()
     if _is_repo(name):
         return _from_hub(name, patterns, report)
     what = " or ".join(kind.removesuffix("s") for kind in kinds)
