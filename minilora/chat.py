@@ -16,6 +16,8 @@ from .sandbox import LONGEST_TEXT, Sandbox
 from .tokenizer import Tokenizer
 
 SECONDS = 5.0
+# Characters of a date's format, each of which may become 256: it is written in one go, without a look at the clock.
+LONGEST_FORMAT = 256
 
 Message = Mapping[str, Any]
 
@@ -24,11 +26,17 @@ def _refuse(message: str) -> None:
     raise UsageError(f"the chat template refuses these messages: {message}")
 
 
+def _now(form: str) -> str:
+    if not isinstance(form, str) or len(form) > LONGEST_FORMAT:
+        _refuse("the format of its date is too long")
+    return datetime.now().strftime(form)
+
+
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
     sandbox = Sandbox()
     sandbox.globals["raise_exception"] = _refuse
-    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    sandbox.globals["strftime_now"] = _now
     return sandbox.compile_template(template)
 
 

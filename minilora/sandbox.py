@@ -36,6 +36,8 @@ FILTERS = (
     *("items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round"),
     *("safe", "select", "selectattr", "sort", "title", "trim", "unique", "upper", "wordcount"),
 )
+# Of these, those that go through all of a list, in one go.
+_OF_LISTS = {"dictsort", "groupby", "list", "max", "min", "reverse", "sort", "unique"}
 _WIDE_FIELD = re.compile(r"\d{5,}")
 
 
@@ -84,7 +86,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "tojson": self._to_json,
         }
         found = {name: self.filters[name] for name in FILTERS} | own
-        self.filters = {name: self._bounded(function) for name, function in found.items()}
+        self.filters = {name: self._bounded(function, name in _OF_LISTS) for name, function in found.items()}
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "joiner", "cycler")}
 
     def start(self, seconds: float) -> None:
@@ -160,14 +162,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     # ------------------------------------------------------------ filters
 
-    def _bounded(self, function: Callable) -> Callable:
-        """A filter that looks at the clock and at the numbers it is given."""
+    def _bounded(self, function: Callable, of_lists: bool) -> Callable:
+        """A filter that looks at the clock, at the numbers it is given, and at its list's length."""
+        first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
         @functools.wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.check()
             # The first is what the filter works on; a number there is no width or count.
-            _check_numbers(args[2 if hasattr(function, "jinja_pass_arg") else 1 :], kwargs)
+            _check_numbers(args[first + 1 :], kwargs)
+            if of_lists and len(args) > first and hasattr(args[first], "__len__"):
+                _check_items(len(args[first]))
             return function(*args, **kwargs)
 
         return bounded
@@ -265,12 +270,17 @@ def _finite(value: Any) -> Any:
             rest += one
         left -= 1
         if left < 0:
-            raise SecurityError("a list of the chat template is too long")
+            _check_items(MOST_ITEMS + 1)
     return value
 
 
 def _text(value: Any) -> str:
     return str(_finite(value))
+
+
+def _check_items(count: int) -> None:
+    if count > MOST_ITEMS:
+        raise SecurityError("a list of the chat template is too long")
 
 
 def _check_size(size: int) -> None:

@@ -21,7 +21,8 @@ class _App(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         server: Server = self.state.server
-        return protect(_RequestId(super().build_middleware_stack()), server.config, server.metrics.count)
+        app = _RequestId(super().build_middleware_stack())
+        return protect(app, server.config, server.metrics.count, server.bodies)
 
     def openapi(self) -> dict[str, Any]:
         """The interface as a document, without the error that FastAPI announces for wrong fields: ours is a 400."""

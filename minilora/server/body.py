@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from starlette.types import Message, Receive
 
-from .failures import ApiError
+from .failures import ApiError, draining
 from .settings import ServerConfig
 
 MOST_DEPTH = 64
@@ -48,13 +48,17 @@ class BodyReader:
     def __init__(self, config: ServerConfig):
         self._most, self._seconds = config.max_body_bytes, config.body_timeout
         self._budget = MOST_AT_ONCE * self._most
+        # Of the bodies that are on their way.
+        self._deadlines: set[asyncio.Timeout] = set()
+        self._ended = False
 
     async def read(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body. Raises ApiError for what is no JSON by its headers, too large or too slow; Gone."""
         self._check_headers(headers)
-        body = bytearray()
+        body, deadline = bytearray(), asyncio.timeout(0 if self._ended else self._seconds)
+        self._deadlines.add(deadline)
         try:
-            async with asyncio.timeout(self._seconds):
+            async with deadline:
                 while True:
                     message = await receive()
                     if message["type"] != "http.request":
@@ -63,9 +67,18 @@ class BodyReader:
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
+            if self._ended:
+                raise draining() from None
             raise ApiError(408, f"the body did not come within {self._seconds:g} seconds") from None
         finally:
+            self._deadlines.discard(deadline)
             self._budget += len(body)
+
+    def end(self) -> None:
+        """Wait for no more of any body, as the server ends: who still sends one is told."""
+        self._ended = True
+        for deadline in self._deadlines:
+            deadline.reschedule(asyncio.get_running_loop().time())
 
     def _take(self, body: bytearray, chunk: bytes) -> None:
         self._check_size(len(body) + len(chunk))

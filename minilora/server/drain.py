@@ -49,7 +49,7 @@ class Ending:
             self.exit_code = 1
         # Clients of what still runs are told so: their requests end with an error.
         await asyncio.to_thread(self._server.engine.close)
-        self._web.should_exit = True
+        self._leave()
 
     async def watch(self) -> None:
         """End the server when its engine dies, so that a supervisor starts it anew."""
@@ -61,4 +61,8 @@ class Ending:
             self.exit_code = 1
             self._server.gate.drain()
             await asyncio.sleep(LAST_WORDS)
-            self._web.should_exit = True
+            self._leave()
+
+    def _leave(self) -> None:
+        self._server.bodies.end()
+        self._web.should_exit = True

@@ -74,6 +74,11 @@ class ApiError(MiniloraError):
         return JSONResponse(self.body, self.status, headers)
 
 
+def draining() -> ApiError:
+    """What those are told for whom the server's end came too early."""
+    return ApiError(503, "the server is shutting down", None, "draining", retry_after=10)
+
+
 def failure_of(error: BaseException, request_id: str = "") -> ApiError:
     """What to tell about any error. One that is not the client's doing is logged here, under the request's id."""
     if isinstance(error, ApiError):
@@ -90,7 +95,7 @@ def failure_of(error: BaseException, request_id: str = "") -> ApiError:
     if isinstance(cause, UnloadedError):
         return ApiError(404, cause.cause, "model", "adapter_unloaded")
     if isinstance(error, EngineClosedError):
-        return ApiError(503, "the server is shutting down", None, "draining", retry_after=10)
+        return draining()
     if isinstance(error, EngineDeadError):
         return ApiError(503, "the engine has stopped", None, "engine_dead", retry_after=10)
     log.error("request %s failed", request_id, exc_info=error)

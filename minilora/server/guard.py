@@ -32,13 +32,15 @@ LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
 
-def protect(app: ASGIApp, config: ServerConfig, count: Count | None = None) -> ASGIApp:
+def protect(
+    app: ASGIApp, config: ServerConfig, count: Count | None = None, bodies: BodyReader | None = None
+) -> ASGIApp:
     """An application that lets only proper requests through to `app`.
 
     It leaves the caller in scope["state"]: `key`, a short digest of the API key that differs from start to start, ""
     where none is asked for, and `admin`, whether it has an admin's key; routes that want one look at that themselves.
     """
-    guard = Guard(app, config, count)
+    guard = Guard(app, config, count, bodies)
     if not config.allowed_origins:
         return guard
     return CORSMiddleware(
@@ -70,10 +72,12 @@ def uvicorn_options(config: ServerConfig, count: Count) -> dict[str, Any]:
 class Guard:
     """The middleware itself; `protect` makes it."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, count: Count | None = None):
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, count: Count | None = None, bodies: BodyReader | None = None
+    ):
         self.app, self.config = app, config
         self._hosts, self._keys = Hosts(config), Keys(config.api_keys, config.admin_keys)
-        self._bodies = BodyReader(config)
+        self._bodies = bodies or BodyReader(config)
         self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

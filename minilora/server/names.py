@@ -126,9 +126,8 @@ class Names:
         """The folder of an adapter in lora_dir, if it and all its files are there."""
         if self._folder is None or not _is_name(name):
             return None
-        path = (self._folder / name).resolve()
-        inside = all((path / file).resolve().is_relative_to(self._folder) for file in _FILES)
-        return path if inside and path != self._folder and _signature(path) else None
+        path = _inside(self._folder, name)
+        return path if path != self._folder and _signature(path) else None
 
     async def _unknown(self, name: str) -> NotFoundError:
         """The error that names the nearest known name."""
@@ -163,7 +162,7 @@ class Names:
             return []
         try:
             with os.scandir(self._folder) as folders:
-                names = sorted(entry.name for entry in folders if entry.is_dir() and _is_name(entry.name))
+                names = sorted(entry.name for entry in folders if _is_name(entry.name))
         except OSError as error:
             log.warning("lora_dir cannot be read, its adapters are not there: %s", error)
             return []
@@ -230,15 +229,25 @@ class Names:
         )
         if self._folder is None or not path or "\0" in path or len(path) > LONGEST_PATH:
             raise wrong
-        folder = (self._folder / path).resolve()
-        inside = all((folder / file).resolve().is_relative_to(self._folder) for file in ("", *_FILES))
-        if not inside or not _signature(folder):
+        folder = _inside(self._folder, path)
+        if folder is None or not _signature(folder):
             raise wrong
         return folder
 
 
 def _is_name(name: str) -> bool:
     return len(name) <= LONGEST_NAME and ".." not in name and bool(_NAME.fullmatch(name))
+
+
+def _inside(root: Path, path: str) -> Path | None:
+    """The folder of that path, if it and the files of an adapter lie in `root`, wherever links lead."""
+    try:
+        folder = (root / path).resolve()
+        inside = all((folder / file).resolve().is_relative_to(root) for file in ("", *_FILES))
+    except (OSError, RuntimeError):
+        # Links in a circle are RuntimeErrors up to Python 3.12.
+        return None
+    return folder if inside else None
 
 
 def _signature(folder: Path | None) -> Signature:

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from .names import check_name
 from .settings import ServerConfig
 from .start_page import start_page
 from .state import Server
-from .wire import BACKLOG, allow_connections
+from .wire import BACKLOG, allow_connections, tls_context
 
 Say = Callable[[str], None]
 
@@ -52,7 +51,7 @@ def serve(
     NotFoundError, ResourceError, and what loading raises.
     """
     logging.basicConfig(level=logging.INFO if config.log_requests else logging.WARNING)
-    _check_tls(config)
+    tls_context(config)
     allow_connections(config)
     for i, lora in enumerate(loras):
         check_name(lora.name, "lora")
@@ -112,18 +111,7 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         log_config=None,
         access_log=config.log_requests,
         timeout_graceful_shutdown=5,
-        ssl_certfile=config.ssl_certfile,
-        ssl_keyfile=config.ssl_keyfile,
     )
-
-
-def _check_tls(config: ServerConfig) -> None:
-    if config.ssl_certfile is None:
-        return
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
-    except OSError as error:
-        raise UsageError(f"ssl_certfile and ssl_keyfile can't be used: {error.strerror or error}") from None
 
 
 # ---------------------------------------------------------------- the socket

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from ..async_engine import AsyncEngine
 from .admission import Gate
 from .board import Board
+from .body import BodyReader
 from .failures import ApiError
 from .metrics import Metrics
 from .names import Names
@@ -29,6 +30,7 @@ class Server:
         engine.model.default_params()
         self.names = Names(engine, config)
         self.gate = Gate(config, engine)
+        self.bodies = BodyReader(config)
         self.metrics = Metrics(engine, self.gate, self.names.base[0])
         self.board = Board(engine, self.names, self.gate)
         self.started = time.time()

@@ -5,7 +5,9 @@ forever for a client that does not read.
 """
 
 import asyncio
+import contextlib
 import resource
+import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import httptools
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from ..errors import ResourceError
+from ..errors import ResourceError, UsageError
 from .failures import ApiError, failure_of
 from .settings import ServerConfig
 
@@ -26,6 +28,8 @@ BACKLOG = 512
 MORE_CONNECTIONS = 256
 # Files that a process has open beside connections: the model's, adapters that are being read, the event loop's.
 OTHER_FILES = 256
+# Connections that asyncio takes before it hears that they are refused: in each turn all that wait, for some turns.
+ON_THEIR_WAY = 4 * BACKLOG
 
 # Called with each answer's route, as it is written in the program, and status; for what no route answers it is OTHER.
 Count = Callable[[str, int], None]
@@ -35,10 +39,11 @@ MALFORMED = ApiError(400, "the request is not valid HTTP", None, "invalid_http")
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. limits, count: set by `make_protocol`."""
+    """One connection. limits, count, tls: set by `make_protocol`."""
 
     limits: ServerConfig
     count: Count
+    tls: ssl.SSLContext | None
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -46,6 +51,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_headers, self._begun, self._header_bytes, self._request = True, False, 0, 0
         self._fault = MALFORMED
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        # While TLS is negotiated; what comes right behind it.
+        self._handshake: asyncio.Task[None] | None = None
+        self._early = b""
 
     # ------------------------------------------------------------ connections
 
@@ -54,8 +62,28 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections + MORE_CONNECTIONS:
             transport.abort()
+        elif self.tls is None:
+            self._start("headers", self.limits.header_timeout, self._give_up)
+        else:
+            # asyncio's servers do it before they make the connection, which nobody counts then.
+            transport.pause_reading()
+            self._handshake = self.loop.create_task(self._secure(transport, self.tls))
+
+    async def _secure(self, transport: asyncio.Transport, tls: ssl.SSLContext) -> None:
+        """The TLS handshake, for which there is as much time as for headers."""
+        secured: asyncio.Transport | None = None
+        with contextlib.suppress(OSError):
+            secured = await self.loop.start_tls(
+                transport, self, tls, server_side=True, ssl_handshake_timeout=self.limits.header_timeout
+            )
+        if secured is None or secured.is_closing():
+            self.connections.discard(self)
+            transport.abort()
             return
+        self._handshake = None
+        super().connection_made(secured)
         self._start("headers", self.limits.header_timeout, self._give_up)
+        self.data_received(self._early)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Note its end."""
@@ -75,6 +103,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse; what is not part of a body has to become a whole request in time."""
+        if self._handshake is not None:
+            self._early += data
+            return
         self._unset_keepalive_if_required()
         if self._in_headers:
             self._start("headers", self.limits.header_timeout, self._give_up)
@@ -192,19 +223,33 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def make_protocol(config: ServerConfig, count: Count) -> type[BoundedProtocol]:
-    """The protocol for uvicorn's option `http`."""
-    return type("Protocol", (BoundedProtocol,), {"limits": config, "count": staticmethod(count)})
+    """The protocol for uvicorn's option `http`. It does TLS too, where that is wanted."""
+    own = {"limits": config, "count": staticmethod(count), "tls": tls_context(config)}
+    return type("Protocol", (BoundedProtocol,), own)
+
+
+def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
+    """The certificate and its key; None where none are given. Raises UsageError."""
+    if config.ssl_certfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except OSError as error:
+        raise UsageError(f"ssl_certfile and ssl_keyfile can't be used: {error.strerror or error}") from None
+    return context
 
 
 def allow_connections(config: ServerConfig) -> None:
     """Let this process open as many files as connections need. Raises ResourceError where the system says no."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = config.max_connections + MORE_CONNECTIONS + OTHER_FILES
-    if soft == resource.RLIM_INFINITY or soft >= needed:
+    wanted = needed + ON_THEIR_WAY
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ResourceError(
             f"max_connections is {config.max_connections}, which takes {needed} open files; this process may have {hard}",
             "Lower --max-connections, or raise the limit (ulimit -n).",
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,19 @@ class Running:
 
         key = (*self.app.state.server.config.api_keys, "none")[0]
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": key, "max_retries": 0, **options})
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """(certificate, its key) of 127.0.0.1, as PEM files."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    made, key = folder / "certificate.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    extension = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made)]
+    subprocess.run([*command, *extension], check=True, capture_output=True)
+    return made, key
 
 
 @pytest.fixture(scope="session")

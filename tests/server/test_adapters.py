@@ -228,6 +228,17 @@ def test_the_folder_of_all_that_goes_away(shop, expected, caplog):
     assert text(shop, "a0") == expected["a0"]
 
 
+def test_links_that_lead_nowhere_hide_no_others(shop, expected):
+    """One in a circle, and one to a name that can't be; as a name and as a path they are like none."""
+    (shop.folder / "loop").symlink_to("loop")
+    (shop.folder / "long").symlink_to("x" * 300)
+    time.sleep(1.1)  # The folder is looked at once a second.
+    assert {"a0", "a1"} <= models(shop).keys() and text(shop, "a0") == expected["a0"]
+    for name in ("loop", "long"):
+        assert name not in models(shop) and ask(shop, name).status_code == 404
+        assert load(shop, "new", name).status_code == 400
+
+
 def test_more_adapters_than_room_in_a_folder(serve, tmp_path):
     """A folder of many adapters, of which few fit: found, read and put away as requests come."""
     for i in range(12):

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -20,6 +19,8 @@ import pytest
 
 from minilora.cli import serve
 from minilora.server import drain
+
+from .raw import connect, read_all
 
 # A process may first compile, beside all other tests.
 TIMEOUT = 300
@@ -166,6 +167,18 @@ def test_the_log_has_a_line_for_each_request_where_it_is_wanted(start, flags, li
     assert sum("POST /v1/completions" in line for line in process.lines) == lines, process.lines
 
 
+def test_who_still_sends_a_body_is_told(start):
+    process = start()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with connect(int(process.url.rpartition(":")[2])) as half:
+        half.sendall(head + b"{")
+        time.sleep(0.3)
+        process.signal()
+        answer = read_all(half)
+    assert answer.startswith(b"HTTP/1.1 503 ") and b'"code":"draining"' in answer
+    assert process.end() == (0, "") and not any("Traceback" in line for line in process.lines)
+
+
 @pytest.mark.parametrize("second", [True, False], ids=["a second signal", "the timeout"])
 def test_what_does_not_finish_is_told(start, second):
     process = start("--max-model-len", 40_000, "--shutdown-timeout", 60 if second else 0.1)
@@ -283,16 +296,11 @@ def test_a_json_file_and_a_unix_socket(start, tmp_path):
     assert process.end()[0] == 0 and not path.exists()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_tls(start, tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    extension = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*command, *extension], check=True, capture_output=True)
-    process = start("--ssl-certfile", certificate, "--ssl-keyfile", key)
+def test_tls(start, certificate):
+    process = start("--ssl-certfile", certificate[0], "--ssl-keyfile", certificate[1])
     url = process.url
     assert url.startswith("https://")
-    context = ssl.create_default_context(cafile=certificate)
+    context = ssl.create_default_context(cafile=certificate[0])
     assert httpx.get(f"{url}/v1/models", verify=context).status_code == 200
     with pytest.raises(httpx.HTTPError):
         httpx.get(url.replace("https", "http"))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 import threading
 import time
 
@@ -395,6 +396,31 @@ def test_too_many_connections_are_told_so(monkeypatch):
         assert statuses(talk(port, GOOD)) == [200]
 
 
+def test_connections_without_a_tls_handshake_are_bounded_too(monkeypatch, certificate):
+    """They count like others, and their time is the headers'."""
+    monkeypatch.setattr(wire, "MORE_CONNECTIONS", 2)
+    context = ssl.create_default_context(cafile=certificate[0])
+    files = {"ssl_certfile": str(certificate[0]), "ssl_keyfile": str(certificate[1])}
+    config = ServerConfig(**LIMITS, **files, max_connections=3)
+
+    def get(port):
+        with connect(port) as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+            connection.sendall(GOOD)
+            return read_all(connection)
+
+    with listening(protect(echo, config), config) as port:
+        idle = [connect(port) for _ in range(5)]
+        time.sleep(0.2)
+        with pytest.raises(OSError):
+            get(port)
+        started = time.monotonic()
+        assert [read_all(connection) for connection in idle] == [b""] * 5
+        assert time.monotonic() - started < 10 * LIMITS["header_timeout"]
+        assert statuses(talk(port, b"no handshake\r\n\r\n") or get(port)) == [200]
+        for connection in idle:
+            connection.close()
+
+
 def test_answers_that_no_route_gives_are_counted():
     config, counted = ServerConfig(**LIMITS, max_connections=1), []
     with listening(protect(echo, config), config, counted) as port:
@@ -409,7 +435,14 @@ def test_answers_that_no_route_gives_are_counted():
 
 @pytest.mark.parametrize(
     ("soft", "hard", "expected"),
-    [(1024, 4096, (1536, 4096)), (1024, -1, (1536, -1)), (1536, 4096, None), (-1, -1, None), (256, 1000, "error")],
+    [
+        (1024, 4096, (3584, 4096)),
+        (1024, -1, (3584, -1)),
+        (1024, 2000, (2000, 2000)),
+        (3584, 4096, None),
+        (-1, -1, None),
+        (256, 1000, "error"),
+    ],
 )
 def test_open_files_are_allowed_for(monkeypatch, soft, hard, expected):
     monkeypatch.setattr(wire.resource, "RLIM_INFINITY", -1)
