@@ -4,10 +4,9 @@ Everything is called from one thread. A request that fails ends alone; a step th
 in it, and the engine goes on.
 """
 
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -28,6 +27,7 @@ from .runner import PROMPT_LOGITS, Runner
 from .scheduler import Scheduler, Work
 from .sequence import AdapterUse, Sequence, State, TokenLogprobs
 from .stats import AdapterStats, Recorder, Stats, adapter_states, load_by_adapter
+from .step_guard import StepGuard
 from .weights import Weights
 
 # Steps in a row that may find no work while requests wait and nothing is being read; more are a bug, and raise.
@@ -93,13 +93,11 @@ class Engine:
         )
         self._recorder = Recorder(self.adapters.names.__contains__)
         self._sequences = 0
-        # Whether a step computes right now, and whether the last one found nothing that could run.
-        self._computing = self.stalled = self._closed = False
+        # Whether the last step found nothing that could run.
+        self.stalled = self._closed = False
         self._stuck = 0
         self._interrupts = Interrupts()
-        # Taken during a step, by which thread.
-        self._stepping = threading.Lock()
-        self._stepper: int | None = None
+        self._guard = StepGuard()
 
     # ------------------------------------------------------------ adapters
 
@@ -118,7 +116,7 @@ class Engine:
 
         Raises NotFoundError, or UsageError from within a step.
         """
-        self._refuse_within_step()
+        self._guard.check_settled()
         self.adapters.remove(name)
         self._recorder.forget(name)
         if force:
@@ -147,7 +145,7 @@ class Engine:
         """
         if self._closed:
             raise EngineClosedError("the engine was closed")
-        self._refuse_other_threads()
+        self._guard.check_thread()
         self.bounds.check(tokens, params, uses)
         check_order(salt, priority, tenant)
         seed = params.seed_or_drawn()
@@ -168,18 +166,13 @@ class Engine:
 
     def cancel(self, sequence: Sequence, reason: str = "abort") -> None:
         """End a sequence; its pages and adapters are free at once. Raises UsageError while a step is computed."""
-        self._refuse_within_step()
+        self._guard.check_settled()
         if sequence.state is not State.FINISHED:
             self.scheduler.finish(sequence, reason)
         if self._recorder.follows(sequence):
             # Where it ended in this very step, this came before in its text.
             sequence.finish_reason = reason
             self._recorder.finished(sequence, time.perf_counter())
-
-    def _refuse_within_step(self) -> None:
-        self._refuse_other_threads()
-        if self._computing:
-            raise UsageError("a step is computed right now", "End texts between steps, not from a logits processor.")
 
     def propose(self, sequence: Sequence, tokens: list[int]) -> None:
         """Guess how a text that decodes goes on: one step checks all guesses, keeps the right ones and one token more.
@@ -215,31 +208,12 @@ class Engine:
         what else the step has for them is dropped. Ctrl-C comes between two steps, or while one computes, which it ends.
         Raises UsageError within another step, and while another thread is in one.
         """
-        with self._interrupts.held_back(), self._one_step():
+        with self._interrupts.held_back(), self._guard.step():
             return self._step(take)
-
-    @contextmanager
-    def _one_step(self) -> Iterator[None]:
-        """Steps within one another, or side by side, would compute in the same arrays."""
-        self.check_idle()
-        if not self._stepping.acquire(blocking=False):
-            raise _other_thread()
-        self._stepper = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._stepper = None
-            self._stepping.release()
 
     def check_idle(self) -> None:
         """Raise UsageError where no step can begin: within one, or while another thread is in one."""
-        self._refuse_other_threads()
-        if self._stepper is not None:
-            raise UsageError("the engine is in a step already", "Within one, queue requests with submit.")
-
-    def _refuse_other_threads(self) -> None:
-        if self._stepper not in (None, threading.get_ident()):
-            raise _other_thread()
+        self._guard.check_idle()
 
     def _step(self, take: Callable[[Output], None] | None) -> list[Output]:
         while not self._news.empty():
@@ -303,7 +277,7 @@ class Engine:
                 guesses += sequence.proposed
             else:
                 prompt_rows += length
-        self._computing = True
+        self._guard.computing = True
         try:
             for sequence, _ in plan:
                 for use in sequence.uses:
@@ -322,7 +296,7 @@ class Engine:
             self._give_up(plan, error)
             return []
         finally:
-            self._computing = False
+            self._guard.computing = False
         seconds = time.perf_counter() - started
         self._recorder.step(seconds, decodes * len(tokens) + guesses, prompt_rows)
         self._pace.observe(decodes, prompt_rows, seconds / len(tokens), guesses)
@@ -507,10 +481,6 @@ class Engine:
         self._closed = True
         self.adapters.close()
         self.runner.close()
-
-
-def _other_thread() -> UsageError:
-    return UsageError("another thread is in a step of this engine", "To serve several threads use AsyncEngine.")
 
 
 def _as_int64(number: int) -> int:

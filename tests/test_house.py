@@ -38,7 +38,7 @@ LAYERS = [
     {"plan", "weights", "packer", "packed", "numa", "tables"},
     {"adapters", "peft", "adapter_pool", "registry", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
-    {"fairness", "scheduler", "asked", "bounds", "engine"},
+    {"fairness", "scheduler", "asked", "bounds", "step_guard", "engine"},
     {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},
     {"server"},
     {"cli", "__main__"},
