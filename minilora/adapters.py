@@ -194,7 +194,8 @@ def _evened(pair: Pair) -> Pair:
     sizes = np.sqrt(np.mean(np.square(pair.a, dtype=np.float64), axis=1))
     shifts = np.clip(np.rint(np.log2(np.where(sizes > 0, sizes, 1))), -LARGEST_SHIFT, LARGEST_SHIFT)
     factors = np.exp2(shifts).astype(np.float32)
-    return Pair(pair.a / factors[:, None], pair.b * factors)
+    # A rank of which A is 0 gives nothing: its part of B must not set the others' scale.
+    return Pair(pair.a / factors[:, None], pair.b * np.where(sizes > 0, factors, np.float32(0)))
 
 
 def _whole_panels(rank: int) -> int:

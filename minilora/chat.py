@@ -112,6 +112,10 @@ def encode_chat(
     return tokenizer.encode(text, add_special_tokens=False, marked=True)
 
 
-def _as_plain(tokenizer: Tokenizer, given: Message) -> Message:
+def _as_plain(tokenizer: Tokenizer, given: Any) -> Any:
     """The same, with texts in which the names of special tokens are just text."""
-    return {key: tokenizer.as_plain(value) if isinstance(value, str) else value for key, value in given.items()}
+    if isinstance(given, str):
+        return tokenizer.as_plain(given)
+    if isinstance(given, Mapping):
+        return {key: _as_plain(tokenizer, value) for key, value in given.items()}
+    return [_as_plain(tokenizer, value) for value in given] if isinstance(given, list | tuple) else given

@@ -15,6 +15,7 @@ from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
 
 from . import __version__
 from .checkpoint.lock import Report, resolve
+from .errors import UsageError
 from .memory import free_memory
 from .packed import load_model
 from .peft import CONFIG, adapter_settings, open_tensors
@@ -25,6 +26,8 @@ def describe(name: str, dtype: str, report: Report) -> dict[str, Any]:
     """The facts of a model or adapter. Raises NotFoundError and the like."""
     path = resolve(name, report)
     if (path / CONFIG).exists():
+        if dtype != "auto":
+            raise UsageError(f"{name} is an adapter, which is not packed as {dtype}", "Leave --dtype out.")
         return {"name": name, **_describe_adapter(path)}
     weights = load_model(path, name, Target(dtype), report).weights
     config = weights.config

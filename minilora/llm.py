@@ -114,7 +114,7 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """What one prompt's texts grow by, step by step, as AsyncEngine.generate has it; the last one is `finished`.
 
-        Leaving the iteration ends the request. Raises UsageError where it can't run, RequestError where it failed.
+        Leaving the iteration (of a generator in a variable: `close`) ends the request. Raises UsageError where it can't run, RequestError where it failed.
         """
         self.engine.check_idle()
         request = self._submit(prompt, sampling_params, as_loras(lora_request))

@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -45,6 +45,8 @@ from .weights import Weights
 MANIFEST, ARENA = "minilora.json", "weights.bin"
 VERSION = 3
 CHECKED_WORDS = 1 << 17
+# What is looked at of a checkpoint's file to know it again: so many pieces of so many bytes.
+PIECES, PIECE = 32, 1 << 14
 # Seconds after which a folder that is being written is nobody's any more.
 ABANDONED = 3600
 # And after which a packed model in the cache that nobody has started with is removed when another one is packed.
@@ -71,7 +73,7 @@ class Model:
         keys = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         found = {k: self.generation[k] for k in keys if self.generation.get(k) is not None}
         if self.generation.get("do_sample") is False:
-            found = {"temperature": 0.0}
+            found["temperature"] = 0.0
         return SamplingParams(**found | given)
 
     @property
@@ -99,7 +101,7 @@ def load_model(path: Path, name: str, target: Target | None = None, report: Repo
         if (path / MANIFEST).exists():
             _check_target(path, target)
             return read_packed(path, name)
-        folder = cache_root() / "packed" / f"{path.name}-{_key(path, target)}"
+        folder = cache_root() / "packed" / f"{path.name.lstrip('.')}-{_key(path, target)}"
     except PermissionError as error:
         raise FormatError(f"{error.filename or path} may not be read by this user", "Change its permissions.") from None
     try:
@@ -153,13 +155,27 @@ def _keep(folder: Path, name: str, plan: Plan, tokenizer: TokenizerFiles, report
 def _key(path: Path, target: Target) -> str:
     """A digest of what the packed bytes depend on: which files, their sizes and times, the target, our version.
 
-    It is known without reading a checkpoint, which a start from the cache can do without. VERSION is that of the folder.
+    Of each file some pieces count too: other weights of the same shapes may have the same times, as archives set them.
+    A start from the cache can do without reading a checkpoint whole. VERSION is that of the folder.
     """
     digest = hashlib.sha256(repr((VERSION, _makers(), *target.key)).encode())
     for file in _sources(path):
         status = file.stat()
         digest.update(repr((str(file.resolve()), status.st_size, status.st_mtime_ns)).encode())
+        for piece in _pieces(file, status.st_size):
+            digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+def _pieces(path: Path, size: int) -> Iterator[bytes]:
+    """All of a small file, and of a larger one PIECES pieces, from its beginning to its end."""
+    with path.open("rb") as file:
+        if size <= PIECES * PIECE:
+            yield file.read()
+            return
+        for i in range(PIECES):
+            file.seek((size - PIECE) * i // (PIECES - 1))
+            yield file.read(PIECE)
 
 
 @cache

@@ -6,6 +6,7 @@ Whatever a folder holds is used or refused by name; nothing is skipped.
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .checkpoint.safetensors import TensorFile
 from .config import ModelConfig, asks_nothing
 from .errors import AdapterError, FormatError, NotFoundError, UnsupportedError
 from .files import read_json
+from .patterns import Pattern
 from .weights import Weights
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -72,8 +74,6 @@ _READ = frozenset(
 )
 # Initialisations that change the base weights, so that the saved A and B alone are not the adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_PATTERN = re.compile(r"[\w.\-\\|()\[\]^$*+?]{1,200}")
-_NESTED_REPEAT = re.compile(r"[*+}][^()]*\)[*+{?]")
 
 
 class _Settings:
@@ -85,11 +85,12 @@ class _Settings:
         self.rank = self._integer("r", 8, HIGHEST_RANK)
         self.alpha = self._alpha("lora_alpha", data.get("lora_alpha", 8))
         self.ranks = {
-            key: self._integer(f"rank_pattern[{key}]", value, HIGHEST_RANK)
-            for key, value in self._patterns("rank_pattern")
+            key: (pattern, self._integer(f"rank_pattern[{key}]", value, HIGHEST_RANK))
+            for key, pattern, value in self._patterns("rank_pattern")
         }
         self.alphas = {
-            key: self._alpha(f"alpha_pattern[{key}]", value) for key, value in self._patterns("alpha_pattern")
+            key: (pattern, self._alpha(f"alpha_pattern[{key}]", value))
+            for key, pattern, value in self._patterns("alpha_pattern")
         }
 
     def _check(self) -> None:
@@ -125,18 +126,26 @@ class _Settings:
         return value
 
     def _alpha(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise AdapterError(f"{CONFIG}: {key} must be a finite number, not {value!r}")
-        return float(value)
+        try:
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
+        except OverflowError:
+            value = "one of hundreds of digits"
+        raise AdapterError(f"{CONFIG}: {key} must be a finite number, not {value!r}")
 
-    def _patterns(self, key: str) -> list[tuple[str, Any]]:
+    def _patterns(self, key: str) -> list[tuple[str, Pattern, Any]]:
         value = self.data.get(key) or {}
         if not isinstance(value, dict):
             raise AdapterError(f"{CONFIG}: {key} must be an object")
-        for pattern in value:
-            if not _is_usable(pattern):
-                raise AdapterError(f"{CONFIG}: {key} has a pattern that is not usable: {pattern[:60]!r}")
-        return list(value.items())
+        found = []
+        for text, meant in value.items():
+            try:
+                found.append((text, Pattern(text), meant))
+            except ValueError as error:
+                raise AdapterError(
+                    f"{CONFIG}: {key} has a pattern that is not usable: {text[:60]!r} ({error})"
+                ) from None
+        return found
 
     def rank_of(self, module: str) -> int:
         return _matching(self.ranks, module, self.rank)
@@ -146,21 +155,11 @@ class _Settings:
         return alpha / math.sqrt(rank) if self.data.get("use_rslora") else alpha / rank
 
 
-def _is_usable(pattern: str) -> bool:
-    """Whether it is a regular expression that takes no time to try."""
-    if not _PATTERN.fullmatch(pattern) or _NESTED_REPEAT.search(pattern):
-        return False
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
-
-
-def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _matching(patterns: Mapping[str, tuple[Pattern, Any]], module: str, default: Any) -> Any:
     """The value of the first pattern that a module's name ends with, as PEFT finds it."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+    starts = [0, *(dot.end() for dot in re.finditer(r"\.", module))]
+    for text, (pattern, value) in patterns.items():
+        if _is_called(module, text) or pattern.matches(module, starts):
             return value
     return default
 
@@ -196,7 +195,8 @@ def open_tensors(folder: Path) -> TensorFile:
                 "Load it with PEFT and save it again: save_pretrained(folder, safe_serialization=True).",
             )
         raise NotFoundError(f"{folder / TENSORS} is missing")
-    return TensorFile(folder / TENSORS)
+    # In memory: hot replacement may write over the file, and a mapped one that becomes shorter ends the process.
+    return TensorFile(folder / TENSORS, in_memory=True)
 
 
 def _check_base(name: str, copy: np.ndarray, config: ModelConfig, weights: Weights | None) -> None:
@@ -289,18 +289,21 @@ def _is_called(module: str, name: str) -> bool:
 class _Choice:
     """The modules that target_modules or exclude_modules means: a list of names, or a pattern.
 
-    A pattern that is not safe to try means none; so does "all-linear", which PEFT replaces by names when it saves.
+    A pattern that is not usable means none; so does "all-linear", which PEFT replaces by names when it saves.
     """
 
     def __init__(self, key: str, value: Any):
         self.names: list[str] = value if isinstance(value, list) else []
         if not all(isinstance(name, str) for name in self.names) or not isinstance(value, str | list | None):
             raise AdapterError(f"{CONFIG}: {key} must hold names")
-        self._pattern = value if isinstance(value, str) and _is_usable(value) else None
+        self._pattern: Pattern | None = None
+        if isinstance(value, str):
+            with suppress(ValueError):
+                self._pattern = Pattern(value)
 
     def has(self, module: str) -> bool:
         if self._pattern is not None:
-            return re.fullmatch(self._pattern, module) is not None
+            return self._pattern.matches(module)
         return any(_is_called(module, name) for name in self.names)
 
 

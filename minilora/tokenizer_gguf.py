@@ -4,7 +4,7 @@ GGUF names the rule that cuts text into words before the merges (`tokenizer.ggml
 rules below are those of the models' own tokenizer.json files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -67,11 +67,15 @@ class _Vocabulary:
         self.tokens: list[str] = tokens
         self.kinds = self.numbers("tokenizer.ggml.token_type", NORMAL)
         self.pre = metadata.get("tokenizer.ggml.pre") or "default"
+        if not isinstance(self.pre, str):
+            raise FormatError("tokenizer.ggml.pre is no text")
 
     def numbers(self, key: str, default: float) -> list[Any]:
         values = self.metadata.get(key)
         if values is None:
             return [default] * len(self.tokens)
+        if not isinstance(values, Collection):
+            raise FormatError(f"{key} is no list")
         if len(values) != len(self.tokens):
             raise FormatError(f"{key} has {len(values)} entries for {len(self.tokens)} tokens")
         return list(values)
@@ -107,7 +111,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> TokenizerFiles:
     vocabulary = _Vocabulary(metadata)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     model = metadata.get("tokenizer.ggml.model")
-    if model not in builders:
+    if not isinstance(model, str) or model not in builders:
         raise UnsupportedError(f"the GGUF file's tokenizer is of type {model!r}", f"Known: {', '.join(builders)}.")
     try:
         engine = builders[model](vocabulary)

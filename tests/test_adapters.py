@@ -1,6 +1,8 @@
 """PEFT folders: what is read, that everything else is refused by name, and the pool of resident adapters."""
 
 import json
+import os
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -14,7 +16,7 @@ from minilora.adapter_pool import AdapterPool
 from minilora.adapters import Adapter, Pair, pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
-from minilora.peft import load_adapter
+from minilora.peft import TENSORS, load_adapter, open_tensors
 from minilora_kernels.pack import FLOAT16, FLOAT32, INT8
 
 from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
@@ -105,6 +107,33 @@ def test_int8_keeps_every_rank_however_a_and_b_share_its_size(modules):
     assert pack_adapter(uneven, CONFIG, FLOAT32).digest != pack_adapter(even, CONFIG, FLOAT32).digest
 
 
+def test_a_rank_that_gives_nothing_costs_the_others_nothing():
+    """Where a rank's A is 0, its part of B does not count, however large."""
+    adapter = make_adapter(CONFIG, modules=("q_proj",))
+    for pair in adapter.pairs.values():
+        pair.a[0] = 0
+    without = pack_adapter(adapter, CONFIG, INT8)
+    for pair in adapter.pairs.values():
+        pair.b[:, 0] = 1e6
+    assert pack_adapter(adapter, CONFIG, INT8).digest == without.digest
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path):
+    """What was opened is read; a mapped file would end the process."""
+    folder = save_adapter(tmp_path, CONFIG)
+    expected, file = open_tensors(folder), open_tensors(folder)
+    os.truncate(folder / TENSORS, 100)
+    for name in expected.tensors:
+        assert np.array_equal(file.read(name), expected.read(name))
+
+
+def test_patterns_of_a_stranger_hold_up_nobody(tmp_path):
+    folder = save_adapter(tmp_path, CONFIG, rank_pattern={"(..|.|...)*zz": 3}, target_modules=".*" * 12 + "zz")
+    started = time.process_time()
+    load_adapter(folder, CONFIG)
+    assert time.process_time() - started < 1
+
+
 def test_numbers_too_large_for_float16_are_refused():
     adapter = make_adapter(CONFIG)
     next(iter(adapter.pairs.values())).b[0, 0] = 70000
@@ -140,7 +169,8 @@ BAD_SETTINGS = [
     ({"r": "4"}, AdapterError, "r must be"),
     ({"lora_alpha": float("inf")}, AdapterError, "lora_alpha"),
     ({"lora_alpha": None}, AdapterError, "lora_alpha"),
-    ({"rank_pattern": {"(a+)+": 3}}, AdapterError, "pattern"),
+    ({"lora_alpha": 10**400}, AdapterError, "lora_alpha"),
+    ({"rank_pattern": {"q_proj{2}": 3}}, AdapterError, "pattern"),
     ({"rank_pattern": {"q_proj(": 3}}, AdapterError, "pattern"),
     ({"alpha_pattern": [1]}, AdapterError, "alpha_pattern"),
     ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, AdapterError, "o_proj.*missing"),

@@ -287,6 +287,27 @@ def test_chat(model, adapter):
     assert "Known: json" in run.stderr, "an unknown adapter's error names those that there are"
 
 
+def test_a_chat_keeps_the_scales_of_its_adapters(model, adapter):
+    text = "Hello\n/reset\n/adapter a\nHello\n/reset\n/adapter a:0\nHello\n"
+    lines = minilora("chat", "-m", model, "--max-tokens", 8, "--lora", f"a={adapter}:0", text=text).stdout.split("\n")
+    assert (
+        lines[0] == lines[1] == lines[2] == minilora("chat", "-m", model, "--max-tokens", 8, text="Hello\n").stdout[:-1]
+    )
+
+
+def test_the_question_is_shown_where_only_its_answer_is(model, adapter):
+    run = minilora("generate", "-m", model, "--lora", adapter, "-n", 3)
+    assert run.returncode == 0 and "Name three fruits." in run.stderr
+
+
+def test_what_is_packed_is_not_packed_again(model, adapter, tmp_path):
+    assert minilora("quantize", model, tmp_path / "one").returncode == 0
+    again = minilora("quantize", tmp_path / "one", tmp_path / "two")
+    assert again.returncode == 2 and "packed already" in again.stderr and not (tmp_path / "two").exists()
+    shown = minilora("show", adapter, "--dtype", "int4")
+    assert shown.returncode == 2 and "is an adapter" in shown.stderr
+
+
 @pytest.fixture
 def endless(tmp_path):
     """A model whose answers end at their limit only: no token is an end of text."""

@@ -363,6 +363,29 @@ def test_unknown_mathematics_raises(tmp_path, monkeypatch, change, word):
         open_checkpoint(path)
 
 
+def test_one_tensor_under_two_names_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_llama(path, "F32")
+    # Of the same length, so that nothing else moves.
+    path.write_bytes(path.read_bytes().replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight", 1))
+    with pytest.raises(FormatError, match="attn_k"):
+        open_checkpoint(path)
+
+
+def test_one_layer_under_two_numbers_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    write_llama(path, "F32")
+    original = Gguf.__init__
+
+    def changed(self, path):
+        original(self, path)
+        self.tensors["blk.00.attn_q.weight"] = self.tensors["blk.0.attn_q.weight"]
+
+    monkeypatch.setattr(Gguf, "__init__", changed)
+    with pytest.raises(FormatError, match="another name"):
+        open_checkpoint(path)
+
+
 def test_not_finite_weights_are_refused(tmp_path):
     path = tmp_path / "model.gguf"
     write_llama(path, "F32")

@@ -23,6 +23,7 @@ LAYERS = [
         "errors",
         "files",
         "memory",
+        "patterns",
         "rope",
         "config",
         "config_keys",

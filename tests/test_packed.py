@@ -16,6 +16,7 @@ from minilora.memory import HUGE_PAGE
 from minilora.packed import (
     ARENA,
     MANIFEST,
+    PIECES,
     _digest,
     _key,
     _write_arena,
@@ -167,6 +168,51 @@ def test_a_changed_checkpoint_is_packed_anew(cache, tmp_path, shards):
         os.utime(file, ns=(1, 1))
         assert any("packing" in message for message in load(folder)[1]), file
     assert load(folder)[1] == []
+
+
+def test_other_weights_of_the_same_size_and_times_are_packed_anew(cache, tmp_path):
+    """As archives unpack them, that give all files one time."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    found = []
+    for seed in (1, 2):
+        make_checkpoint(folder, seed=seed)
+        for file in folder.iterdir():
+            os.utime(file, ns=(1, 1))
+        found.append(load(folder)[0].weights.floats()["lm_head.weight"])
+    assert not np.array_equal(*found)
+
+
+@pytest.mark.parametrize("piece", [0, 16, PIECES - 1])
+def test_a_large_file_is_known_by_pieces(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("minilora.packed.PIECE", 64)
+    path = tmp_path / "model.gguf"
+    write_llama(path)
+    before, times, raw = _key(path, Target()), os.stat(path), bytearray(path.read_bytes())
+    assert len(raw) > 64 * PIECES
+    raw[(len(raw) - 64) * piece // (PIECES - 1) + 5] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert _key(path, Target()) != before
+
+
+def test_a_greedy_models_other_defaults_stay(cache, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    make_checkpoint(folder)
+    settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    loaded = load(folder)[0]
+    params = loaded.default_params()
+    assert (params.temperature, params.top_p, params.repetition_penalty) == (0, 0.9, 1.3)
+    assert loaded.default_params(temperature=0.7).repetition_penalty == 1.3
+
+
+def test_a_hidden_folders_model_is_kept_like_others(cache, tmp_path):
+    folder = tmp_path / ".hidden"
+    folder.mkdir()
+    make_checkpoint(folder)
+    assert load(folder)[0].folder.name.startswith("hidden-")
 
 
 def test_a_changed_gguf_file_has_another_folder(tmp_path):

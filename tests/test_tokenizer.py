@@ -190,6 +190,9 @@ def test_special_tokens_of_phi3_take_the_space_after_them(name, kept):
         ({"tokenizer.ggml.merges": ["zz qq"]}, FormatError),
         ({"tokenizer.ggml.bos_token_id": 10**6, "tokenizer.ggml.add_bos_token": True}, FormatError),
         ({"tokenizer.ggml.token_type": [1]}, FormatError),
+        ({"tokenizer.ggml.token_type": 1}, FormatError),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, FormatError),
+        ({"tokenizer.ggml.model": ["gpt2"]}, UnsupportedError),
         ({"tokenizer.ggml.add_bos_token": 3}, FormatError),
     ],
 )
@@ -272,6 +275,15 @@ def test_special_tokens_in_a_message_stay_text():
     ids = encode_chat(tokenizer, [{"role": "user", "content": attack}])
     assert ids.count(1) == 2 and ids.count(2) == 1, "the template's own tokens only"
     assert tokenizer.decode(ids, skip_special_tokens=False).count("<|im_end|>") == 2
+
+
+def test_special_tokens_stay_text_however_deep():
+    """In what a message or a variable holds, too."""
+    template = "<|im_start|>{{ messages[0].calls[0].name }}{{ more.one[0] }}<|im_end|>"
+    tokenizer = Tokenizer(files(template))
+    message = {"role": "user", "content": "", "calls": [{"name": "f<|im_end|>"}]}
+    ids = encode_chat(tokenizer, [message], variables={"more": {"one": ("<|im_start|>", 1)}})
+    assert ids.count(1) == ids.count(2) == 1
 
 
 def spaced(special_normalized, prepend):

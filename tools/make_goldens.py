@@ -6,6 +6,7 @@
 The plain test suite compares with this file, so that it checks parity without torch.
 """
 
+import argparse
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,7 @@ def golden(model, prompts) -> list[dict]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     path = resolve_model(MODEL, print)
     tokenizer = load_model(path, MODEL).tokenizer
     prompts = [encode_chat(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]

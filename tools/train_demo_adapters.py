@@ -7,10 +7,10 @@ Each adapter teaches one way of answering. The result replaces minilora/demo/NAM
 same versions of torch and PEFT give the same adapters.
 """
 
+import argparse
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -123,8 +123,11 @@ def save(model, folder: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all if none is given")
+    options = parser.parse_args()
     path = resolve_model(BASE, print)
-    for name in sys.argv[1:] or STYLES:
+    for name in options.names or STYLES:
         train(name, path)
 
 

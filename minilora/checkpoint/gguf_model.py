@@ -93,10 +93,12 @@ class GgufCheckpoint:
     # ------------------------------------------------------------ names
 
     def _named(self) -> dict[str, GgufTensor]:
-        found = {}
+        found: dict[str, GgufTensor] = {}
         for name, tensor in self._gguf.tensors.items():
             if name not in (ROPE_FREQS, ROPE_SHORT, ROPE_LONG):
-                found[self._translate(name)] = tensor
+                if (meant := self._translate(name)) in found:
+                    raise FormatError(f"{self.path.name}: {name!r} is there under another name, too")
+                found[meant] = tensor
         return found
 
     def _translate(self, name: str) -> str:

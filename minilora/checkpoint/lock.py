@@ -28,6 +28,8 @@ from minilora_kernels.code_files import cache_root
 from ..errors import DownloadError, MiniloraError, NotFoundError, UnsupportedError, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent.parent
+# Characters of what others say went wrong.
+LONGEST_CAUSE = 200
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 # Other forms of the same model, in folders or whole beside its shards. (A star stands for slashes too.)
 LEFT_OUT = ("*/*", "consolidated*")
@@ -355,4 +357,5 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LONGEST_CAUSE else line[: LONGEST_CAUSE - 3] + "..."

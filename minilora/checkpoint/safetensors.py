@@ -32,23 +32,36 @@ class StoredTensor:
 
 
 class TensorFile:
-    """One .safetensors file. Raises FormatError where it breaks the format's rules."""
+    """One .safetensors file. Raises FormatError where it breaks the format's rules.
 
-    def __init__(self, path: Path):
+    in_memory: read at once instead of mapped.
+    """
+
+    def __init__(self, path: Path, in_memory: bool = False):
         self.path = path
         try:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, ValueError) as error:
             raise FormatError(f"{path.name} is damaged or no safetensors file: {error}") from None
-        with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes: bytes | mmap.mmap
+        if in_memory:
+            self._bytes = path.read_bytes()
+        else:
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            self.tensors = self._listed()
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise FormatError(f"{path.name} was changed while it was read", "Load it again.") from None
+        if len(self.tensors) > MOST_TENSORS:
+            raise FormatError(f"{path.name} lists {len(self.tensors)} tensors, at most {MOST_TENSORS} are read")
+
+    def _listed(self) -> dict[str, StoredTensor]:
         length = int.from_bytes(self._bytes[:8], "little")
         header = json.loads(self._bytes[8 : 8 + length])
         header.pop("__metadata__", None)
-        if len(header) > MOST_TENSORS:
-            raise FormatError(f"{path.name} lists {len(header)} tensors, at most {MOST_TENSORS} are read")
-        self.tensors = {
+        return {
             name: StoredTensor(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
             for name, entry in header.items()
         }
@@ -65,7 +78,11 @@ class TensorFile:
         self.format(name)
         tensor = self.tensors[name]
         count = int(np.prod(tensor.shape, dtype=np.int64))
-        raw = np.frombuffer(self._bytes, _DTYPES[tensor.dtype], count, tensor.start).reshape(tensor.shape)[rows]
+        try:
+            whole = np.frombuffer(self._bytes, _DTYPES[tensor.dtype], count, tensor.start)
+        except ValueError:
+            raise FormatError(f"{self.path.name} was changed while it was read", "Load it again.") from None
+        raw = whole.reshape(tensor.shape)[rows]
         if tensor.dtype == "BF16":
             return widen_bfloat16(raw)
         return widen_float16(raw.view(np.uint16)) if tensor.dtype == "F16" else raw.astype(np.float32)

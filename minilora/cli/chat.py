@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import MiniloraError, UsageError
-from .opening import load_adapters, open_model, sampling_params, system_message
+from .opening import choose_adapters, load_loras, open_model, sampling_params, system_message
 from .options import engine_options, lora_options, model_options, sampling_options, split_engine
 from .printing import stream_answer
 from .report import Reporter, print_error
@@ -40,16 +40,24 @@ def chat(
     reporter = Reporter()
     engine, sampling = split_engine(rest)
     llm = open_model(reporter, model, dtype, group_size, threads, **{"max_num_seqs": 1, **engine})
-    chosen = load_adapters(llm, loras, adapters, reporter)
+    scales = load_loras(llm, loras, reporter)
+    chosen = choose_adapters(llm, scales, adapters, reporter)
     reporter.done()
-    _Conversation(llm, chosen, system, sampling_params(llm, **sampling), reporter).run()
+    _Conversation(llm, scales, chosen, system, sampling_params(llm, **sampling), reporter).run()
 
 
 class _Conversation:
     def __init__(
-        self, llm: "LLM", chosen: list["LoRARequest"], system: str | None, params: "SamplingParams", reporter: Reporter
+        self,
+        llm: "LLM",
+        scales: dict[str, float],
+        chosen: list["LoRARequest"],
+        system: str | None,
+        params: "SamplingParams",
+        reporter: Reporter,
     ):
-        self.llm, self.chosen, self.system, self.params, self.reporter = llm, chosen, system, params, reporter
+        self.llm, self.scales, self.chosen, self.system = llm, scales, chosen, system
+        self.params, self.reporter = params, reporter
         self.messages: list[dict[str, str]] = []
         self.reset("")
 
@@ -97,7 +105,7 @@ class _Conversation:
 
     def adapter(self, name: str) -> None:
         """Answer with these adapters from now on."""
-        self.chosen = load_adapters(self.llm, [], name.split(), self.reporter) if name else []
+        self.chosen = choose_adapters(self.llm, self.scales, name.split(), self.reporter) if name else []
         self.reporter.done()
         click.echo(f"[{'with ' + name if name else 'without adapter'}]", err=True)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .opening import load_adapters, open_model, open_plain, prompt_ids, sampling_params
+from .opening import choose_adapters, load_loras, open_model, open_plain, prompt_ids, sampling_params
 from .options import engine_options, lora_options, model_options, sampling_options, split_engine
 from .printing import note_full_context, print_columns, print_json, stream_answer
 from .report import Reporter
@@ -41,7 +41,7 @@ class _Asked:
 
     def prepare(self, llm: "Model", reporter: Reporter) -> tuple[list[int], "SamplingParams", list["LoRARequest"]]:
         """(the prompt's tokens, parameters, adapters), loaded."""
-        chosen = load_adapters(llm, self.loras, self.adapters, reporter)
+        chosen = choose_adapters(llm, load_loras(llm, self.loras, reporter), self.adapters, reporter)
         ids = prompt_ids(llm, self.prompt, self.system, self.raw)
         params = sampling_params(llm, **self.sampling)
         reporter.done()
@@ -82,10 +82,12 @@ def generate(
     """Answer PROMPT; "-" or a pipe reads it from stdin.
 
     Without a prompt: ask the model one question and show the answers of the base model and of the bundled
-    adapters side by side, from one batch.
+    adapters side by side, from one batch; with --lora or --adapter the answer with these.
     """
     prompt = _read_prompt(prompt, raw)
     reporter = Reporter()
+    if prompt is None and (loras or adapters):
+        click.echo(QUESTION, err=True)
     engine, sampling = split_engine(rest)
     asked = _Asked(QUESTION if prompt is None else prompt, system, raw, loras, adapters, sampling)
     if backend == "numpy":

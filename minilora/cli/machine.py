@@ -1,6 +1,7 @@
 """`minilora warmup` and `minilora env`: this computer made ready, and what it is."""
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,19 +10,35 @@ from .options import model_options
 from .printing import print_facts
 from .report import Reporter
 
+if TYPE_CHECKING:
+    from ..llm import LLM
+
 
 @click.command()
 @model_options
 def warmup(model: str, dtype: str, group_size: str, threads: int | None) -> None:
-    """Fetch, pack and compile all that a model needs, so that later starts are quick."""
-    from ..params import SamplingParams
-
+    """Fetch, pack and compile all that a model needs, so that later starts are quick: with pages and adapters in their
+    default formats."""
     reporter = Reporter()
     started = time.perf_counter()
     llm = open_model(reporter, model, dtype, group_size, threads, max_num_seqs=1)
-    llm.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=2, temperature=1.0, logprobs=1, ignore_eos=True))
+    llm.engine.warm_up()
+    _read_an_adapter(llm)
     reporter.done()
     click.echo(f"ready in {time.perf_counter() - started:.1f} s")
+
+
+def _read_an_adapter(llm: "LLM") -> None:
+    """Compile what reads and packs adapters."""
+    import numpy as np
+
+    from minilora_kernels.convert import widen_float16
+
+    from ..adapters import Adapter, Pair, module_shapes
+
+    module, (rows, columns) = next(iter(module_shapes(llm.model.weights.config).items()))
+    a, b = (widen_float16(np.zeros(shape, np.uint16)) for shape in ((1, columns), (rows, 1)))
+    llm.engine.adapters.read(Adapter({module: Pair(a, b)}))
 
 
 @click.command()

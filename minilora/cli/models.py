@@ -53,7 +53,7 @@ def list_(as_json: bool) -> None:
 
 @click.command()
 @click.argument("name")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Show it packed in this number format.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Show a model packed in this number format.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show(name: str, dtype: str, as_json: bool) -> None:
     """Show a model's or adapter's shapes, formats and bytes."""
@@ -82,13 +82,16 @@ def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     """Write SOURCE as a packed model into the folder TARGET."""
     from ..checkpoint import open_checkpoint
     from ..checkpoint.lock import resolve_model
-    from ..packed import write_packed
+    from ..packed import MANIFEST, write_packed
     from ..plan import Plan, Target
 
     if target.exists():
         raise UsageError(f"{target} exists already", "Remove it, or name another folder.")
     reporter = Reporter()
-    checkpoint = open_checkpoint(resolve_model(source, reporter))
+    path = resolve_model(source, reporter)
+    if (path / MANIFEST).exists():
+        raise UsageError(f"{source} is packed already", "Pack what it was made from.")
+    checkpoint = open_checkpoint(path)
     plan = Plan(checkpoint, Target(dtype, int(group_size)))
     reporter(f"packing {plan.size / 1e6:.0f} MB")
     try:

@@ -1,7 +1,7 @@
 """From options to what a run needs: the model, its adapters, sampling parameters, the prompt's tokens."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,17 +47,25 @@ def open_plain(reporter: Reporter, model: str, dtype: str, group_size: str) -> "
     return PlainLLM(model, dtype=dtype, group_size=int(group_size), report=reporter)
 
 
-def load_adapters(
-    llm: "Model", loras: Sequence[str], adapters: Sequence[str], reporter: Reporter
-) -> list["LoRARequest"]:
-    """Load what --lora (`loras`) and --adapter (`adapters`) name; returns the adapters that a request is to use."""
-    from ..outputs import LoRARequest
-
+def load_loras(llm: "Model", loras: Sequence[str], reporter: Reporter) -> dict[str, float]:
+    """Load what --lora names; returns their scales."""
     scales: dict[str, float] = {}
     for text in loras:
         name, path, scale = split_lora(text)
         llm.add_lora(name, path, report=reporter)
         scales[name] = scale
+    return scales
+
+
+def choose_adapters(
+    llm: "Model", scales: Mapping[str, float], adapters: Sequence[str], reporter: Reporter
+) -> list["LoRARequest"]:
+    """What a request is to use: the adapters that --adapter names, which are loaded if need be, or else all of --lora's.
+
+    scales: of --lora's, by name.
+    """
+    from ..outputs import LoRARequest
+
     if not adapters:
         return [LoRARequest(name, scale=scale) for name, scale in scales.items()]
     chosen = []

@@ -115,7 +115,11 @@ engine_options = _options(
     ),
     click.option("--num-speculative-tokens", type=int, help="Most tokens that a step guesses of a text; 0 for none."),
     click.option("--kv-cache-dtype", type=click.Choice(ENGINE_DTYPES), help="Format of pages."),
-    click.option("--kv-cache-memory", type=Size(), help="Bytes of pages, as 512M; half of the free memory at most."),
+    click.option(
+        "--kv-cache-memory",
+        type=Size(),
+        help="Bytes of pages, as 512M; if not given what texts need, half of the free memory at most.",
+    ),
     click.option("--block-size", type=int, help="Tokens of a page."),
     click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="Keep pages of old texts."),
     click.option("--max-loras", type=int, help="Adapters in use at once."),

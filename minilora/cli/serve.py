@@ -89,7 +89,11 @@ SERVER_OPTIONS = (
     ),
     _several("--admin-key", "admin_keys", "A key that may also load and unload adapters"),
     click.option("--admin-key-file", type=FILE, help="A file with such keys."),
-    _several("--allowed-hosts", "allowed_hosts", "Another name of this server in the Host header"),
+    _several(
+        "--allowed-hosts",
+        "allowed_hosts",
+        "Another name of this server in the Host header; where others than this machine reach it, the only ones",
+    ),
     _several("--allowed-origins", "allowed_origins", "A web page's origin that may use the server"),
     _several("--served-model-name", "served_model_name", "Name of the base model; the first is in answers"),
     _several("--lora", "loras", "An adapter to load at once", metavar="NAME[=PATH[:SCALE]]"),
