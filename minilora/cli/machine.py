@@ -37,8 +37,9 @@ def _read_an_adapter(llm: "LLM") -> None:
     from ..adapters import Adapter, Pair, module_shapes
 
     module, (rows, columns) = next(iter(module_shapes(llm.model.weights.config).items()))
-    a, b = (widen_float16(np.zeros(shape, np.uint16)) for shape in ((1, columns), (rows, 1)))
-    llm.engine.adapters.read(Adapter({module: Pair(a, b)}))
+    # As from a file: what is read there can't be written to, which makes another program.
+    a, b = (widen_float16(np.frombuffer(bytes(2 * size), np.uint16)) for size in (columns, rows))
+    llm.engine.adapters.read(Adapter({module: Pair(a.reshape(1, columns), b.reshape(rows, 1))}))
 
 
 @click.command()
