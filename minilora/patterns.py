@@ -7,7 +7,6 @@ digits, `.`, `|`, groups, classes in brackets, `*`, `+`, `?` and their lazy form
 """
 
 from collections.abc import Callable, Iterable
-from functools import reduce
 
 LONGEST = 200
 
@@ -50,7 +49,15 @@ class Pattern:
         parts = []
         while self._rest and self._rest[0] not in "|)":
             parts.append(self._repeated())
-        return lambda text, at: reduce(lambda places, part: part(text, places), parts, at)
+
+        def one_after_the_other(text: str, at: set[int]) -> set[int]:
+            for part in parts:
+                if not at:
+                    break
+                at = part(text, at)
+            return at
+
+        return one_after_the_other
 
     def _repeated(self) -> _Match:
         anchor, one = self._rest[0] in "^$", self._atom()
