@@ -27,7 +27,7 @@ def _refuse(message: str) -> None:
 
 
 def _now(form: str) -> str:
-    if not isinstance(form, str) or len(form) > LONGEST_FORMAT:
+    if len(form) > LONGEST_FORMAT:
         _refuse("the format of its date is too long")
     return datetime.now().strftime(form)
 

@@ -40,7 +40,7 @@ class Request:
         self, output: RequestOutput, builders: list[TextBuilder], callback: Callable[["Request"], None] | None
     ):
         self.output, self.builders, self.callback = output, builders, callback
-        # As far as known; none for the first token.
+        # As far as they are known, while output.prompt_logprobs waits for all; none for the first token.
         self.prompt_logprobs: list[LogprobsAt | None] = [None]
 
     @property

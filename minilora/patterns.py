@@ -3,7 +3,8 @@ and hold up everything else meanwhile.
 
 A pattern is turned into a function from the places where a match may begin to those where it may end, as sets: no way is
 tried twice (after Thompson 1968, doi:10.1145/363347.363387). It knows what names of modules are written with: letters,
-digits, `.`, `|`, groups, classes in brackets, `*`, `+`, `?` and their lazy forms, `^`, `$`, `\\d`, `\\w` and escaped signs.
+digits, `.`, `|`, groups, classes in brackets, `*`, `+`, `?` and their lazy forms, `^`, `$`, `\\d`, `\\w`, `\\s`, `\\D`, `\\W`,
+`\\S` and escaped signs.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ LONGEST = 200
 _Match = Callable[[str, set[int]], set[int]]
 _Test = Callable[[str], bool]
 
-_CLASSES: dict[str, _Test] = {"d": str.isdecimal, "w": lambda c: c.isalnum() or c == "_"}
+_CLASSES: dict[str, _Test] = {"d": str.isdecimal, "w": lambda c: c.isalnum() or c == "_", "s": str.isspace}
 
 
 class Pattern:
@@ -100,6 +101,9 @@ class Pattern:
         sign = self._take()
         if sign in _CLASSES:
             return _CLASSES[sign]
+        if sign.lower() in _CLASSES:
+            opposite = _CLASSES[sign.lower()]
+            return lambda c: not opposite(c)
         if not sign or sign.isalnum():
             raise ValueError(f"unknown escape {sign!r}")
         return sign.__eq__

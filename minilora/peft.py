@@ -159,6 +159,7 @@ def _matching(patterns: Mapping[str, tuple[Pattern, Any]], module: str, default:
     """The value of the first pattern that a module's name ends with, as PEFT finds it."""
     starts = [0, *(dot.end() for dot in re.finditer(r"\.", module))]
     for text, (pattern, value) in patterns.items():
+        # Most are plain names, of which there may be one for each module.
         if _is_called(module, text) or pattern.matches(module, starts):
             return value
     return default

@@ -38,7 +38,9 @@ def test_usual_patterns(pattern):
         assert Pattern(pattern.removeprefix("^").removesuffix("$")).matches(name, starts) == ended, name
 
 
-ATOMS = st.sampled_from(["a", "b", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[0-5b]", r"[\.a-]", "^", "$", "1"])
+ATOMS = st.sampled_from(
+    ["a", "b", ".", r"\.", r"\d", r"\w", r"\S", r"[\W\d]", "[ab]", "[^a]", "[0-5b]", r"[\.a-]", "^", "$", "1"]
+)
 
 
 def joined(inner):

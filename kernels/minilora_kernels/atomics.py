@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 from . import cpu
 
 _YIELD = {"win32": "SwitchToThread"}.get(sys.platform, "sched_yield")
-# ARM: `yield` does nothing on cores with one thread; an instruction barrier takes some 10 ns, as the others' pause does.
+# What an instruction barrier of ARM holds for: there is no other choice.
 _WHOLE_SYSTEM = 15
 
 
@@ -71,6 +71,7 @@ def pause(typing_context):
             kind = ir.FunctionType(ir.VoidType(), [])
             builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
         elif triple.startswith(("aarch64", "arm64")):
+            # `yield` does nothing on cores with one thread; this takes some 10 ns, as long as the pause of others.
             kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
             barrier = cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.isb")
             builder.call(barrier, [ir.Constant(ir.IntType(32), _WHOLE_SYSTEM)])
