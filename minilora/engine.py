@@ -21,7 +21,7 @@ from .errors import EngineClosedError, RequestError, UnloadedError, UsageError
 from .interrupts import Interrupts
 from .pace import Pace
 from .params import EngineConfig, SamplingParams, check_order
-from .peft import load_adapter
+from .peft import load_adapter, tiny_adapter
 from .registry import AdapterRegistry, AdapterVersion
 from .runner import PROMPT_LOGITS, Runner
 from .scheduler import Scheduler, Work
@@ -420,6 +420,7 @@ class Engine:
             self.submit([0], SamplingParams(max_tokens=2, logprobs=1, ignore_eos=True, logit_bias=biases))
         while self.busy:
             self.step()
+        self.adapters.read(tiny_adapter(self.model))
         self._recorder = Recorder(self.adapters.names.__contains__)
 
     def reset_prefix_cache(self) -> None:
