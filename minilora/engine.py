@@ -433,8 +433,8 @@ class Engine:
         running, waiting = self.scheduler.running, self.scheduler.waiting
         return Stats(
             running=len(running),
-            waiting=sum(1 + len(sequence.siblings) for sequence in waiting),
-            waiting_for_adapters=sum(any(version.loading for version in s.adapters) for s in waiting),
+            waiting=_count(waiting),
+            waiting_for_adapters=_count(s for s in waiting if any(version.loading for version in s.adapters)),
             threads=self.runner.team.size,
             steps=recorder.steps,
             step_seconds=recorder.step_seconds,
@@ -482,6 +482,11 @@ class Engine:
         self._closed = True
         self.adapters.close()
         self.runner.close()
+
+
+def _count(waiting: Iterable[Sequence]) -> int:
+    """How many wait: siblings wait with the first of them."""
+    return sum(1 + len(sequence.siblings) for sequence in waiting)
 
 
 def _as_int64(number: int) -> int:

@@ -18,8 +18,8 @@ Each says the cause in one line and, where there is one, the remedy in a second.
 """
 
 import difflib
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 
 class MiniloraError(Exception):
@@ -68,9 +68,11 @@ class ResourceError(MiniloraError):
 
 
 class RequestError(MiniloraError):
-    """A request failed while it ran. outputs: of all requests of the call, where there is more than one."""
+    """A request failed while it ran. outputs: of a call of LLM, those of all its requests; else empty."""
 
-    outputs: list
+    def __init__(self, cause: str, remedy: str = "", outputs: Sequence[Any] = ()):
+        super().__init__(cause, remedy)
+        self.outputs = list(outputs)
 
 
 class QueueTimeoutError(MiniloraError):

@@ -212,7 +212,6 @@ def _each_lora(value: Any, count: int) -> list[tuple[LoRARequest, ...]]:
 def _unless_failed(outputs: list[RequestOutput]) -> list[RequestOutput]:
     failed = [output for output in outputs if output.error is not None]
     if failed:
-        error = RequestError(f"{len(failed)} of {len(outputs)} requests failed, the first: {failed[0].error}")
-        error.outputs = outputs
-        raise error from failed[0].error
+        cause = f"{len(failed)} of {len(outputs)} requests failed, the first: {failed[0].error}"
+        raise RequestError(cause, outputs=outputs) from failed[0].error
     return outputs

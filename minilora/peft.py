@@ -18,7 +18,7 @@ from minilora_kernels.pack import BLOCK
 from .adapters import EMBED, HEAD, Adapter, Pair, module_shapes
 from .checkpoint.safetensors import TensorFile
 from .config import ModelConfig, asks_nothing
-from .errors import AdapterError, FormatError, NotFoundError, UnsupportedError
+from .errors import AdapterError, NotFoundError, UnsupportedError
 from .files import read_json
 from .patterns import Pattern
 from .weights import Weights
@@ -83,10 +83,10 @@ class _Settings:
     def __init__(self, data: Mapping[str, Any]):
         self.data = data
         self._check()
-        self.rank = self._integer("r", 8, HIGHEST_RANK)
+        self.rank = self._rank("r", data.get("r", 8))
         self.alpha = self._alpha("lora_alpha", data.get("lora_alpha", 8))
         self.ranks = {
-            key: (pattern, self._integer(f"rank_pattern[{key}]", value, HIGHEST_RANK))
+            key: (pattern, self._rank(f"rank_pattern[{key}]", value))
             for key, pattern, value in self._patterns("rank_pattern")
         }
         self.alphas = {
@@ -120,10 +120,9 @@ class _Settings:
         if unknown:
             raise UnsupportedError(f"{CONFIG} has {', '.join(unknown)}: minilora does not know what this changes")
 
-    def _integer(self, key: str, default: Any, most: int) -> int:
-        value = self.data.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise AdapterError(f"{CONFIG}: {key} must be an integer from 1 to {most}, not {value!r}")
+    def _rank(self, key: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= HIGHEST_RANK:
+            raise AdapterError(f"{CONFIG}: {key} must be an integer from 1 to {HIGHEST_RANK}, not {value!r}")
         return value
 
     def _alpha(self, key: str, value: Any) -> float:
@@ -327,8 +326,10 @@ def _layers(settings: Mapping[str, Any]) -> set[int] | None:
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says of rank, modules and base model. Raises NotFoundError or FormatError."""
-    data = read_json(folder / CONFIG)
-    if not isinstance(data.get("r"), int):
-        raise FormatError(f"{folder / CONFIG} names no rank r")
-    return {key: data.get(key) for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path")}
+    """What adapter_config.json says of rank, alpha, modules and base model.
+
+    Raises what load_adapter raises for that file.
+    """
+    settings = _Settings(read_json(folder / CONFIG))
+    others = {key: settings.data.get(key) for key in ("target_modules", "base_model_name_or_path")}
+    return {"r": settings.rank, "lora_alpha": settings.alpha, **others}

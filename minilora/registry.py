@@ -157,13 +157,13 @@ class AdapterRegistry:
     ) -> AdapterVersion:
         """Let a name stand for this adapter from now on. Of a folder without `loaded` only the settings are read.
 
-        Requests under way keep the version that they have. Raises NotFoundError, FormatError, UsageError or
-        ResourceError, and then nothing has changed.
+        Requests under way keep the version that they have. Raises NotFoundError, FormatError, UnsupportedError,
+        AdapterError, UsageError or ResourceError, and then nothing has changed.
         """
         if not 0 < weight < float("inf"):
             raise UsageError(f"the weight of adapter {name!r} must be above 0, not {weight!r}")
         if isinstance(source, Path):
-            rank = loaded.adapter.rank if loaded else int(adapter_settings(source)["r"])
+            rank = loaded.adapter.rank if loaded else adapter_settings(source)["r"]
         else:
             loaded = loaded or self.read(source)
             rank = loaded.adapter.rank

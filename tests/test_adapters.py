@@ -16,7 +16,7 @@ from minilora.adapter_pool import AdapterPool
 from minilora.adapters import Adapter, Pair, pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
-from minilora.peft import TENSORS, load_adapter, open_tensors
+from minilora.peft import TENSORS, adapter_settings, load_adapter, open_tensors
 from minilora_kernels.pack import FLOAT16, FLOAT32, INT8
 
 from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
@@ -184,6 +184,21 @@ BAD_SETTINGS = [
 def test_bad_settings_are_refused(tmp_path, change, error, word):
     with pytest.raises(error, match=word):
         load_adapter(save_adapter(tmp_path, CONFIG, **change), CONFIG)
+
+
+def test_registering_refuses_what_reading_would(tmp_path):
+    for change in ({"use_dora": True}, {"r": 0}, {"rank_pattern": {"q_proj(": 3}}):
+        with pytest.raises((AdapterError, UnsupportedError), match=next(iter(change))):
+            adapter_settings(save_adapter(tmp_path, CONFIG, **change))
+
+
+def test_rank_and_alpha_have_pefts_defaults(tmp_path):
+    folder = save_adapter(tmp_path, CONFIG, rank=8)
+    data = json.loads((folder / "adapter_config.json").read_text())
+    del data["r"], data["lora_alpha"]
+    (folder / "adapter_config.json").write_text(json.dumps(data))
+    assert load_adapter(folder, CONFIG).rank == adapter_settings(folder)["r"] == 8
+    assert adapter_settings(folder)["lora_alpha"] == 8
 
 
 def test_targets_that_only_other_models_have_pass(tmp_path):

@@ -199,6 +199,23 @@ def test_texts_go_on_while_an_adapter_is_read(weights, tmp_path, monkeypatch):
     engine.close()
 
 
+def test_all_texts_that_wait_for_an_adapter_are_counted(weights, tmp_path, monkeypatch):
+    engine, gate = make_engine(weights, max_num_seqs=4), threading.Event()
+    read = engine.adapters.loader._read
+    monkeypatch.setattr(engine.adapters.loader, "_read", lambda path: gate.wait(30) and read(path))
+    version = engine.add_adapter(save_adapter(tmp_path, weights.config), "slow")
+    engine.submit(PROMPT, SamplingParams(n=4, max_tokens=1), (AdapterUse(version, 1.0),))
+    engine.step()
+    stats = engine.stats()
+    assert stats.waiting == stats.waiting_for_adapters == 4
+    gate.set()
+    while engine.busy:
+        engine.step()
+        engine.wait(30)
+    assert engine.stats().waiting_for_adapters == 0
+    engine.close()
+
+
 def test_an_interrupt_while_an_adapter_is_waited_for(weights, tmp_path, monkeypatch):
     """At any line of `wait` and of what it uses, one after the other: the thread that reads can still say so."""
     engine, gate = make_engine(weights), threading.Event()

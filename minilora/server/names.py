@@ -143,8 +143,7 @@ class Names:
             self._listed = (time.monotonic(), found)
             for name in [name for name, known in self.known.items() if known.signature and name not in found]:
                 await self._forget(name)
-        registered = [name for name, known in self.known.items() if not known.signature or name in found]
-        return [*registered, *(name for name in found if name not in self.known and name not in self._unloaded)]
+        return [*self.known, *(name for name in found if name not in self.known and name not in self._unloaded)]
 
     async def _forget(self, name: str) -> None:
         """Drop what was found in lora_dir and is there no more, unless somebody sees to that name just now."""
@@ -207,11 +206,12 @@ class Names:
         Raises NotFoundError.
         """
         async with self._lock(name):
-            if name not in await self.listed():
+            in_folder = await asyncio.to_thread(self._find, name)
+            if name not in self.known and (not in_folder or name in self._unloaded):
                 raise await self._unknown(name)
             if self.known.pop(name, None):
                 await self._engine.remove_lora(name, force)
-            if await asyncio.to_thread(self._find, name):
+            if in_folder:
                 self._unloaded.add(name)
 
     def _lock(self, name: str) -> asyncio.Lock:

@@ -68,6 +68,7 @@ def test_a_failing_step_ends_its_requests_and_leaves_a_usable_engine(weights, sh
     assert broken.is_set()
     for sequence in (first, second):
         assert isinstance(sequence.error, RequestError) and isinstance(sequence.error.__cause__, MemoryError)
+        assert sequence.error.outputs == []
     driver.run()
     assert driver.trace(third) == needle
     driver.idle()

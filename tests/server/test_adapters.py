@@ -206,6 +206,14 @@ def test_a_folder_that_goes_away(shop, expected):
     assert text(shop, "a0") == expected["a0"]
 
 
+def test_a_new_folder_is_listed_with_its_first_answer(shop, shelf):
+    """The folder is looked at once a second; what a request has found by then is known all the same."""
+    assert "new" not in models(shop)
+    shutil.copytree(shelf / "a1", shop.folder / "new")
+    assert text(shop, "new") and "new" in models(shop)
+    assert unload(shop, "new").status_code == 200 and ask(shop, "new").status_code == 404
+
+
 def test_folders_that_come_and_go_leave_nothing(shop, shelf):
     """Whoever lists the models has those forgotten whose folders are gone, though no request names them again."""
     for i in range(3):
