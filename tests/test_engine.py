@@ -602,6 +602,8 @@ def test_limits_of_version_1(groups):
     assert limits.memory_left() == 5000
     groups(own, {f"{memory}.stat": "inactive_file 1\ntotal_inactive_file 600\ntotal_active_file 70"})
     assert limits.memory_left() == 5670
+    groups(own, {f"{memory}.limit_in_bytes": "9223372036854771712"})
+    assert limits.memory_left() is None, "that is how it says that there is no limit"
 
 
 @pytest.mark.parametrize("path", ["/a/b", "/elsewhere/outside", "/../up"])

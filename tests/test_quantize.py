@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minilora_kernels.pack import dequantize
+from minilora_kernels.pack import FLOAT16, check_largest, dequantize
 from minilora_kernels.quantize import quantize
 
 FORMS = [(4, True), (8, True), (8, False)]
@@ -27,3 +27,14 @@ def test_weights_that_are_too_large_are_refused(bits, minimum, large):
     weight[3, 5] = large
     with pytest.raises(OverflowError, match="float16 ends at 65504"):
         quantize(weight, bits, 32, minimum)
+
+
+def test_one_that_is_no_number_hides_no_large_one():
+    with pytest.raises(OverflowError, match="numbers up to 1e\\+09"):
+        check_largest(np.array([1, np.nan, 1e9], np.float32), FLOAT16)
+
+
+def test_forms_that_do_not_exist_are_refused():
+    for bits, minimum in ((4, False), (5, True)):
+        with pytest.raises(ValueError, match=f"to {bits} bits"):
+            quantize(np.ones((16, 256), np.float32), bits, 32, minimum)

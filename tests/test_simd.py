@@ -343,9 +343,11 @@ def test_four_vectors_are_folded_at_once():
 
 
 def test_the_inverse_of_what_is_not_positive_is_nothing():
-    x, out = np.array([4, 0, -0.0, -3, np.nan, -np.nan, np.inf, 1e30] * 2, np.float32), np.ones(16, np.float32)
+    """So is that of what is so small that it would be infinite."""
+    numbers = [4, 0, -0.0, -3, np.nan, -np.nan, np.inf, 1e30, 2.0**-126, 2.0**-127, 2.0**-129]
+    x, out = np.array([*numbers, *[1] * 5], np.float32), np.ones(16, np.float32)
     program(_inverse)(x, out)
-    assert out[:8].tolist() == [0.25, 0, 0, 0, 0, 0, 0, np.float32(1) / np.float32(1e30)]
+    assert out[:11].tolist() == [0.25, 0, 0, 0, 0, 0, 0, np.float32(1) / np.float32(1e30), 2.0**126, 0, 0]
 
 
 @pytest.mark.parametrize("pair", [(32512, -32512), (-32768, -32768), (3, 32767)])

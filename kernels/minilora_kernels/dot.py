@@ -8,6 +8,7 @@ here too.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 from llvmlite import binding, ir
@@ -31,6 +32,7 @@ def _by_parts(builder, parts, emit, *vectors):
     return done[0]
 
 
+@cache
 def _vnni_takes_parts() -> bool:
     """Whether this LLVM declares vpdpbusd and vpdpwssd with vectors of what they multiply (from 22), or of int32."""
     text = """declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, {0}, {0})

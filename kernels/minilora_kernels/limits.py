@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 
 TREES = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
+# What version 1 gives for "none" is a page less than 2^63.
+NO_LIMIT = 1 << 62
 
 
 def usable_cores() -> int:
@@ -40,7 +42,7 @@ def _memory() -> Iterator[tuple[int, int, int]]:
             ("memory.max", "memory.current", ""),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
-            if numbers := _numbers(group / limit, group / used):
+            if (numbers := _numbers(group / limit, group / used)) and numbers[0] < NO_LIMIT:
                 words = _words(group / "memory.stat")
                 kinds = zip(words[::2], words[1::2], strict=True)
                 wanted = (f"{below}inactive_file", f"{below}active_file")

@@ -123,8 +123,8 @@ def narrow_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def check_largest(x: np.ndarray, fmt: int) -> None:
-    """Raise OverflowError where a floating-point format ends below one of these numbers."""
-    largest = max(float(np.max(x)), -float(np.min(x)))
+    """Raise OverflowError where a floating-point format ends below one of these numbers; NaN is none."""
+    largest = max(float(np.fmax.reduce(x, axis=None)), -float(np.fmin.reduce(x, axis=None)))
     if largest > LARGEST[fmt]:
         raise OverflowError(f"numbers up to {largest:g}, {FORMAT_NAMES[fmt]} ends at {LARGEST[fmt]:g}")
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from .jit import kernel
 from .memory import aligned_zeros
-from .simd import round_i32, splat_f32
+from .simd import inverse, round_i32, splat_f32
 from .simd_memory import load_f32, scatter_f16, scatter_f32, scatter_i8, scatter_u8x4, store_f16, store_f32
-from .wide import inverse_of, largest
+from .wide import largest
 
 KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)
 KV_NAMES = ("float32", "float16", "int8")
@@ -149,11 +149,11 @@ def make_write(kv_format: int):
         if quantized:
             scale = largest(x, at, kv.size) / LARGEST_INT8
             kv.scales[token] = scale
-            inverse = splat_f32(inverse_of(scale))
+            factor = inverse(splat_f32(scale))
         for d in range(0, kv.size, 16):
             v = load_f32(x, at + d)
             if quantized:
-                scatter_u8x4(kv.numbers, first + d * SUBPAGE + 4 * place, 4 * SUBPAGE, round_i32(v * inverse))
+                scatter_u8x4(kv.numbers, first + d * SUBPAGE + 4 * place, 4 * SUBPAGE, round_i32(v * factor))
             else:
                 scatter(kv.numbers, first + d * SUBPAGE + place, SUBPAGE, v)
 
@@ -164,11 +164,11 @@ def make_write(kv_format: int):
         if quantized:
             scale = largest(x, at, kv.size) / LARGEST_INT8
             kv.scales[token] = scale
-            inverse, first = splat_f32(inverse_of(scale)), token // 4 * 4 * kv.size + token % 4
+            factor, first = inverse(splat_f32(scale)), token // 4 * 4 * kv.size + token % 4
         for d in range(0, kv.size, 16):
             v = load_f32(x, at + d)
             if quantized:
-                scatter_i8(kv.numbers, first + 4 * d, 4, round_i32(v * inverse))
+                scatter_i8(kv.numbers, first + 4 * d, 4, round_i32(v * factor))
             else:
                 store(kv.numbers, token * kv.size + d, v)
 

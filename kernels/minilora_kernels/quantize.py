@@ -23,8 +23,11 @@ def quantize(weight: np.ndarray, bits: int, group: int, minimum: bool) -> Quanti
     """Group-quantised form of float32 weights [N, K]; K is a multiple of group (32, 64 or 128).
 
     8 bits: scale = max |w| / 127, or (max - min) / 255 with minimum; 4 bits, with minimum only: see fit_ranges.
-    Scales and minima are rounded to float16 before the weights are. Raises OverflowError where a weight is too large for it.
+    Scales and minima are rounded to float16 before the weights are. Raises OverflowError where a weight is too large for it,
+    ValueError for 4 bits without minimum.
     """
+    if bits not in (4, 8) or (bits == 4 and not minimum):
+        raise ValueError(f"weights are not quantised to {bits} bits {'with' if minimum else 'without'} minimum")
     grouped = np.ascontiguousarray(weight, np.float32).reshape(len(weight), -1, group)
     check_largest(grouped, FLOAT16)
     if not minimum:

@@ -85,7 +85,7 @@ def rank(x, at, n, token):
 def top(x, at, n, count, ids, values, to):
     """The `count` largest x[i], i < n, falling, the first of equals first: ids and values from `to` on.
 
-    x: float32, n a multiple of 16; ids: int64; values: float32.
+    x: float32, n a multiple of 16, none of them NaN; ids: int64; values: float32; count: 1 or more.
     """
     held = 0
     for first in range(0, n, 16):

@@ -12,6 +12,7 @@ How they come from memory and go there: `simd_memory`. What goes on among their 
 
 import operator
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -239,12 +240,12 @@ round_i32 = primitive(i32x16, [f32x16], lambda b, v: call(b, "llvm.lrint.v16i32.
 
 
 def _inverse(builder, v):
-    zero = constant(_F32, 0.0)
-    return builder.select(builder.fcmp_ordered(">", v, zero), builder.fdiv(constant(_F32, 1.0), v), zero)
+    normal = builder.fcmp_ordered(">=", v, constant(_F32, float(np.finfo(np.float32).tiny)))
+    return builder.select(normal, builder.fdiv(constant(_F32, 1.0), v), constant(_F32, 0.0))
 
 
 inverse = primitive(f32x16, [f32x16], _inverse)
-"""1 / v where v > 0, else 0."""
+"""1 / v where v is a normal number above 0, else 0: that of smaller ones may not be finite."""
 
 
 def _operator(op, **emitters):

@@ -14,6 +14,7 @@ import numpy as np
 from numba import typeof
 
 from .jit import program
+from .memory import aligned_zeros
 from .sync import ABORT, KIND, LAST, LINE, LINGERS, LOST, RUN, THREADS, begin, end, take_job
 
 # Seconds between looks whether a thread is out of a run that failed.
@@ -121,7 +122,7 @@ class Team:
         self._process = os.getpid()
         self.size = self.active = size
         self._last_run, self._dismissed = _NOTHING, False
-        self._sync = np.zeros(THREADS + LINE * size, np.int64)
+        self._sync = aligned_zeros(THREADS + LINE * size, np.int64)
         self._lock = threading.Lock()
         self._compiled: set[Any] = set()
         self._workers = [_Worker(self, number) for number in range(1, size)]

@@ -14,14 +14,24 @@ import numpy as np
 from .asking import ask_beside
 from .dot import PAIRS
 from .jit import kernel
-from .simd import i32x16, join_digits, magnitude, number_of, primitive, round_i32, splat_f32, splat_i32, vmax_i32
+from .simd import (
+    i32x16,
+    inverse,
+    join_digits,
+    magnitude,
+    number_of,
+    primitive,
+    round_i32,
+    splat_f32,
+    splat_i32,
+    vmax_i32,
+)
 from .simd_lanes import hmax_i32, hsum_i32
 from .simd_memory import load_f32, store_even_i16, store_high_digits, store_low_digits, store_odd_i16, store_sums
 
 # The largest integer whose high digit is 127.
 LARGEST = np.float32(127 * 128)
-ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.int32(0)
-INFINITY, TINY = np.float32(np.inf), np.finfo(np.float32).tiny
+NOTHING = np.int32(0)
 # Where the second words of 16 numbers lie, and what store_sixteen puts behind them.
 SECOND, SCALE, MINUS = 4, 8, 9
 # Of the sums of first and second words' products, which one the second ones' is.
@@ -43,12 +53,6 @@ def largest(x, at, n):
 
 
 @kernel
-def inverse_of(scale):
-    """1 / scale; 0 where that is not finite, and where scale is not: that alone then marks what it scales."""
-    return ONE / scale if TINY <= scale < INFINITY else ZERO
-
-
-@kernel
 def _store_words(x, at, v):
     _store_first(x, at, v)
     _store_second(x, at + SECOND, v)
@@ -65,9 +69,9 @@ def make_to_wide(minus: bool):
         ask: what is asked for meanwhile.
         """
         scale = most / LARGEST
-        inverse, total = splat_f32(inverse_of(scale)), splat_i32(NOTHING)
+        factor, total = inverse(splat_f32(scale)), splat_i32(NOTHING)
         for i in range(first, end, 16):
-            v = round_i32(load_f32(scratch, at + i) * inverse)
+            v = round_i32(load_f32(scratch, at + i) * factor)
             _store_words(scratch, at + i // 2, v)
             ask_beside(ask, i - first)
             if minus:
@@ -85,7 +89,7 @@ def store_sixteen(x, at, numbers):
     integers. Where one of them is not finite the scale is not either.
     """
     scale = number_of(hmax_i32(magnitude(numbers))) / LARGEST
-    v = round_i32(numbers * splat_f32(inverse_of(scale)))
+    v = round_i32(numbers * inverse(splat_f32(scale)))
     _store_words(x, at, v)
     x[at + SCALE] = scale
     store_sums(x, at + MINUS, splat_i32(NOTHING) - v)

@@ -25,7 +25,9 @@ def to_wide(numbers):
     """Numbers [rows, 16 n] as wide.store_sixteen leaves them, float32 of the same shape."""
     panels = np.asarray(numbers, np.float32).reshape(-1, PANEL)
     scale = np.abs(panels).max(axis=1) / np.float32(127 * 128)
-    v = np.rint(np.divide(panels, scale[:, None], out=np.zeros_like(panels), where=scale[:, None] > 0)).astype(np.int32)
+    v = np.rint(
+        np.divide(panels, scale[:, None], out=np.zeros_like(panels), where=scale[:, None] >= np.finfo(np.float32).tiny)
+    ).astype(np.int32)
     out = np.zeros_like(panels)
     out[:, :8] = wide_words(v)
     out[:, 8] = scale

@@ -31,7 +31,7 @@ def _quantize(x, at, n, group, rows, row, column):
     finite = np.isfinite(v).all(axis=1, keepdims=True)
     v = np.where(finite, v, np.float32(0))
     scale = np.where(finite, np.abs(v).max(axis=1, keepdims=True) / np.float32(127), np.float32(np.nan))
-    steps = v * np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    steps = v * np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
     q = np.rint(steps).astype(np.int32)
     to, scale_to = row * rows.stride + column, row * (rows.stride // 32) + column // group
     groups = slice(scale_to, scale_to + len(v))
