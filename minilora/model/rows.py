@@ -54,41 +54,53 @@ def norm_row(c, norm_at, group, x_row, row):
 
 
 @kernel
+def _quantize_attended_row(c, columns, group, attended, row):
+    """Row `row` of buffers.a from what attention left in row `attended`."""
+    a = c.buffers.a
+    quantize_if_read(c, a.values, attended * a.stride, columns, group, a, row, 0)
+
+
+def _for_all_rows(prepare):
+    """A kernel that has prepare(c, what, group, x_row, row) done for all rows, of `size` bytes each.
+
+    It returns the row of buffers.a where this thread finds the first.
+    """
+
+    @kernel
+    def for_all_rows(c, what, group, size):
+        count = len(c.rows.tokens)
+        if count <= FEW:
+            first = c.buffers.shared + c.thread * FEW
+            for r in range(count):
+                prepare(c, what, group, r, first + r)
+            return first
+        work = work_of(c, 1, count, 1, count * size, 1)
+        r, end = first_piece(c, work)
+        while r < end:
+            prepare(c, what, group, r, r)
+            r, end = next_piece(c, work, r + 1, end)
+        barrier(c.sync, c.threads)
+        return 0
+
+    return for_all_rows
+
+
+_norm_all, _quantize_all = _for_all_rows(norm_row), _for_all_rows(_quantize_attended_row)
+
+
+@kernel
 def norm_rows(c, norm_at, group):
     """All rows of the stream, normalised and quantised; returns the row of buffers.a where this thread finds the first."""
-    count = len(c.rows.tokens)
-    if count <= FEW:
-        first = c.buffers.shared + c.thread * FEW
-        for r in range(count):
-            norm_row(c, norm_at, group, r, first + r)
-        return first
-    work = work_of(c, 1, count, 1, count * c.shape.width * 4, 1)
-    r, end = first_piece(c, work)
-    while r < end:
-        norm_row(c, norm_at, group, r, r)
-        r, end = next_piece(c, work, r + 1, end)
-    barrier(c.sync, c.threads)
-    return 0
+    return _norm_all(c, norm_at, group, 4 * c.shape.width)
 
 
 @kernel
 def quantize_attended(c, group):
     """Quantise what attention left in the rows of buffers.a; returns as norm_rows does."""
-    count, a, columns = len(c.rows.tokens), c.buffers.a, c.shape.heads * c.shape.head_dim
     if group == 0 and not has_int8_adapters(c):
         return 0
-    if count <= FEW:
-        first = c.buffers.shared + c.thread * FEW
-        for r in range(count):
-            quantize_if_read(c, a.values, r * a.stride, columns, group, a, first + r, 0)
-        return first
-    work = work_of(c, 1, count, 1, count * columns * 4, 1)
-    r, end = first_piece(c, work)
-    while r < end:
-        quantize_if_read(c, a.values, r * a.stride, columns, group, a, r, 0)
-        r, end = next_piece(c, work, r + 1, end)
-    barrier(c.sync, c.threads)
-    return 0
+    columns = c.shape.heads * c.shape.head_dim
+    return _quantize_all(c, columns, group, 4 * columns)
 
 
 @kernel
