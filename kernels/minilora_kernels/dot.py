@@ -1,10 +1,10 @@
-"""Dot products of integers, with one lowering for each CPU family. Through that of bytes all integer weights go:
+"""Dot products of integers, with one lowering per CPU family. All integer weights go through that of bytes:
 
     dot4(acc, u, s)[i] = acc[i] + sum over j < 4 of u[4 i + j] * s[4 i + j]
 
-u is unsigned, s signed; sums are int32 and exact. int8 weights are kept as u = 128 + weight; `dot4_bytes` multiplies
-them as the CPU likes best, and nibbles have sums of their own. What multiplies bytes with wide integers, see `wide`, is
-here too.
+u is unsigned, s signed; sums are int32, and exact where they fit. int8 weights are stored as u = 128 + weight;
+`dot4_bytes` multiplies them in the way that suits the CPU, and nibbles have sums of their own. Products of bytes with
+wide integers, see `wide`, are here too.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def _split(builder, v, parts):
 
 
 def _by_parts(builder, parts, emit, *vectors):
-    """emit on each of 2 or 4 equal parts, joined again."""
+    """emit on each of 1, 2 or 4 equal parts, the results joined."""
     done = [emit(builder, *args) for args in zip(*(_split(builder, v, parts) for v in vectors), strict=True)]
     while len(done) > 1:
         done = [join(builder, done[i], done[i + 1]) for i in range(0, len(done), 2)]
@@ -34,7 +34,7 @@ def _by_parts(builder, parts, emit, *vectors):
 
 @cache
 def _vnni_takes_parts() -> bool:
-    """Whether this LLVM declares vpdpbusd and vpdpwssd with vectors of what they multiply (from 22), or of int32."""
+    """Whether this LLVM declares vpdpbusd and vpdpwssd with vectors of bytes and int16, as from 22 on, or of int32."""
     text = """declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, {0}, {0})
     define <16 x i32> @f(<16 x i32> %a, {0} %b) {{
       %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %a, {0} %b, {0} %b)
@@ -56,17 +56,17 @@ def _vnni(name):
 
 
 def _pairs(builder, u, s):
-    """AVX2, u <= 127: pairs of products, which fit 16 bits: 2 * 127 * 128 < 2^15."""
+    """AVX2, u <= 127: sums of two products, which fit 16 bits: 2 * 127 * 128 < 2^15."""
     return call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(ir.IntType(16), 16), u, s)
 
 
 def _pmaddwd(builder, acc, a, b):
-    """AVX2: products of 16-bit integers, pairs of them into 32 bits."""
+    """AVX2: acc + sums of two products of 16-bit integers, in 32 bits."""
     return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, a, b))
 
 
 def _add_pairs(builder, acc, pairs):
-    """AVX2: pairs of 16-bit integers into 32 bits."""
+    """AVX2: acc + sums of two 16-bit integers, in 32 bits."""
     return _pmaddwd(builder, acc, pairs, constant(pairs.type, 1))
 
 
@@ -75,7 +75,7 @@ def _maddubs(builder, acc, u, s):
 
 
 def _sdot(builder, acc, u, s):
-    """NEON, u <= 127: such bytes are the same signed and unsigned."""
+    """NEON, u <= 127: such bytes are the same signed or unsigned."""
     return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, u, s)
 
 
@@ -118,9 +118,10 @@ def _widened_shorts(builder, acc, a, b):
 
 
 class _Family(NamedTuple):
-    """How a CPU family multiplies `parts` parts of a vector.
+    """How a CPU family multiplies vectors, in `parts` equal parts.
 
-    small: for u <= 127 and any s; bytes: for any u and s >= -127; shorts: of 16 bits; signed: `bytes` multiplies u - 128.
+    small: for u <= 127 and any s; bytes: for any u and s >= -127; shorts: 16-bit integers; signed: whether `bytes`
+    multiplies u - 128.
     """
 
     parts: int
@@ -163,12 +164,13 @@ def _start_unsigned(builder, minus_sum):
 
 
 dot4_bytes = _dot(lambda family: family.bytes)
-"""acc[i] + sum over j < 4 of u[4i + j] * s[4i + j], or of (u - 128) * s where the CPU family multiplies signed bytes: any u,
-s >= -127. Once all of s went through it, the sum is that of (u - 128) * s if acc began with `start_bytes`, and that of u * s
-if it began with `start_unsigned`. Exact."""
+"""acc[i] + sum over j < 4 of u[4i + j] * s[4i + j], or of (u - 128) * s on CPU families that multiply signed bytes: any
+u, s >= -127. Once all of s went through it, the total is that of (u - 128) * s if acc began as `start_bytes`, and that
+of u * s if it began as `start_unsigned`. Exact, where the sum fits."""
 start_bytes = primitive(i32x16, [i32x16], _start_bytes)
+"""The acc that dot4_bytes begins with for (u - 128) * s, from minus the sum of all s."""
 start_unsigned = primitive(i32x16, [i32x16], _start_unsigned)
-"""Where dot4_bytes begins, from minus the sum of all s."""
+"""Likewise for u * s."""
 
 
 # ---------------------------------------------------------------- pairs of 16 bits
@@ -188,7 +190,10 @@ _PAIR = ir.VectorType(ir.IntType(16), 16)
 
 
 def _wide(half, digits):
-    """acc + the products of bytes with one part of wide integers; half: for pairs, a byte's half of each 16 bits, widened."""
+    """acc + the products of bytes with the first or the second words of wide integers.
+
+    half: for pairs, widens one byte of each 16 bits; digits: multiplies digits.
+    """
 
     def pairs(builder, acc, both, part):
         both, part = (builder.bitcast(v, _PAIR) for v in (both, part))
@@ -221,8 +226,9 @@ def _even_signed(builder, v):
 wide_first_unsigned = _wide(lambda b, v: b.and_(v, constant(v.type, 255)), _digits_unsigned)
 wide_second_unsigned = _wide(lambda b, v: b.lshr(v, constant(v.type, 8)), _digits_unsigned)
 start_wide = primitive(i32x16, [i32x16], _start_wide)
-"""acc[i] + sum over j < 4 of (u[4i + j] - 128) * v[j] for four wide integers v: one product with their first word, 16 times,
-one with their second; and `start_wide` of minus the sum of all v, once. Exact."""
+"""acc[i] + sum over j < 4 of (u[4i + j] - 128) * v[j] for four wide integers v: a product with their first word,
+16 times, one with their second, and `start_wide` of minus the sum of all v, once. Exact for up to 1040 products, see
+`wide`."""
 wide_first_signed = _wide(_even_signed, _digits_signed)
 wide_second_signed = _wide(lambda b, v: b.ashr(v, constant(v.type, 8)), _digits_signed)
 """Likewise for signed bytes and v >= 0, without a start."""
@@ -230,11 +236,11 @@ wide_second_signed = _wide(lambda b, v: b.ashr(v, constant(v.type, 8)), _digits_
 
 # ---------------------------------------------------------------- sums of nibbles
 
-# AVX2's dot product of bytes ends in 16 bits. Nibbles may add up there: 16 products are at most 16 * 15 * 128 < 2^15.
+# AVX2 sums products of bytes in 16 bits first. Nibbles may stay there: 16 products are at most 16 * 15 * 128 < 2^15.
 _SHORT = cpu.family() == cpu.AVX2
 
 short_sums: Vector = i16x32 if _SHORT else i32x16
-"""What products of nibbles first add up in."""
+"""The vectors in which products of nibbles are first summed."""
 SHORT_COLUMNS = 32 if _SHORT else 0
 """For how many columns that is exact; 0: for any number."""
 
@@ -248,8 +254,8 @@ def _end_short(builder, acc, short):
 
 
 begin_short = primitive(short_sums, [i32x16], lambda b, acc: constant(short_sums.llvm, 0) if _SHORT else acc)
-"""Sums of the next columns, which come after those in acc."""
+"""What the sums of the next columns begin with; acc holds those of the columns before."""
 dot4_short = _dot(lambda family: _short if _SHORT else family.small, short_sums)
 """dot4 on such sums, for u <= 15."""
 end_short = primitive(i32x16, [i32x16, short_sums], _end_short)
-"""acc, and what has been added up since begin_short(acc)."""
+"""acc plus what was added since begin_short(acc)."""

@@ -1,12 +1,13 @@
-"""Wide integers: numbers as 14 bits and a sign, v = round(x / scale), to be multiplied with bytes.
+"""Wide integers: numbers as 14 bits and a sign, v = round(x / scale), to be multiplied by bytes.
 
-Sums of products are exact, and what rounding adds is small beside what int8 keys, values or weights cost. Four numbers
-become two words, and each word is multiplied with the same four bytes:
+Sums are exact for up to 1040 products: 127 * 16256 * 1040 < 2^31. Heads have at most 1024 numbers, splits 256
+positions, groups of ranks 16. The rounding error is small beside that of int8 keys, values or weights. Four numbers
+become two words, each of which is multiplied by the same four bytes:
 
     digits    v = 128 * high + low: four high digits, then four low ones; each word's products have a sum of their own
     pairs     numbers 0 and 2 as 16 bits each, then numbers 1 and 3; one sum for all. Where dot.PAIRS is true
 
-Of sixteen numbers the four first words lie before the four second ones. Behind all numbers that share it lies the scale.
+Among sixteen numbers the four first words precede the four second ones. The scale follows all numbers that share it.
 """
 
 import numpy as np
@@ -29,12 +30,12 @@ from .simd import (
 from .simd_lanes import hmax_i32, hsum_i32
 from .simd_memory import load_f32, store_even_i16, store_high_digits, store_low_digits, store_odd_i16, store_sums
 
-# The largest integer whose high digit is 127.
+# Keeps the high digit v >> 7 within -127 .. 127: dot4_bytes takes no -128.
 LARGEST = np.float32(127 * 128)
 NOTHING = np.int32(0)
-# Where the second words of 16 numbers lie, and what store_sixteen puts behind them.
+# Offsets among 16 stored numbers: the second words, then the scale and the four negated sums that store_sixteen adds.
 SECOND, SCALE, MINUS = 4, 8, 9
-# Of the sums of first and second words' products, which one the second ones' is.
+# Which sum the second words' products go to: the same one for pairs, their own for digits.
 SECOND_SUM = 0 if PAIRS else 1
 
 _store_first, _store_second = (store_even_i16, store_odd_i16) if PAIRS else (store_high_digits, store_low_digits)
@@ -45,7 +46,7 @@ join_sums = primitive(i32x16, [i32x16] * 2, lambda b, first, second: first) if P
 
 @kernel
 def largest(x, at, n):
-    """max |x[i]|, i < n, a multiple of 16; NaN where one of them is NaN."""
+    """max |x[at + i]| over i < n, a multiple of 16; NaN if one of them is NaN."""
     bits = splat_i32(np.int32(0))
     for i in range(0, n, 16):
         bits = vmax_i32(magnitude(load_f32(x, at + i)), bits)
@@ -59,14 +60,15 @@ def _store_words(x, at, v):
 
 
 def make_to_wide(minus: bool):
-    """A kernel that turns numbers into wide integers, with minus their sum behind them or not."""
+    """A kernel that turns numbers into wide integers; minus: it stores minus their sum, too."""
 
     @kernel
     def to_wide(scratch, at, first, end, behind, most, ask):
-        """Numbers first .. end (multiples of 16) of the row at `at` as words, in place; scale and sum from `behind` on.
+        """Numbers first .. end (multiples of 16) of the row at `at` become words, in place.
 
-        most: the largest |x|, see `largest`. Where one of them is not finite the scale is not either: integers would hide it.
-        ask: what is asked for meanwhile.
+        The scale goes to at + behind, minus the sum of the integers, if `minus`, after it. most: the largest |x|, see
+        `largest`; where it is not finite neither is the scale, as integers would hide that. ask: what is prefetched
+        meanwhile.
         """
         scale = most / LARGEST
         factor, total = inverse(splat_f32(scale)), splat_i32(NOTHING)
@@ -85,8 +87,9 @@ def make_to_wide(minus: bool):
 
 @kernel
 def store_sixteen(x, at, numbers):
-    """16 numbers as words at x[at]: 4 first ones, 4 second ones, the scale, and for each four numbers minus the sum of their
-    integers. Where one of them is not finite the scale is not either.
+    """16 numbers as words at x[at]: 4 first ones, 4 second ones, the scale, and minus the sum of each four integers.
+
+    If a number is not finite, neither is the scale.
     """
     scale = number_of(hmax_i32(magnitude(numbers))) / LARGEST
     v = round_i32(numbers * inverse(splat_f32(scale)))
