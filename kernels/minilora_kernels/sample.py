@@ -1,7 +1,8 @@
 """Choosing the next token from a row of logits.
 
-A row has `n` logits in float32, padded to a multiple of 16 with -inf. All sums run in index order, so a row's
-choice depends on its own logits, parameters and random number only.
+A row has `n` logits in float32, padded to a multiple of 16 with -inf. All sums run in a fixed order, so a row's choice
+depends on its own logits, parameters and random number only. top_p: nucleus sampling, Holtzman et al. 2019,
+arXiv:1904.09751; min_p: Nguyen et al. 2024, arXiv:2407.01082.
 """
 
 import numpy as np
@@ -16,9 +17,9 @@ from .simd_memory import load_f32, store_f32
 from .unit import unit
 
 CHUNK = 1024
-# Weights are in [0, 1], and such numbers are in the order of their bits.
+# Weights are in [0, 1]; such numbers are in the order of their bits.
 BITS_OF_ONE = np.int32(0x3F800000)
-# Tokens that are worth another look at all of them.
+# From more tokens than this on, a pass over all of them pays.
 MANY = 2048
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -27,7 +28,7 @@ LOWEST = np.float32(-np.inf)
 
 @kernel
 def _largest(x, at, n):
-    """The largest of n numbers, NaN if one is."""
+    """The largest of n numbers; NaN if one of them is NaN."""
     found, sizes = splat_f32(LOWEST), splat_i32(np.int32(0))
     for i in range(0, n, 16):
         v = load_f32(x, at + i)
@@ -38,7 +39,7 @@ def _largest(x, at, n):
 
 @kernel
 def _before(x, y):
-    """Whether x comes before y in a choice of the best: if it is larger, or the first NaN."""
+    """Whether x beats y in a choice of the best: it is larger, or NaN where y is not."""
     return not np.isnan(y) and not x <= y
 
 
@@ -61,7 +62,10 @@ def argmax(x, at, n):
 
 @kernel
 def log_sum_exp(x, at, n):
-    """log(sum over i < n of exp(x[i])). x: float32, n a multiple of 16."""
+    """log(sum over i < n of exp(x[i])); NaN where one is NaN or infinity, or all are -infinity.
+
+    x: float32, n a multiple of 16.
+    """
     largest = _largest(x, at, n)
     shift, total = splat_f32(largest), np.float64(0)
     for first in range(0, n, CHUNK):
@@ -83,7 +87,7 @@ def rank(x, at, n, token):
 
 @kernel
 def top(x, at, n, count, ids, values, to):
-    """The `count` largest x[i], i < n, falling, the first of equals first: ids and values from `to` on.
+    """The `count` largest x[i], i < n, in falling order, the first of equals first: ids and values from `to` on.
 
     x: float32, n a multiple of 16, none of them NaN; ids: int64; values: float32; count: 1 or more.
     """
@@ -105,7 +109,10 @@ def top(x, at, n, count, ids, values, to):
 
 @kernel
 def uniform(seed, position):
-    """A number in [0, 1) that depends on (seed, position) alone: two rounds of SplitMix64 (Steele et al. 2014)."""
+    """A number in [0, 1) that depends on (seed, position) alone: two rounds of SplitMix64.
+
+    Steele et al. 2014, doi:10.1145/2660193.2660195.
+    """
     state = np.uint64(seed)
     for word in (np.uint64(0), np.uint64(position)):
         state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
@@ -190,10 +197,10 @@ def _gather(weights, to, n, floor, ids):
 
 @kernel
 def _cut(weights, to, size, most, mass_limit):
-    """Where the smallest set of best tokens ends that has `most` tokens or `mass_limit` of mass.
+    """Where the smallest set of best tokens that has `most` tokens or `mass_limit` of mass ends.
 
-    Returns (threshold, ties, mass): the set is all weights above the threshold, and the first `ties` of those at it;
-    all of them where they are too few. The threshold is found by halving the range of its bits.
+    Returns (threshold, ties, mass): the set is all weights above the threshold and the first `ties` of those equal to
+    it; all weights if they are too few. The threshold is found by bisection of its bits.
     """
     many, mass = _above(weights, to, size, ZERO)
     if many < most and mass < mass_limit:
@@ -215,9 +222,9 @@ def _cut(weights, to, size, most, mass_limit):
 
 @kernel
 def _choose_above(weights, to, ids, size, threshold, ties, target):
-    """The first token of those that `_cut` left at which their running sum exceeds `target`, else the last of them."""
+    """The first of the tokens left by `_cut` at which their running sum exceeds `target`, else the last of them."""
     last = ids[to]
-    # Vectors without a weight at the threshold or above it are passed by.
+    # Vectors without a weight at the threshold or above it are skipped.
     limit = splat_f32(np.nextafter(threshold, ZERO) if ties > 0 else threshold)
     for first in range(to, to + size, 16):
         if count_above(load_f32(weights, first), limit) > 0:
@@ -234,7 +241,7 @@ def _choose_above(weights, to, ids, size, threshold, ties, target):
 
 @kernel
 def _raised(weights, to, n, floor, limit):
-    """A higher floor that still has `limit` weights above it, but hardly more than MANY if there is such a one."""
+    """A higher floor that still has `limit` weights above it, and if there is such a one hardly more than MANY."""
     ceiling, count, fewer = ONE, MANY + 1, 0
     while count > MANY and fewer <= MANY:
         middle = np.float32(0.5) * (floor + ceiling)
@@ -250,10 +257,10 @@ def _raised(weights, to, n, floor, limit):
 
 @kernel
 def _floor_of(weights, to, n, total, limit, top_p, min_p):
-    """A number so that the weights above it include all that the cuts can leave, and not many more."""
+    """A number such that the weights above it include all that the cuts can leave, and not many more."""
     if min_p > ZERO:
         return np.nextafter(min_p, ZERO)
-    # Few tokens carry nearly all the mass: look at those first, at all of them only where they don't do.
+    # Few tokens carry nearly all the mass: those are tried first, more only where they do not suffice.
     tokens, share = (limit, np.float64(np.inf)) if limit < n else (n + 1, total * top_p)
     floor = np.float32(1e-2)
     count, mass = _above(weights, to, n, floor)
@@ -281,13 +288,13 @@ _SAMPLE = signature(
 
 @kernel
 def sample(x, at, n, temperature, top_k, top_p, min_p, draw, weights, ids, to):
-    """A token drawn from softmax(x / temperature) after three cuts, each on what the one before left.
+    """A token drawn from softmax(x / temperature) after three cuts, each of what the one before left.
 
     min_p: at least min_p times the best token's probability; top_k: the top_k best, 0 for all; top_p: the
-    smallest set of best tokens with that much of the mass. x: float32, n a multiple of 16; temperature > 0;
-    draw: in [0, 1), see `uniform`: the running sum over what is left, by rising index, passes it at the token.
-    Where a logit is NaN or infinity, or all are -infinity, the first such token: there is nothing to choose by.
-    weights: float32 and ids: int64, n numbers each from `to` on, are overwritten.
+    smallest set of best tokens with that much of the mass. x: float32, n a multiple of 16; temperature: at least
+    float32's smallest normal number; draw: in [0, 1), see `uniform`: the token is the first, by rising index, at which
+    the running share of what is left exceeds it. Where a logit is NaN or infinity, or all are -infinity, the first such
+    token: there is nothing to choose by. weights: float32 and ids: int64, n numbers each from `to` on, are overwritten.
     """
     total = _weigh(x, at, n, temperature, weights, to)
     if not total < np.inf:
