@@ -1,4 +1,7 @@
-"""Memory that is asked for beside work on something else, a little at a time: a core drops what it is asked for at once."""
+"""Prefetching one thing while computing another, a few lines at a time.
+
+A core silently drops prefetches that come in a burst.
+"""
 
 from typing import NamedTuple
 
@@ -10,7 +13,7 @@ from .simd_memory import prefetch_beside
 
 
 class Ask(NamedTuple):
-    """What to ask for: bytes[at] and what follows, `each` bytes beside work on each 16 numbers."""
+    """What to prefetch: from bytes[at] on, `each` bytes for every 16 elements of the work."""
 
     bytes: np.ndarray
     at: int
@@ -19,13 +22,13 @@ class Ask(NamedTuple):
 
 @kernel
 def nothing(array):
-    """Nothing of this array."""
+    """To prefetch nothing of this array."""
     return Ask(array, 0, 0)
 
 
 @kernel
 def ask_beside(ask, i):
-    """While numbers i .. i + 16 of the work are at hand."""
+    """Prefetch the share that goes with elements i .. i + 16 of the work."""
     at = ask.at + i // 16 * ask.each
     for n in range(0, ask.each, CACHE_LINE):
         prefetch_beside(ask.bytes, at + n)

@@ -1,14 +1,14 @@
-"""Attention over paged keys and values: attend from some rows of one kv head. See `pages` for how these lie in memory.
+"""Attention over paged keys and values, for some rows of one kv head. For how these lie in memory see `pages`.
 
 The positions of a sequence are cut into *splits*. Inside a split: scores, softmax, weighted sum of
 values. Splits are merged in order by their maxima and sums (Milakov and Gimelshein 2018, arXiv:1805.02867;
 Dao et al. 2022, arXiv:2205.14135). The cut depends on the position alone, so the bits of a row depend neither
 on how its prompt was chunked nor on the rows or threads beside it.
 
-Memory is asked for evenly: the values of a split beside its scores, and beside its sums the keys that this thread
-needs next, of the same text or of the one that follows. Where scores take long to become weights, as with int8 pages, some
-of both are asked for meanwhile. A core drops prefetches that come too fast, or while it has as many under way as it can,
-without a word. So all but the first keys of a split are asked for again shortly before they are scored.
+Prefetches are spread evenly: the values of a split while its scores are computed, and while its values are summed the
+keys that this thread needs next, of the same text or of the one that follows. Where scores take long to become weights,
+as with int8 pages, some of both are prefetched then. A core silently drops prefetches that come too fast or while its
+miss buffers are full, so all but the first keys of a split are prefetched again shortly before they are scored.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ def scratch_size(rows: int, size: int) -> int:
 
 
 def part_scratch_size(heads: int, group: int, size: int) -> int:
-    """float32 numbers that `attend_part` needs for so many kv heads: all their queries, and what `attend` needs for one."""
+    """float32 numbers that `attend_part` needs for so many kv heads: their queries, and `attend`'s scratch for one."""
     return padded(heads * group) * size + scratch_size(group, size)
 
 
@@ -62,13 +62,13 @@ def _signatures(kv_format: int, head_unit: int = 16):
 def make_attention(kv_format: int, head_unit: int = 16):
     """(attend, attend_part) for a pool of this format; merge_parts serves all.
 
-    head_unit: what the heads' size is a multiple of, 16 or 64; with 64 there is less to compile.
+    head_unit: 16 or 64, of which the head size is a multiple; with 64 there is less to compile.
     """
     attend_split, quantized = make_split(kv_format, head_unit), kv_format == KV_INT8
 
     @kernel
     def load_queries(kv, query, q, q_at, q_stride, scratch, to):
-        """Rows of queries over sqrt(size), as score tiles read them."""
+        """Rows of queries, divided by sqrt(size), as score tiles read them."""
         rows, factor = query.tokens * query.group, splat_f32(ONE / np.sqrt(np.float32(kv.size)))
         for r in range(rows):
             at = q_at + r // query.group * q_stride + r % query.group * kv.size
@@ -82,8 +82,8 @@ def make_attention(kv_format: int, head_unit: int = 16):
         """out = softmax(q . keys / sqrt(size)) . values, over the positions up to each token's own.
 
         query: Query; pages: int64 page numbers; q, out: float32, token t at t * stride, its heads side by side;
-        scratch: float32, scratch_size(tokens * group, size) numbers from scratch_at. following: the Query that this thread
-        serves next, one of 0 tokens where there is none.
+        scratch: float32, scratch_size(tokens * group, size) numbers from scratch_at; following: the Query that this
+        thread serves next, one of 0 tokens if there is none.
         """
         rows = query.tokens * query.group
         room = room_at(kv, rows, scratch, scratch_at + padded_rows(rows) * kv.size)
@@ -117,21 +117,21 @@ def make_attention(kv_format: int, head_unit: int = 16):
     def attend_part(kv, query, pages, heads, low, high, q, q_at, parts, parts_at, scratch, scratch_at):
         """A part of `attend` for all kv heads of one token, not merged.
 
-        Items low .. high: heads of splits that the token sees any of, split by split, so that neighbours in memory are
-        neighbours in time. Each item gives `group` rows of size + 2 numbers: sums, maximum and total weight. Those of the
-        first head's first split lie at parts_at, of its next split behind them, of the next head behind all splits.
-        query: the first head's; heads: how many; scratch: part_scratch_size(heads, group, size) numbers; all else as
-        `attend`.
+        Items low .. high: (split, head), for the splits of which the token sees something, split by split, so that
+        neighbours in memory are neighbours in time. Each item gives `group` rows of size + 2 numbers: sums, maximum and
+        total weight. Those of the first head's first split lie at parts_at, its next split's after them, the next
+        head's after all splits. query: the first head's; heads: how many; scratch: part_scratch_size(heads,
+        group, size) numbers; all else as for `attend`.
         """
         group, splits = query.group, query.position // SPLIT + 1
         room = room_at(kv, group, scratch, scratch_at + padded_rows(heads * group) * kv.size)
         for item in range(low, high):
             split, head = item // heads, item % heads
             mine, row = _of_head(query, head), head * group * kv.size
-            # Each head's first item; later ones find its queries in scratch.
+            # A head's first item; later ones find its queries in scratch.
             if item < low + heads:
                 load_queries(kv, mine, q, q_at + row, 0, scratch, scratch_at + row)
-            # What comes after this thread's last item is another's.
+            # What follows this thread's last item is another thread's.
             then = _of_head(query, (item + 1) % heads) if item + 1 < high else NOBODY
             ahead = first_seen(then, (item + 1) // heads * SPLIT)
             attend_split(kv, mine, pages, split, then, ahead, room, scratch_at + row)

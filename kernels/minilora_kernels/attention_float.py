@@ -13,11 +13,11 @@ _LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
 # Numbers in a cache line.
 _LINE = {KV_FLOAT32: 16, KV_FLOAT16: 32}
 
-# Rows of the largest tile of scores or integer values; and of each row, so that registers hold all sums: the vectors of 16
-# positions in a score tile, and half the vectors of 16 columns in a value tile (of integers, which want two sums for each
-# number, all of them).
+# MOST_ROWS: rows of the largest score tile and of the largest int8 value tile. AT_ONCE: vectors per row, so that all
+# sums stay in registers: a score tile has AT_ONCE vectors of 16 positions, a float value tile 2 * AT_ONCE of 16
+# columns, an int8 value tile AT_ONCE, as it keeps two sums for each number.
 MOST_ROWS, AT_ONCE = (4, 2) if cpu.vectors() >= 32 else (3, 1)
-# Rows of the largest tile of float values: 3 would want 17 of 16 registers.
+# Rows of the largest tile of float values: 3 would need 17 of 16 registers.
 VALUE_ROWS = 4 if cpu.vectors() >= 32 else 2
 
 ZERO = np.float32(0)
@@ -26,8 +26,8 @@ ZERO = np.float32(0)
 def score_tile(kv_format: int):
     """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage.
 
-    part: (token, values, keys): the subpage's first token, and where in kv.numbers the values and keys lie that are prefetched
-    if the tile asks, a subpage of each; -1 where there are none.
+    part: (token, values, keys): the subpage's first token, and where in kv.numbers the values and keys lie, a subpage
+    of each, that the tile prefetches if it asks; -1 where there are none.
     """
     dots = _dots(kv_format)
 
@@ -42,9 +42,9 @@ def score_tile(kv_format: int):
 
 
 def many_scores(kv_format: int):
-    """Likewise for any number of rows. float16 keys become float32 once for all.
+    """Likewise for any number of rows; float16 keys are widened once for all of them.
 
-    Rows up to a multiple of MOST_ROWS are read, whatever is there, and scored.
+    Rows are read and scored up to a multiple of MOST_ROWS, whatever they hold.
     """
     dots, load, line = _dots(KV_FLOAT32), _LOAD[kv_format], _LINE[kv_format]
 
@@ -67,7 +67,7 @@ def many_scores(kv_format: int):
 def _dots(kv_format: int):
     """The scores of 1 to MOST_ROWS rows and a subpage whose keys lie at numbers[at], in numbers of this format."""
     load, line = _LOAD[kv_format], _LINE[kv_format]
-    # For each 16 positions two sums over every second d, so that no FMA waits for another.
+    # Two sums for each 16 positions, of even and of odd d, so that no FMA waits for another.
     new_acc, new_key = tile(f32x16, MOST_ROWS, 2 * AT_ONCE), tile(f32x16, AT_ONCE)
 
     @inlined

@@ -1,6 +1,6 @@
 """Attention's tiles for int8 pages: scores and sums as products of bytes with wide integers.
 
-These are queries and the weights of values, see `wide`; those of queries have minus their sum behind their scale.
+Queries and the weights of values are wide integers, see `wide`; queries have minus their sum after their scale.
 """
 
 import numpy as np
@@ -17,8 +17,9 @@ from .simd_lanes import keep_lanes
 from .simd_memory import compiler_barrier, load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
 from .wide import SECOND, SECOND_SUM, join_sums, largest, make_to_wide
 
-# Memory is asked for at an even pace. Of a split's subpages LATE of the values, the last ones, and as many of the keys that
-# follow, the first ones, are asked for while scores become weights, one beside each row; where there are fewer rows, none.
+# Prefetches are spread evenly. While scores become weights, each of the first LATE rows prefetches one of the split's
+# last LATE subpages of values; while weights become integers, one of the first LATE subpages of the next keys. With
+# fewer than LATE rows the tiles prefetch everything.
 SUBPAGES, LATE = SPLIT // SUBPAGE, 3
 ZERO, NOTHING = np.float32(0), np.int32(0)
 
@@ -29,7 +30,7 @@ _widen_query, _widen_weights = make_to_wide(minus=True), make_to_wide(minus=Fals
 
 @kernel
 def widen_queries(kv, rows, scratch, at):
-    """Rows of queries as score tiles read them."""
+    """Turn rows of queries into wide integers, as score tiles read them."""
     for row in range(at, at + rows * kv.size, kv.size):
         most = largest(scratch, row, kv.size)
         _widen_query(scratch, row, 0, kv.size, kv.size // 2, most, nothing(kv.numbers))
@@ -37,12 +38,12 @@ def widen_queries(kv, rows, scratch, at):
 
 @kernel
 def load_scales(kv, span, scratch, to):
-    """The scales of the span's values, then 0 to a multiple of 16."""
+    """Load the scales of the span's values, then 0 up to a multiple of 16."""
     cursor = cursor_at(kv, span.first)
     for subpage in range(span.first, span.end, SUBPAGE):
         token = value_at(kv, span, cursor)
         for p in range(subpage, min(subpage + SUBPAGE, span.end), 16):
-            # Beyond the end lie scales of other texts.
+            # Scales beyond the end are not this text's.
             scales = keep_lanes(load_f32(kv.scales, token + p - subpage), 0, span.end - p, ZERO)
             store_f32(scratch, to + p - span.first, scales)
         cursor = advance(kv, cursor, kv.size)
@@ -50,16 +51,16 @@ def load_scales(kv, span, scratch, to):
 
 @kernel
 def beside(rows, count):
-    """How much of `count`, a multiple of SUBPAGES, is asked for beside products of so many rows.
+    """How much of `count`, a multiple of SUBPAGES, the tiles prefetch where there are so many rows.
 
-    Tiles may say their own: the one that asks is the first, which has LATE rows if there are as many.
+    Tiles may pass their own number: only the first one prefetches, and it has LATE rows if there are as many.
     """
     return count - count // SUBPAGES * LATE if rows >= LATE else count
 
 
 @kernel
 def late_values(kv, span, rows, r):
-    """The values that are asked for beside the weights of row r of so many rows."""
+    """The values to prefetch while scores of row r, of so many rows, become weights."""
     position = span.first + (max(subpages_of(span) - LATE, 0) + r) * SUBPAGE
     if rows < LATE or r >= LATE or position >= span.end:
         return nothing(kv.numbers)
@@ -68,7 +69,7 @@ def late_values(kv, span, rows, r):
 
 @kernel
 def first_keys(kv, span, rows, r):
-    """Likewise of the keys that follow."""
+    """The keys to prefetch while weights of row r become integers."""
     if rows < LATE or r >= LATE:
         return nothing(kv.numbers)
     token = key_at(kv, span, cursor_at(kv, span.ahead + r * SUBPAGE))
@@ -77,22 +78,22 @@ def first_keys(kv, span, rows, r):
 
 @kernel
 def _beside_row(kv, token):
-    """A subpage, to be asked for beside a row of SPLIT numbers; its scales are asked for at once."""
+    """A subpage, to be prefetched along a row of SPLIT numbers; its scales are prefetched at once."""
     ask_scales(kv, token)
     return Ask(kv.numbers, token * kv.size, kv.size * 16 // SUBPAGES)
 
 
 @kernel
 def widen_weights(scratch, at, first, end, most, ask):
-    """Weights times scales of a row, `most` at most, as value tiles read them. Meanwhile `ask` is asked for."""
+    """Turn a row's weights times scales, `most` at most, into wide integers. Meanwhile `ask` is prefetched."""
     _widen_weights(scratch, at, first, end, SPLIT // 2, most, ask)
 
 
 @inlined
 def score_tile(rows, kv, part, asks, scratch, q_at, scores_at):
-    """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage; see attention_float.score_tile.
+    """scores[r, t] = q[r] . key[t], as in attention_float.score_tile.
 
-    Of the values only as much is prefetched as `beside` says.
+    Only as much of the values is prefetched as `beside` says.
     """
     token, values, keys = part
     if not asks:
@@ -104,7 +105,7 @@ def score_tile(rows, kv, part, asks, scratch, q_at, scores_at):
 
 @inlined
 def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
-    """Of 16 * AT_ONCE tokens of the subpage, from `first` on."""
+    """Scores of 16 * AT_ONCE tokens of the subpage, from `first` on."""
     acc, key, behind = _score_sums(), _score_keys(), q_at + kv.size // 2
     for r in range(2 * rows):
         for n in range(AT_ONCE):
@@ -114,7 +115,7 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
         for i in range(4):
             row = (d + 4 * i) * SUBPAGE
             for n in range(0, 4 * SUBPAGE, CACHE_LINE):
-                # Of 16 columns' 8 lines.
+                # Among the 8 lines of 16 columns.
                 line = 2 * i + n // CACHE_LINE
                 if values >= 0 and line < beside(rows, 8):
                     prefetch_beside(kv.numbers, values + (d // 16 * beside(rows, 8) + line) * CACHE_LINE)
@@ -128,7 +129,7 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
                 for n in range(AT_ONCE):
                     acc[2 * r, n] = wide_first_unsigned(acc[2 * r, n], key[n], first_q)
                     acc[s, n] = wide_second_unsigned(acc[s, n], key[n], second_q)
-            # In tiles that ask for nothing, too: without it there all of attention was slower, unlike with floats.
+            # Also in tiles that prefetch nothing: without it there, all of attention was slower, unlike with floats.
             compiler_barrier()
     for r in range(rows):
         scale = splat_f32(load_scalar_f32(scratch, behind + r * kv.size))
@@ -146,7 +147,7 @@ def value_tile(width: int):
     def accumulate(rows, kv, part, asks, scratch, weights_at, sums_at):
         span, d = part
         acc, value = new_acc(), new_value()
-        # Lines of keys that are prefetched beside 4 * width lines of 16 values, and their columns beside a subpage.
+        # Lines of keys prefetched with 4 * width lines of 16 values, and their columns with a subpage of values.
         lines = beside(rows, 8) * width // 2
         columns = lines * (SUBPAGE // 16) * CACHE_LINE // SUBPAGE
         for r in range(2 * rows):

@@ -1,8 +1,8 @@
-"""The positions of one split whose values are summed, and the keys that are asked for meanwhile.
+"""The positions of one split whose values are summed, and the keys that are prefetched meanwhile.
 
-These are as many as the values, less what is asked for beside weights, and asked for one line after the other, whatever
-the order in which values are read: so the CPU asks ahead by itself. Where a tile's columns do not divide those of a head, it runs over the end of subpages into
-what lies behind: mostly the next one, and a few lines lost where that is elsewhere.
+As many subpages of keys are prefetched as there are of values, less those prefetched while weights are computed; in
+address order, however the values are read, so that the hardware prefetcher joins in. Where a tile's width does not
+divide the head size, prefetches run past a subpage's end: usually into the next one, else a few lines are wasted.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from .simd_memory import prefetch_beside
 
 
 class Span(NamedTuple):
-    """Positions first .. end of a query's text; next come keys of `following`, from position `ahead` on."""
+    """Positions first .. end of a query's text; the keys of `following` are next, from position `ahead` on."""
 
     query: Query
     pages: np.ndarray
@@ -40,7 +40,7 @@ def subpages_of(span):
 
 @kernel
 def keys_beside(kv, span, skipped, columns):
-    """The cursor of the keys of which so many subpages lie behind, and for each subpage of values so many columns."""
+    """The cursor of the next keys, after `skipped` subpages and, for each subpage of values, `columns` columns."""
     columns *= subpages_of(span)
     subpages = columns // kv.size
     position, page, slot, _ = cursor_at(kv, span.ahead + (skipped + subpages) * SUBPAGE)
@@ -49,7 +49,7 @@ def keys_beside(kv, span, skipped, columns):
 
 @kernel
 def key_at(kv, span, cursor):
-    """Where the first of the keys that follow lies in a subpage, counted in tokens; -1 where there are none."""
+    """Where the first of the next keys lies in the cursor's subpage, counted in tokens; -1 where there are none."""
     if cursor.position >= span.following.position + span.following.tokens:
         return -1
     return token_at(kv, span.following, span.pages, cursor)
@@ -57,6 +57,6 @@ def key_at(kv, span, cursor):
 
 @kernel
 def ask_scales(kv, token):
-    """Ask for the scales of a subpage of int8 numbers."""
+    """Prefetch the scales of a subpage of int8 numbers."""
     for n in range(0, SUBPAGE, CACHE_LINE // 4):
         prefetch_beside(kv.scales, token + n)

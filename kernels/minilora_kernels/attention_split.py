@@ -12,20 +12,20 @@ from .jit import kernel
 from .pages import KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, advance, cursor_at, first_seen, token_at
 from .softmax import make_weigh_row, mask_row
 
-# From how many rows on it pays to widen float16 keys for all of them.
+# From so many rows on it pays to widen float16 keys once for all of them.
 MANY = 12 if cpu.vectors() >= 32 else 5
-# How far ahead of scores keys are asked for, again or for the first time.
+# How many positions ahead of being scored keys are prefetched, again or for the first time.
 AHEAD = 4 * SUBPAGE
 # Numbers of a row's state, see Room.
 STATE = 3
 
 
 class Room(NamedTuple):
-    """Where in scratch a split of some rows has what it computes.
+    """Where in scratch a split of some rows keeps what it computes.
 
-    loaded: for all rows: a subpage's keys, widened to float32, or the scales of int8 values; weights: SPLIT scores of each
-    row, then weights; sums: of values, `size` of each row; state: of each row the maximum, the total weight and what else
-    weigh_row returns.
+    loaded: shared by all rows: a subpage's keys, widened to float32, or the scales of int8 values; weights: SPLIT
+    scores of each row, then weights; sums: of values, `size` of each row; state: of each row the maximum and the two
+    numbers that weigh_row returns.
     """
 
     scratch: np.ndarray
@@ -36,7 +36,7 @@ class Room(NamedTuple):
 
 
 def padded(rows):
-    """Rows in whole tiles."""
+    """Rows, rounded up to whole tiles."""
     return (rows + MOST_ROWS - 1) // MOST_ROWS * MOST_ROWS
 
 
@@ -45,7 +45,7 @@ padded_rows = kernel(padded)
 
 @kernel
 def room_at(kv, rows, scratch, at):
-    """Room for so many rows, from `at` on, with more for sums behind these."""
+    """Room for so many rows, from `at` on; after its sums there is space for those of more_room."""
     weights = at + SUBPAGE * kv.size
     sums = weights + padded_rows(rows) * SPLIT
     return Room(scratch, at, weights, sums, sums + 2 * padded_rows(rows) * kv.size)
@@ -53,7 +53,7 @@ def room_at(kv, rows, scratch, at):
 
 @kernel
 def more_room(kv, rows, room):
-    """The same, but with sums and state of its own, behind the other's."""
+    """The same, but with sums and state of its own, after the other's."""
     padded = padded_rows(rows)
     return Room(room.scratch, room.loaded, room.weights, room.sums + padded * kv.size, room.state + padded * STATE)
 
@@ -62,10 +62,10 @@ def more_room(kv, rows, room):
 
 
 def _in_tiles(tile, most=MOST_ROWS):
-    """All rows: in tiles of `most` and one of what is left. Only the first tile asks for memory.
+    """All rows: in tiles of `most` and one of what is left. Only the first tile prefetches.
 
-    part: what the tile is about, see score_tile and value_tile. source, target: where in scratch the first row's queries and
-    scores are, or its weights and sums, and the next row's a step on.
+    part: what the tile is about, see score_tile and value_tile. source, target: where in scratch the first row's
+    queries and scores lie, or its weights and sums; those of the next row lie step and target_step further on.
     """
 
     @kernel
@@ -97,7 +97,7 @@ def _make_score_subpage(kv_format):
 
     @kernel
     def score_subpage(kv, token, values, keys, rows, room, q_at, scores_at):
-        """All rows against one subpage; meanwhile values and keys from these places on come nearer, see score_tile."""
+        """All rows against one subpage; values and keys from these places on are prefetched, see score_tile."""
         if many is not None and rows >= MANY:
             many(kv, token, values, keys, rows, room.scratch, q_at, room.loaded, scores_at)
             return
@@ -107,7 +107,7 @@ def _make_score_subpage(kv_format):
 
 
 def _make_values(kv_format, head_unit):
-    # Integers want two sums for each number; as pairs of 16 bits, both bytes of each widened.
+    # Integers need two sums for each number, or, as pairs of 16 bits, both bytes of each widened.
     width, most = (AT_ONCE, MOST_ROWS) if kv_format == KV_INT8 else (2 * AT_ONCE, VALUE_ROWS)
 
     def for_width(width):
@@ -120,7 +120,7 @@ def _make_values(kv_format, head_unit):
 
     @kernel
     def values(kv, span, rows, room):
-        """All rows, all columns: 16 * width at a time, a rest 16 at a time; meanwhile the keys that follow come nearer."""
+        """All rows, all columns: 16 * width at a time, the rest 16 at a time; the next keys are prefetched."""
         whole = kv.size // columns * columns
         for d in range(0, whole, columns):
             wide(kv, (span, d), rows, room.scratch, room.weights, SPLIT, room.sums, kv.size)
@@ -165,14 +165,14 @@ def make_split(kv_format, head_unit):
 
     @kernel
     def asked_place(kv, token):
-        """Where in kv.numbers a token lies whose subpage is asked for; its scales are asked for at once."""
+        """Where in kv.numbers a token lies whose subpage is prefetched; its scales are prefetched at once."""
         if quantized:
             ask_scales(kv, token)
         return token * kv.size
 
     @kernel
     def weigh(kv, span, rows, room):
-        """Scores to weights, as value tiles read them. State: each row's maximum and total weight."""
+        """Turn scores into weights, as value tiles read them. State: each row's maximum and total weight."""
         start, state, scratch = span.first // SPLIT * SPLIT, room.state, room.scratch
         first, end = span.first - start, (span.end - start + 15) // 16 * 16
         for r in range(rows):
@@ -189,16 +189,16 @@ def make_split(kv_format, head_unit):
 
     @kernel
     def widen(kv, span, rows, room, first, end):
-        """Weights of lanes first .. end to wide integers: all rows are weighed by then, so nobody waits for a row's largest."""
+        """Weights of lanes first .. end to wide integers, after all rows are weighed: none waits for its largest."""
         for r in range(rows):
             most, ask = room.scratch[room.state + STATE * r + 2], attention_int8.first_keys(kv, span, rows, r)
             attention_int8.widen_weights(room.scratch, room.weights + r * SPLIT, first, end, most, ask)
 
     @kernel
     def attend_split(kv, query, pages, split, following, ahead, room, q_at):
-        """One split, of which some row sees a position: sums of values and, in state, each row's maximum and total weight.
+        """One split, of which some row sees a position: sums of values and, in state, maxima and total weights of rows.
 
-        ahead: from which position on keys of `following` come next.
+        ahead: the position in `following` from which on keys are needed next.
         """
         rows, start = query.tokens * query.group, split * SPLIT
         end = min(start + SPLIT, query.position + query.tokens)

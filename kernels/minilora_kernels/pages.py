@@ -1,12 +1,13 @@
 """The page pool of keys and values: how they lie in memory, and how a token's are written.
 
-A page holds `page` tokens of one sequence (a multiple of 32) for every layer and kv head, as subpages of 32 tokens. RUN
-pages with neighbouring numbers are a *run*: in it, for each layer and head, the keys of all its pages lie together and
-behind them the values. A sequence that holds whole runs is read in the order of memory.
+Pages as in PagedAttention (Kwon et al. 2023, arXiv:2309.06180). A page holds `page` tokens of one sequence (a multiple
+of 32) for every layer and kv head, as subpages of 32 tokens. RUN pages with consecutive numbers are a *run*: in it, for
+each layer and head, the keys of all its pages lie together, followed by the values. A sequence that holds whole runs is
+read in memory order.
 
 float32, float16: keys [D][32], so that the scores of 16 tokens are one vector and need no horizontal sums; values
 [32][D]. int8, with a float32 scale for each token and head: as the byte dot product wants them, keys + 128 in
-[D / 4][32][4] and values in [8][D][4], the four being neighbours in D and neighbouring tokens.
+[D / 4][32][4] and values in [8][D][4], where the four are neighbours in D of keys, neighbouring tokens of values.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from .wide import largest
 KV_FLOAT32, KV_FLOAT16, KV_INT8 = range(3)
 KV_NAMES = ("float32", "float16", "int8")
 SUBPAGE = 32
-# As many as hold a split with the smallest pages: reading goes on in one piece from its keys to its values.
+# As many of the smallest pages as hold a split: its keys and its values are then read as one piece of memory.
 RUN = 8
 # Attention works through a text in splits of so many positions.
 SPLIT = 256
@@ -35,8 +36,9 @@ LARGEST_INT8 = np.float32(127)
 class KV(NamedTuple):
     """The page pool.
 
-    numbers: flat [runs, layers, heads, keys and values, RUN, page / 32] of subpages; float32, uint16 holding float16, or
-    uint8, for values holding int8. scales: float32, flat [runs, layers, heads, keys and values, RUN, page]; int8 only.
+    numbers: flat [runs, layers, heads, keys and values, RUN, page / 32] of subpages; float32, uint16 holding float16,
+    or uint8, for values holding int8. scales: float32, flat [runs, layers, heads, keys and values, RUN, page]; int8
+    only.
     """
 
     numbers: np.ndarray
@@ -63,14 +65,15 @@ class Query(NamedTuple):
     pages_at: int
 
 
+# A query of no tokens: none follows.
 NOBODY = Query(0, 0, 1, 0, 0, 0, 0)
 
 
 class Cursor(NamedTuple):
-    """A place in a text that is walked through subpage by subpage.
+    """A place in a text that is read subpage by subpage.
 
-    position: the subpage's first; page: which of the text's pages it is in; slot: its first token there; column: how many of
-    its columns lie behind.
+    position: the subpage's first; page: which of the text's pages it is in; slot: its first token there; column: how
+    many of its columns are done.
     """
 
     position: int
@@ -80,14 +83,14 @@ class Cursor(NamedTuple):
 
 
 def empty_pool(kv_format: int, pages: int, layers: int, heads: int, size: int, page: int) -> KV:
-    """At least so many pages of `page` tokens; memory that is never written is never taken from the system."""
+    """At least `pages` pages of `page` tokens; memory that is never written is never taken from the system."""
     tokens = -(-pages // RUN) * layers * heads * 2 * RUN * page
     scales = aligned_zeros(tokens if kv_format == KV_INT8 else 1, np.float32)
     return KV(aligned_zeros(tokens * size, KV_DTYPES[kv_format]), scales, layers, heads, size, page)
 
 
 def token_bytes(kv_format: int, size: int) -> int:
-    """What the key or the value of a token takes in one kv head, its scale included."""
+    """Bytes of the key or the value of a token in one kv head, its scale included."""
     return size * np.dtype(KV_DTYPES[kv_format]).itemsize + (4 if kv_format == KV_INT8 else 0)
 
 
@@ -100,20 +103,20 @@ def first_token(kv, layer, page, head):
 
 @kernel
 def values_behind(kv):
-    """How far behind a token's key its value lies, counted in tokens."""
+    """How far after a token's key its value lies, counted in tokens."""
     return RUN * kv.page
 
 
 @kernel
 def cursor_at(kv, position):
-    """At the subpage that begins with this position."""
+    """The cursor at the subpage that begins with this position."""
     page = position // kv.page
     return Cursor(position, page, position - page * kv.page, 0)
 
 
 @kernel
 def advance(kv, cursor, columns):
-    """So many columns on, kv.size at most. No division: these cost more than all else here."""
+    """The cursor so many columns on, kv.size at most. No divisions: they would cost more than all else here."""
     position, page, slot, column = cursor
     column += columns
     if column < kv.size:
@@ -130,7 +133,7 @@ def token_at(kv, query, pages, cursor):
 
 @kernel
 def first_seen(query, start):
-    """The first subpage's position from `start` on that any row of the query sees; `start` itself where there is no window."""
+    """Where the first subpage from `start` on begins that any row of the query sees; `start` if there is no window."""
     if query.window == 0:
         return start
     return max(start, (query.position - query.window + 1) // SUBPAGE * SUBPAGE)

@@ -1,4 +1,4 @@
-"""Softmax of one split: scores become weights, in place; and how splits are merged, in order, by their maxima and sums."""
+"""Softmax of one split, in place; and how splits are merged, in order, by their maxima and sums."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ LOWEST = np.float32(-np.inf)
 
 @kernel
 def mask_row(scratch, at, first, end, start, stop):
-    """The largest score of lanes first .. end; -inf where there are none. Others of start .. stop become -inf.
+    """The largest score of lanes first .. end, -inf where there are none. The others of start .. stop become -inf.
 
     start and stop are multiples of 16, lanes are counted from `at`.
     """
@@ -33,14 +33,14 @@ def make_weigh_row(scaled: bool):
 
     @kernel
     def weigh_row(scratch, at, start, stop, maximum, scales, ask):
-        """Scores of lanes start .. stop, multiples of 16, become exp(score - maximum), times the scale at `scales` + lane.
+        """Scores of lanes start .. stop, multiples of 16, become weights exp(score - maximum).
 
-        Meanwhile `ask` is asked for.
+        If `scaled`, each is then multiplied by the scale at `scales` + lane. Meanwhile `ask` is prefetched.
 
-        Returns (sum of the weights, with scales the largest of what they became); NaN where one of them is NaN.
+        Returns (sum of the weights, if `scaled` the largest of what they became, else 0); NaN where one of them is NaN.
         """
         total, largest = splat_f32(ZERO), splat_i32(NOTHING)
-        # Scores of nothing but -inf have no weight. (-inf minus -inf would be NaN.)
+        # If all scores are -inf, all weights are 0: -inf minus -inf would be NaN.
         shift = splat_f32(maximum if maximum > LOWEST else ZERO)
         for t in range(start, stop, 16):
             weight = exp(load_f32(scratch, at + t) - shift)
@@ -57,7 +57,11 @@ def make_weigh_row(scaled: bool):
 
 @kernel
 def merge_row(sums, at, size, maximum, total, more, more_at, more_maximum, more_total):
-    """Merge a later split into (sums, maximum, total); returns the new maximum and total."""
+    """Merge a later split into (sums, maximum, total); returns the new maximum and total.
+
+    sums: float32, `size` numbers at `at`; more, more_at: the later split's; *maximum, *total: of the
+    scores, and of the weights relative to that maximum. A total of 0 is a split of which nothing was seen.
+    """
     if more_total == ZERO:
         return maximum, total
     if total == ZERO:
