@@ -62,12 +62,12 @@ from .unit import unit
 
 ZERO = np.float32(0)
 GROUP_MIN = 32
-# `fine` counts in steps of this part of q's.
+# The step of `fine`, relative to that of q.
 FINE_STEP = np.float32(1 / 256)
-# Bytes from what is computed to what is asked for.
+# Bytes from what is read to what is prefetched.
 AHEAD = 6144
-# Rows of the tile for many rows, where the CPU runs it best, and how many such tiles together ask for the next block.
-# The registers hold all that it sums, unlike with 8 rows, but weights come from the caches more often.
+# Rows of the tile for many rows, where the CPU runs it best, and how many such tiles together prefetch the next block.
+# Registers hold all its sums, unlike those of 8 rows, but weights are read from the caches more often.
 MANY, ASKERS = 5, 4
 
 
@@ -89,26 +89,35 @@ class Rows(NamedTuple):
 
 
 def _shapes() -> tuple[tuple[int, int], ...]:
-    """Tiles whose sums the registers hold, highest first: rows, and 1 for half of a block at a time or 2 for all of it."""
+    """Tile sizes, largest first: rows, and 1 for half a block at a time or 2 for a whole one.
+
+    One group's integer sums stay in registers; the float32 sums of the largest tile are spilled between groups.
+    """
     return ((8, 2), (4, 2), (2, 2), (1, 2)) if cpu.vectors() >= 32 else ((4, 1), (2, 2), (1, 2))
 
 
 def _asker(rows: int):
-    """How a tile asks for memory: the highest computes long enough to ask for more than it waits for."""
+    """How a tile prefetches: the largest ones compute as long as they read."""
     return prefetch_beside if rows in (MANY, _shapes()[0][0]) else prefetch_once
 
 
 def _quantized_tile(rows: int, width: int, fmt: int):
     """rows x 1 block of an integer format; with width 1 the first or second half of its weight rows.
 
-    Its kernel takes `linear`'s arguments, and of the block `at`, its first byte; half: with width 1, 0 or 1 for which;
-    ahead: how many bytes further on memory is asked for meanwhile, 0 for none, as much as the block takes, of which the
-    tile of MANY asks for one of ASKERS parts; columns and group: of the matrix.
+        for each group of columns:
+            dots = start                                    (corrects for unsigned weights)
+            for each 4 columns: dots += weights . q         (int32, exact)
+            acc += dots * weight scale * row scale          (+ weight minimum * row offset)
+        out (+)= acc
+
+    The kernel takes `linear`'s arguments and: at: the block's first byte; half: with width 1 which half of the rows,
+    0 or 1; ahead: how many bytes beyond what is read it prefetches, 0 for no prefetching: as much as the block takes,
+    the tile of MANY one of ASKERS parts of it; columns, group: the matrix's.
     """
     askers = ASKERS if rows == MANY else 1
     nibbles, minimum, header = fmt in (INT4, INT4_MIN), has_minimum(fmt), header_bytes(fmt)
-    # A step's weights are one line, or two. Of two steps the second one's is asked for first: single rows on Zen 4 are
-    # slower at an even stride, perhaps because the CPU then asks for more by itself.
+    # A step's weights are one line, or two. Of each two steps the second one's line is prefetched first: single rows on
+    # Zen 4 are slower at an even stride, perhaps because the hardware prefetcher then joins in.
     step, swapped = (64, 1) if nibbles else (128, 0)
     dot, start_at = (dot4_short, times8) if nibbles else (dot4_bytes, start_unsigned if minimum else start_bytes)
     at_once = SHORT_COLUMNS if nibbles else 0
@@ -122,7 +131,7 @@ def _quantized_tile(rows: int, width: int, fmt: int):
         for m in range(rows):
             for n in range(width):
                 acc[m, n] = splat_f32(ZERO)
-        # From here on: the first of the group's inputs, and of the numbers that go with it.
+        # Where the group's inputs begin, and where its scale, sum and offset lie.
         q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
         for m in range(rows):
             for n in range(width):
@@ -130,7 +139,7 @@ def _quantized_tile(rows: int, width: int, fmt: int):
         begin = at
         for _ in range(columns // group):
             soon = begin + ahead + (at - begin) // askers
-            # A share of the header is less than a line: that comes with what is beside it.
+            # A share of the header is less than a line: that comes with its neighbours.
             if ahead > 0 and askers == 1:
                 for i in range(0, header, 64):
                     ask(weights, soon + i)
@@ -141,7 +150,7 @@ def _quantized_tile(rows: int, width: int, fmt: int):
                     start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
                 for n in range(width):
                     dots[m, n] = start
-            # With steps that LLVM knows, it unrolls the loop and orders its sums anew. Only MANY rows have registers left.
+            # LLVM unrolls loops of known length and reorders their sums. Only MANY rows leave registers for that.
             if rows == MANY:
                 parts, steps = group // GROUP_MIN, GROUP_MIN // 4
             elif at_once > 0:
@@ -195,7 +204,7 @@ def _quantized_tile(rows: int, width: int, fmt: int):
 
 
 def _float_tile(rows: int, width: int, fmt: int):
-    """rows x 1 block of a floating-point format, as _quantized_tile has it."""
+    """rows x 1 block of a floating-point format; arguments as in _quantized_tile."""
     load, size = {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2), BFLOAT16: (load_bf16, 2)}[fmt]
     ask, new_acc, new_weights = _asker(rows), tile(f32x16, rows, width), tile(f32x16, width)
 
@@ -226,7 +235,7 @@ def _float_tile(rows: int, width: int, fmt: int):
 
 
 def _block(fmt: int, shapes: tuple):
-    """Some rows x 1 block: tiles of the first shape while they fit, the rest in lower ones."""
+    """Some rows x 1 block: tiles of the first shape while they fit, the rest in smaller ones."""
     height, width = shapes[0]
     mine = (_float_tile if is_float(fmt) else _quantized_tile)(height, width, fmt)
     others = _block(fmt, shapes[1:]) if len(shapes) > 1 else None
@@ -236,7 +245,7 @@ def _block(fmt: int, shapes: tuple):
         m, soon, to = 0, ahead, out_at
         while rows - m >= height:
             mine(weights, at, 0, soon, columns, group, x, x_row + m, out, to, out_stride, add)
-            # Only the first tile asks for memory: the others find it there.
+            # Only the first tile prefetches.
             if width == 1:
                 mine(weights, at, 1, 0, columns, group, x, x_row + m, out, to, out_stride, add)
             m, soon, to = m + height, 0, to + height * out_stride
@@ -247,7 +256,7 @@ def _block(fmt: int, shapes: tuple):
 
 
 def _whole_block(fmt: int):
-    """All rows of a step x 1 block: many rows in tiles of MANY, those that are left as in _block."""
+    """All rows of a step x 1 block: many rows in tiles of MANY, those left over as in _block."""
     rest = _block(fmt, _shapes())
     if is_float(fmt) or not cpu.full_width():
         return rest
@@ -257,7 +266,7 @@ def _whole_block(fmt: int):
     def whole_block(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         m, soon, to = 0, ahead, out_at
         if rows >= ASKERS * MANY:
-            # So many that a multiple of 4 rows is left.
+            # As many as leave a multiple of 4 rows.
             tiles = (rows - 4 * (-rows % MANY)) // MANY
             for i in range(tiles if tiles >= ASKERS else 0):
                 share = ahead + ahead // ASKERS * i if i < ASKERS else 0
@@ -298,7 +307,7 @@ _LINEAR = signature(types.none, *_WEIGHTS, INPUTS, NUMBER, NUMBER, NUMBER, NUMBE
 
 @unit(lambda formats: (_LINEAR,))
 def make_linear(formats: tuple[int, ...]):
-    """linear for matrices of these formats; no others may come."""
+    """`linear` for matrices of these formats and no others."""
     multiply, highest = _first_of(formats), _shapes()[0][0]
 
     @kernel
@@ -311,7 +320,7 @@ def make_linear(formats: tuple[int, ...]):
         """
         fmt, columns, group = matrices[matrix, FORMAT], matrices[matrix, COLUMNS], matrices[matrix, GROUP]
         size = matrices[matrix, BLOCK_BYTES]
-        # One tile works its way through memory; several take a block after the other.
+        # A single tile streams through memory; several take one block after the other.
         ahead = AHEAD if rows <= highest else size
         at = matrices[matrix, OFFSET] + block0 * size
         for block in range(block0, block1):

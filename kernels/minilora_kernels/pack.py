@@ -10,7 +10,8 @@ columns:
     int8:  [group / 4][2 panels][16 lanes][4 columns] bytes
 
 Stored values u are unsigned. Symmetric formats: weight = scale * (u - zero), zero = 8 or 128. Formats with
-minimum: weight = scale * u + minimum. Floating-point blocks are [K][32] numbers.
+minimum: weight = scale * u + minimum. Floating-point blocks are [K][32] numbers. With groups of 32, int4, int4+min,
+int8 and int8+min hold GGUF's Q4_0, Q4_1, Q8_0 and Q5_1 unchanged.
 
 All matrices lie in one uint8 array, the *arena*. The *matrices* table has a row of int64 for each:
 FORMAT, ROWS (padded), COLUMNS, GROUP, OFFSET and BLOCK_BYTES (both in bytes).
@@ -24,8 +25,10 @@ FORMAT, ROWS, COLUMNS, GROUP, OFFSET, BLOCK_BYTES = range(6)
 
 FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN = range(7)
 FORMAT_NAMES = ("float32", "float16", "bfloat16", "int8", "int8+min", "int4", "int4+min")
+# Columns of a group, which share a scale.
 GROUPS = (32, 64, 128)
 
+# The largest finite number of each floating-point format.
 LARGEST = {FLOAT32: float(np.finfo(np.float32).max), FLOAT16: 65504.0, BFLOAT16: 3.3895313892515355e38}
 
 BLOCK = 32
@@ -33,7 +36,7 @@ PANEL = 16
 
 
 class Quantized(NamedTuple):
-    """A group-quantised matrix before packing, see the module's text.
+    """A group-quantised matrix before packing, see the module docstring.
 
     values: uint8 [N, K], 0..15 or 0..255; scales, minima: float16 [N, K / group], minima None if symmetric.
     """
@@ -86,7 +89,7 @@ def header_bytes(fmt: int) -> int:
 
 
 def record_bytes(fmt: int, group: int) -> int:
-    """Bytes of one block's share of one group."""
+    """Bytes of a record: one group of one block."""
     return header_bytes(fmt) + BLOCK * group * bits(fmt) // 8
 
 
@@ -116,14 +119,14 @@ def widen_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def narrow_bfloat16(x: np.ndarray) -> np.ndarray:
-    """bfloat16 numbers as uint16 of float32, rounded to nearest, ties to even; not-a-number stays so."""
+    """float32 as bfloat16 held as uint16, rounded to nearest, ties to even; NaN stays NaN."""
     raw = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((raw + 0x7FFF + (raw >> 16 & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
 def check_largest(x: np.ndarray, fmt: int) -> None:
-    """Raise OverflowError where a floating-point format ends below one of these numbers; NaN is none."""
+    """Raise OverflowError where one of these numbers is beyond the range of a floating-point format; NaN is ignored."""
     largest = max(float(np.fmax.reduce(x, axis=None)), -float(np.fmin.reduce(x, axis=None)))
     if largest > LARGEST[fmt]:
         raise OverflowError(f"numbers up to {largest:g}, {FORMAT_NAMES[fmt]} ends at {LARGEST[fmt]:g}")

@@ -1,4 +1,4 @@
-"""What happens to one row at a time: embedding, norm, rotation, gating.
+"""Kernels for one row at a time: embedding, norm, rotation, gating.
 
 Row lengths are multiples of 16. Offsets count elements; in the arena, bytes.
 """
@@ -26,7 +26,7 @@ from .simd_lanes import hsum
 from .simd_memory import load_f32, load_scalar_bf16, load_scalar_f16, load_scalar_f32, store_f32
 
 ZERO, ONE = np.float32(0), np.float32(1)
-# exp takes no more.
+# The largest argument that exp takes.
 MOST = np.float32(88)
 
 _four_sums = tile(f32x16, 4)
@@ -82,7 +82,8 @@ def add_row(x, at, weights, weight_at, n):
 def rope(x, at, half, cos, sin, table_at):
     """(a, b) -> (a cos - b sin, b cos + a sin) for a = x[i], b = x[half + i], i < half (RoPE, arXiv:2104.09864).
 
-    x: float32, changed in place; cos, sin: float32 tables, this position's `half` values from table_at.
+    The pairs (i, half + i) are those of GPT-NeoX and Hugging Face, not RoFormer's (2i, 2i + 1). x: float32, changed in
+    place; cos, sin: float32 tables, this position's `half` values from table_at.
     """
     vectors = half // 16 * 16
     for i in range(0, vectors, 16):

@@ -10,6 +10,7 @@ from .simd import f32x16, fma, round_i32, splat_f32, tile, to_f32, vmax, vmin
 from .simd_lanes import hmax, hsum
 from .simd_memory import load_f32
 
+# How many ranges are tried for 4 bits, and by how much of the widest each is narrower than the one before.
 RANGES = 14
 SHRINK = np.float32(0.035)
 LEVELS = np.float32(15)
@@ -23,8 +24,8 @@ def quantize(weight: np.ndarray, bits: int, group: int, minimum: bool) -> Quanti
     """Group-quantised form of float32 weights [N, K]; K is a multiple of group (32, 64 or 128).
 
     8 bits: scale = max |w| / 127, or (max - min) / 255 with minimum; 4 bits, with minimum only: see fit_ranges.
-    Scales and minima are rounded to float16 before the weights are. Raises OverflowError where a weight is too large for it,
-    ValueError for 4 bits without minimum.
+    Scales and minima are rounded to float16 before the weights are. Raises OverflowError where a weight is too large
+    for it, ValueError for 4 bits without minimum.
     """
     if bits not in (4, 8) or (bits == 4 and not minimum):
         raise ValueError(f"weights are not quantised to {bits} bits {'with' if minimum else 'without'} minimum")
@@ -47,7 +48,10 @@ def quantize(weight: np.ndarray, bits: int, group: int, minimum: bool) -> Quanti
 
 
 def _rounded(scales: np.ndarray) -> np.ndarray:
-    """As float16. Where its steps are wide, up: rounded down, the levels would end before the weights do, or be none."""
+    """As float16. Subnormal scales are rounded up.
+
+    Rounded down, the top level would fall short of the largest weight, or the scale become 0.
+    """
     rounded = scales.astype(np.float16)
     short = (rounded < scales) & (scales < np.finfo(np.float16).smallest_normal)
     rounded[short] = np.nextafter(rounded[short], np.float16(np.inf))
@@ -67,9 +71,9 @@ def _levels(grouped: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, 
 def fit_ranges(weight, group, scales, minima):
     """The scale and minimum of each group: weight ~ minimum + scale * (0 .. 15), least squared error.
 
-    Several ranges, each a little narrower than the one before, give levels; a straight line through (level,
-    weight) by least squares gives scale and minimum; the best of them stays. weight: float32, a multiple of
-    `group` numbers; scales, minima: float32, one of each for every group.
+    Each of several ranges, narrower one by one, gives levels, and a straight line through (level, weight) by least
+    squares a scale and a minimum; the best of them stays. weight: float32, a multiple of `group` numbers; scales,
+    minima: float32, one of each for every group.
     """
     for g in range(len(weight) // group):
         low, high, total, square = (

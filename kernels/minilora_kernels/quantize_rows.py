@@ -1,4 +1,4 @@
-"""Inputs of products to groups of integers, row by row, in every step."""
+"""Inputs of products become groups of integers, row by row, in every step."""
 
 import numpy as np
 
@@ -53,10 +53,10 @@ def _quantizer(finely):
     def quantize_row(x, at, n, group, rows, row, column):
         """q = round(x / scale), scale = max |x| / 127 in each group: columns column .. column + n of one row.
 
-        x: float32, n values from at, n a multiple of 16: the last group may be shorter; column: a multiple of group; rows:
-        Rows, whose q, scales, sums and offsets are written for row `row`; quantize_row_finely also writes fine =
+        x: float32, n values from at, n a multiple of 16: the last group may be shorter; column: a multiple of group;
+        rows: Rows, whose q, scales, sums and offsets are written for row `row`; quantize_row_finely also writes fine =
         round(x / (scale * FINE_STEP)). A group of zeros has scale 0, one with a number that is not finite scale NaN:
-        integers, of any value then, would hide it.
+        its integers, which may be anything, would hide that.
         """
         to, scale_at, i = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group, 0
         # LLVM unrolls loops over a size it knows; most groups are of 32.
