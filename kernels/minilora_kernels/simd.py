@@ -7,7 +7,7 @@ around it have constant bounds LLVM unrolls them, and every element of the tile 
     acc = new_acc()                                   # new_acc = tile(f32x16, rows, 2), outside the kernel
     acc[m, n] = fma(to_f32(dots[m, n]), scale, acc[m, n])
 
-How they come from memory and go there: `simd_memory`. What goes on among their lanes: `simd_lanes`.
+Loads and stores: `simd_memory`. Operations across lanes: `simd_lanes`.
 """
 
 import operator
@@ -116,7 +116,7 @@ def pick_lanes(builder, v, wanted):
 
 
 def join(builder, low, high):
-    """One vector of two."""
+    """The lanes of `low`, then those of `high`."""
     mask = ir.Constant(ir.VectorType(_WORD, 2 * low.type.count), list(range(2 * low.type.count)))
     return builder.shuffle_vector(low, high, mask)
 
@@ -182,7 +182,9 @@ def _lower_tile_set(context, builder, sig, args):
 # ---------------------------------------------------------------- making vectors
 
 splat_f32 = primitive(f32x16, [types.float32], lambda b, x: splat(b, x, _F32))
+"""A number in every lane."""
 splat_i32 = primitive(i32x16, [types.int32], lambda b, x: splat(b, x, _I32))
+"""Likewise."""
 repeat4 = primitive(u8x64, [types.int32], lambda b, word: b.bitcast(splat(b, word, _I32), _U8))
 """The 4 bytes of a word, 16 times."""
 repeat2 = primitive(i16x32, [types.int32], lambda b, word: b.bitcast(splat(b, word, _I32), _I16))
@@ -203,12 +205,12 @@ def _fma(builder, x, y, z):
 
 
 def maximum(builder, x, y):
-    """x where it is larger, else y, NaN too."""
+    """x where it is larger, else y, also where one of them is NaN."""
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
 def minimum(builder, x, y):
-    """x where it is smaller, else y, NaN too."""
+    """x where it is smaller, else y, also where one of them is NaN."""
     return builder.select(builder.fcmp_ordered("<", x, y), x, y)
 
 
@@ -224,17 +226,21 @@ def _magnitude(builder, v):
 fma = primitive(f32x16, [f32x16] * 3, _fma)
 """x * y + z, rounded once where the CPU can."""
 vmax = primitive(f32x16, [f32x16] * 2, maximum)
+"""The larger of two; the second where one of them is NaN."""
 vmin = primitive(f32x16, [f32x16] * 2, minimum)
-"""The larger and the smaller of two; the second where one of them is NaN."""
+"""The smaller of two; the second where one of them is NaN."""
 vmax_i32 = primitive(i32x16, [i32x16] * 2, larger)
+"""The larger of two signed integers."""
 magnitude = primitive(i32x16, [f32x16], _magnitude)
-"""The bits of |x|: as integers in the order of the numbers, then infinity, then NaN."""
+"""The bits of |x|, which as integers are in the order of the numbers, then infinity, then NaN."""
 number_of = primitive(types.float32, [types.int32], lambda b, bits: b.bitcast(bits, ir.FloatType()))
 """The float32 with these bits."""
 numbers_of = primitive(f32x16, [i32x16], lambda b, bits: b.bitcast(bits, _F32))
 """Likewise for every lane."""
 vabs = primitive(f32x16, [f32x16], _float_call("fabs"))
+"""|x|."""
 to_f32 = primitive(f32x16, [i32x16], lambda b, v: b.sitofp(v, _F32))
+"""The nearest float32 of an int32."""
 round_i32 = primitive(i32x16, [f32x16], lambda b, v: call(b, "llvm.lrint.v16i32.v16f32", _I32, v))
 """To the nearest int32, ties to even. The values must fit."""
 
@@ -270,9 +276,11 @@ _operator(operator.truediv, f32x16=ir.IRBuilder.fdiv)
 def _exp(builder, x):
     """exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; 1e-7 relative.
 
-    exp(r) = 1 + r + r^2 (c2 + c3 r + c4 r^2 + c5 r^3 + c6 r^4), minimax (4e-9), in pairs: a chain of products takes longer.
+    n ln 2 is subtracted in two parts (Cody and Waite), as in Cephes' expf. exp(r) = 1 + r + r^2 (c2 + c3 r + c4 r^2 +
+    c5 r^3 + c6 r^4), minimax (4e-9), in pairs: a chain of products takes longer.
 
-    Below -87 it may be anything, and becomes 0. `large` has no fraction: adding it rounds, and its last bits are then the exponent of 2^n.
+    Below -87 it may be anything, and becomes 0. `large` has no fraction: adding it rounds, and the sum's last bits are
+    then the exponent of 2^n.
     """
     underflow = builder.fcmp_ordered("<", x, constant(_F32, -87.0))
     large = constant(_F32, 1.5 * 2**23 + 127)
@@ -298,7 +306,7 @@ exp = primitive(f32x16, [f32x16], _exp)
 only_above = primitive(
     f32x16, [f32x16] * 2, lambda b, v, limit: b.select(b.fcmp_ordered(">", v, limit), v, constant(_F32, 0.0))
 )
-"""The lanes of the first that are greater than the second's, 0 for others."""
+"""The first's lanes that are greater than the second's, 0 elsewhere."""
 
 # ---------------------------------------------------------------- bytes
 
@@ -313,9 +321,12 @@ def _high_nibbles(builder, v):
 
 
 low_nibbles = primitive(u8x64, [u8x64], _low_nibbles)
+"""The low 4 bits of each byte."""
 high_nibbles = primitive(u8x64, [u8x64], _high_nibbles)
+"""The high 4 bits of each byte, as 0 .. 15."""
 
 
 join_digits = primitive(i32x16, [i32x16] * 2, lambda b, high, low: b.add(b.shl(high, constant(_I32, 7)), low))
 """128 * high + low."""
 times8 = primitive(i32x16, [i32x16], lambda b, v: b.shl(v, constant(_I32, 3)))
+"""8 * v."""

@@ -1,4 +1,4 @@
-"""SIMD values across their lanes: sums and maxima, single lanes, how many."""
+"""Operations across the lanes of SIMD values: sums and maxima, single lanes, counts."""
 
 from llvmlite import ir
 from numba import types
@@ -30,10 +30,13 @@ def _halving(combine):
 
 
 hsum = primitive(types.float32, [f32x16], _halving(lambda b, x, y: b.fadd(x, y)))
+"""The sum of all lanes, always in the same order."""
 hmax = primitive(types.float32, [f32x16], _halving(maximum))
+"""The largest lane, where none is NaN."""
 hmax_i32 = primitive(types.int32, [i32x16], _halving(larger))
+"""The largest lane."""
 hsum_i32 = primitive(types.int32, [i32x16], _halving(lambda b, x, y: b.add(x, y)))
-"""The sum, or the largest, of all lanes."""
+"""The sum of all lanes."""
 
 
 first_lane = primitive(types.float32, [f32x16], lambda b, v: b.extract_element(v, ir.Constant(_WORD, 0)))
@@ -41,7 +44,7 @@ first_lane = primitive(types.float32, [f32x16], lambda b, v: b.extract_element(v
 
 
 def _four_at_once(combine):
-    """Fold each of four vectors to one number, with 8 shuffles; by themselves they take 4 each."""
+    """Fold each of four vectors to one number, with 8 shuffles; one by one each would take 4."""
 
     def emit(builder, *four):
         def shuffled(x, y, lanes):
@@ -62,8 +65,9 @@ def _four_at_once(combine):
 
 
 hmax4_i32 = primitive(i32x16, [i32x16] * 4, _four_at_once(larger))
+"""Lane 4 k + i: the largest of the i-th vector's lanes."""
 hsum4_i32 = primitive(i32x16, [i32x16] * 4, _four_at_once(lambda b, x, y: b.add(x, y)))
-"""Lane 4 k + i: the largest, or the sum, of the i-th vector's lanes."""
+"""Lane 4 k + i: the sum of the i-th vector's lanes."""
 
 
 @intrinsic

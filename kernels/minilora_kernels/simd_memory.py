@@ -76,7 +76,7 @@ def _widen_f16(builder, h, floats, words):
     wide = builder.zext(h, words)
     sign = builder.shl(builder.and_(wide, _number(words, 0x8000)), _number(words, 16))
     size = builder.shl(builder.and_(wide, _number(words, 0x7FFF)), _number(words, 13))
-    # The exponent counts from 15, not 127: times 2^112, exact for small numbers too.
+    # The exponent's bias is 15, not 127: times 2^112, exact for subnormal numbers too.
     value = builder.bitcast(builder.fmul(builder.bitcast(size, floats), _number(floats, 2.0**112)), words)
     special = builder.icmp_unsigned(">=", size, _number(words, 0x0F800000))
     value = builder.select(special, builder.or_(size, _number(words, 0x7F800000)), value)
@@ -92,7 +92,7 @@ def _narrow_f16(builder, v):
     raw = builder.bitcast(v, _I32)
     sign = builder.and_(builder.lshr(raw, constant(_I32, 16)), constant(_I32, 0x8000))
     size = builder.and_(raw, constant(_I32, 0x7FFFFFFF))
-    # Normal numbers: move the exponent, then round by adding. Small ones: adding 1/2 rounds them in place.
+    # Normal numbers: change the bias, then round by adding. Subnormal ones: adding 1/2 rounds them in place.
     odd = builder.and_(builder.lshr(size, constant(_I32, 13)), constant(_I32, 1))
     moved = builder.add(builder.add(size, odd), constant(_I32, 0xFFF - (112 << 23)))
     half = builder.bitcast(builder.fadd(builder.bitcast(size, _F32), constant(_F32, 0.5)), _I32)
@@ -143,46 +143,64 @@ def _scatterer(vector, narrow=None):
 
 
 load_u8 = _loader(u8x64, _U8)
+"""64 bytes."""
 load_f32 = _loader(f32x16, _F32)
+"""16 float32."""
 load_f16 = _loader(f32x16, _SHORT, lambda b, v: _widen_f16(b, v, _F32, _I32))
+"""16 float16, as float32."""
 load_bf16 = _loader(f32x16, _SHORT, _widen_bf16)
+"""16 bfloat16, as float32."""
 load_i8 = _loader(f32x16, _BYTE, lambda b, v: b.sitofp(v, _F32))
-"""16 values from int8, as float32."""
+"""16 int8, as float32."""
 load_i16_of_i8 = _loader(i16x32, ir.VectorType(ir.IntType(8), 32), lambda b, v: b.sext(v, i16x32.llvm))
-"""32 values from int8, as int16."""
+"""32 int8, as int16."""
 load_i32 = _loader(i32x16, _I32)
+"""16 int32."""
 load_scalar_f32 = _loader(types.float32, ir.FloatType())
+"""One float32."""
 load_scalar_f16 = _loader(types.float32, ir.IntType(16), lambda b, v: _widen_f16(b, v, ir.FloatType(), _WORD))
+"""One float16, as float32."""
 load_scalar_bf16 = _loader(types.float32, ir.IntType(16), _widen_scalar_bf16)
+"""One bfloat16, as float32."""
 load_word = _loader(types.int32, _WORD)
+"""Four bytes, as int32."""
 
 store_f32 = _storer(f32x16)
+"""16 float32."""
 store_f16 = _storer(f32x16, _narrow_f16)
+"""16 float32, as float16; beyond its range as its largest number."""
 store_i8 = _storer(i32x16, _narrow_i8)
 """16 int32 in -128..127 as 16 bytes."""
 store_i16 = _storer(i32x16, lambda b, v: b.trunc(v, _SHORT))
 """16 int32 in -2^15..2^15 - 1 as int16."""
 store_high_digits = _storer(i32x16, lambda b, v: _narrow_i8(b, b.ashr(v, constant(_I32, 7))))
+"""High digits of 16 int32 v = 128 * high + low, low in 0..127, as bytes."""
 store_low_digits = _storer(i32x16, lambda b, v: _narrow_i8(b, b.and_(v, constant(_I32, 127))))
-"""v = 128 * high + low, low in 0..127: 16 of one as bytes."""
+"""Their low digits."""
 store_even_i16 = _storer(i32x16, lambda b, v: _narrow_i16(b, v, 0))
+"""Lanes 0, 2, 4 ... of 16 int32, as 8 int16."""
 store_odd_i16 = _storer(i32x16, lambda b, v: _narrow_i16(b, v, 1))
-"""Every other one of 16 int32, as 8 int16."""
+"""Lanes 1, 3, 5 ... likewise."""
 store_i32 = _storer(i32x16)
+"""16 int32."""
 store_first = {n: _storer(f32x16, lambda b, v, n=n: pick_lanes(b, v, range(n))) for n in (1, 4)}
+"""store_first[n]: the first n lanes of float32, 1 or 4."""
 store_first_i32 = {n: _storer(i32x16, lambda b, v, n=n: pick_lanes(b, v, range(n))) for n in (1, 4)}
-"""store_first[n]: the first n lanes, 1 or 4."""
+"""Likewise of int32."""
 store_sums = _storer(i32x16, _sums_of_four)
-"""Each sum of four neighbouring int32, as 4 int32."""
+"""The sums of each four neighbouring int32, as 4 int32."""
 scatter_f32 = _scatterer(f32x16)
+"""16 float32."""
 scatter_f16 = _scatterer(f32x16, _narrow_f16)
+"""16 float32, as float16 as in store_f16."""
 scatter_i8 = _scatterer(i32x16, _narrow_i8)
+"""16 int32 in -128..127, as bytes."""
 scatter_u8x4 = _scatterer(i32x16, _narrow_u8x4)
 """16 int32 in -128..127, plus 128, as 4 words of 4 bytes."""
 
 
 def _prefetcher(locality):
-    """An intrinsic ask(array, offset) for a cache line; beyond the array's end nothing happens. locality() as in LLVM."""
+    """An intrinsic ask(array, offset) for a cache line; harmless beyond the array's end. locality() as in LLVM."""
 
     @intrinsic
     def ask(typing_context, array, offset):
@@ -199,20 +217,18 @@ def _prefetcher(locality):
 
 
 prefetch = _prefetcher(lambda: 3)
-"""Ask for the cache line at array[offset], to have it in all caches."""
+"""Prefetch the cache line at array[offset] into all caches."""
 prefetch_once = _prefetcher(lambda: 0)
-"""Ask for a cache line of what is read once in a step: it should not push out of the caches what is read again."""
+"""Prefetch a line of what is read once in a step: it should not evict what is read again."""
 prefetch_beside = _prefetcher(lambda: 0 if cpu.streams_past_caches() else 2)
 """Likewise for kernels that compute as long as they read: on most CPUs into the second-level cache."""
 
 
 @intrinsic
 def compiler_barrier(typing_context):
-    """Nothing for the CPU to do; but the compiler moves no load, store or prefetch from one side to the other, and forgets
-    what memory holds.
+    """No instruction, but the compiler moves no load, store or prefetch across it, and forgets what memory holds.
 
-    Where it unrolls a loop that asks for a line in each turn, it would ask for all of them at once, and a core drops what
-    comes at once.
+    Where it unrolls a loop with one prefetch in each turn it would issue all of them at once, and a core drops bursts.
     """
 
     def codegen(context, builder, sig, args):
