@@ -1,5 +1,6 @@
 """Segmented LoRA: y += (x A) B for runs of rows that share an adapter, never merged into the base weights.
 
+LoRA: Hu et al. 2021, arXiv:2106.09685; segmented shrink and expand: after Punica, Chen et al. 2023, arXiv:2310.18547.
 How A and B lie in memory: see `lora_pack`. Sums run in a fixed order: see the tiles in `lora_shrink` and `lora_expand`.
 """
 
@@ -31,10 +32,10 @@ def make_lora(fmt: int):
     def shrink(arena, at, following, columns, group, panel, x, x_row, rows, scale, s, s_at, s_stride):
         """s[m, 16 * panel + i] = scale * sum over k of x[x_row + m, k] * A[16 * panel + i, k], m < rows, i < 16.
 
-        arena: uint8, A's panels from byte `at`; columns: K, a multiple of 16; x: Rows, of which int8 adapters read `fine`,
-        in groups of `group` columns, others `values`; s: float32, row m at m * stride: int8 adapters leave wide integers
-        there, 16 numbers in 16 places, see wide.store_sixteen. following: the byte that is likely to be read after this
-        panel, for prefetching.
+        arena: uint8, A's panels from byte `at`; columns: K, a multiple of 16; x: Rows, of which int8 adapters read
+        `fine`, in groups of `group` columns, others `values`; s: float32, row m at m * stride; int8 adapters store wide
+        integers there, 16 numbers in 16 places, see wide.store_sixteen. following: the byte that is likely to be read
+        after this panel, for prefetching.
         """
         at += panel * (head + columns * PANEL * size)
         s_at += panel * PANEL
@@ -65,14 +66,15 @@ def make_lora(fmt: int):
     ):
         """out[m, panel p] += sum over r < rank of s[m, column + r] * B[p, r], m < rows, panel0 <= p < panel1.
 
-        arena: uint8, B's panels from byte `at`; rank, column: multiples of 4; s: as shrink leaves it, row m at m * stride;
-        out: float32 likewise; panel p is the 16 numbers at out_at + (p - panel0) * panel_step: 16, or 32 where two
-        matrices are interleaved. asked: the byte from which on as many panels are likely to be read soon, for prefetching.
+        arena: uint8, B's panels from byte `at`; rank, column: multiples of 4; s: as shrink leaves it, row m at m *
+        stride; out: float32 likewise; panel p is the 16 numbers at out_at + (p - panel0) * panel_step: 16, or 32 where
+        two matrices are interleaved. asked: the byte from which on as many panels are likely to be read soon, for
+        prefetching; the address of panel `panel0` itself for none.
         """
         panel = head + rank * PANEL * size
         first, count = at + panel0 * panel, panel1 - panel0
         m = 0
-        # Rows outside: their numbers of `out` are neighbours, and B stays in the caches. Only the first ones ask for memory.
+        # Rows in the outer loop: a row's part of `out` is contiguous, and B stays in caches. Only the first prefetch.
         while m < rows:
             b = Panels(arena, first, count, panel, asked - first if m == 0 else 0)
             s_m = Lines(s, s_at + m * s_stride, s_stride, PANEL)

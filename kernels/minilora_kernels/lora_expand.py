@@ -1,6 +1,6 @@
-"""LoRA's second half, rows of s B: for float32 and float16 adapters in float32, for int8 ones as bytes with wide integers.
+"""LoRA's second half, rows of s B: in float32 for float adapters, as products of bytes and wide integers for int8 ones.
 
-Sums run over the rank one by one; those of bytes are exact for 16 ranks, which share a scale.
+Sums of floats run over the rank one by one; those of bytes are exact for 16 ranks, which share a scale.
 """
 
 from typing import NamedTuple
@@ -26,9 +26,9 @@ from .simd_memory import (
 )
 from .wide import MINUS, SCALE, SECOND, SECOND_SUM, join_sums
 
-# Rows of a tile at most.
+# Most rows of a tile.
 ROWS = 4
-# Bytes of an int8 panel's scales, and of four ranks in it; words of four ranks that share a scale.
+# Bytes of an int8 panel's scales, and of four ranks in it; how many words of four ranks share a scale.
 HEAD = head_bytes(INT8)
 STEP = 4 * PANEL * number_bytes(INT8)
 WORDS = PANEL // 4
@@ -39,7 +39,7 @@ _LOAD = {FLOAT32: load_f32, FLOAT16: load_f16}
 
 
 class Panels(NamedTuple):
-    """`number` panels of B, each of `size` bytes, from byte `at` on; those that lie `ahead` are asked for, unless that is 0."""
+    """`number` panels of B of `size` bytes, from byte `at` on; those `ahead` bytes on are prefetched if it is not 0."""
 
     arena: np.ndarray
     at: int
@@ -49,7 +49,7 @@ class Panels(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Rows of float32 `stride` apart, the first from `at` on; of each, panels `step` apart."""
+    """Rows of float32 `stride` apart, the first from `at` on; the panels of each are `step` apart."""
 
     array: np.ndarray
     at: int
@@ -58,20 +58,20 @@ class Lines(NamedTuple):
 
 
 def rows_at_once(fmt: int) -> int:
-    """As many rows as are best taken together: of int8 adapters those whose words the registers hold."""
+    """How many rows are best taken together: for int8 adapters as many as have their words in registers."""
     if fmt == INT8:
         return 2 if cpu.vectors() >= 32 else 1
     return ROWS
 
 
 def expand_rows(fmt: int):
-    """out[m, p] += sum over r < rank of s[m, column + r] * B[p, r] for 1 or rows_at_once(fmt) rows m and all panels p."""
+    """out[m, p] += sum over r < rank of s[m, column + r] * B[p, r] for 1 or rows_at_once(fmt) rows and all panels p."""
     return _int8_rows() if fmt == INT8 else _float_rows(fmt)
 
 
 def _float_rows(fmt: int):
     load, numbers = _LOAD[fmt], PANEL * number_bytes(fmt)
-    # Panels at once, of several rows and of one.
+    # Panels at a time, for several rows and for one.
     broad, wide = (2, 4) if cpu.vectors() >= 32 else (1, 2)
     new_acc, new_b = tile(f32x16, ROWS, wide), tile(f32x16, wide)
 
@@ -116,7 +116,7 @@ def _int8_rows():
 
     @inlined
     def expand_words(rows, count, b, first, group, word, out):
-        """What `count` words of a group of 16 numbers give, from `word` on; B's lie from byte `first` of each panel on.
+        """Add what `count` words of 16 numbers give, from `word` on; B's begin at byte `first` of each panel.
 
         The words stay in registers for all panels.
         """

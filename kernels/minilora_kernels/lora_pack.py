@@ -15,12 +15,12 @@ from .pack import FLOAT32, INT8, PANEL, bits
 
 
 def padded_rank(rank: int) -> int:
-    """What a rank is padded to, with zeros: words of four bytes."""
+    """A rank, padded with zeros to whole words of four bytes."""
     return -(-rank // 4) * 4
 
 
 def pack_shrink(parts: list[np.ndarray], fmt: int) -> np.ndarray:
-    """A [R, K] as fmt, uint8: the parts below each other, each from a multiple of 4 on; K is even.
+    """A [R, K] as fmt, uint8: the parts below each other, each from a multiple of 4 on; K is a multiple of 16.
 
     Raises OverflowError where a number is too large for float16.
     """

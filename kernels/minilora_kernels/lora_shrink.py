@@ -1,7 +1,7 @@
 """LoRA's first half, tiles of x A: of float32 and float16 adapters in float32, of int8 ones in integers.
 
 Sums of floats run over k in four interleaved chains, those of integers are exact within a group of inputs and run over
-the groups in order. What comes out are float32 numbers, or for int8 adapters wide integers, as `lora_expand` reads them.
+the groups in order. The results are float32 numbers, or wide integers for int8 adapters, as `lora_expand` reads them.
 """
 
 import numpy as np
@@ -26,12 +26,12 @@ from .simd_memory import (
 )
 from .wide import store_sixteen
 
-# Rows of a tile for several; int8 adapters have one of twice as many, too, where the registers hold its sums.
+# Rows of the tile for several; int8 adapters also have one of twice as many, where registers hold its sums.
 TILE_ROWS = 4
-# Sums of each row, of floats; columns that are taken in one go, of integers.
+# Sums for each row of float adapters; columns that int8 adapters take at a time.
 CHAINS, PART = 4, 16
-# How far ahead of its use memory is asked for, in bytes, and, of int8 adapters, once more, since a core drops what it is
-# asked for while as much is under way as it can have. Beyond the panel's end that is not worth a comparison.
+# Prefetch distances in bytes. int8 adapters prefetch a line a second time, AGAIN bytes ahead, as a core drops
+# prefetches while its miss buffers are full. The second one may run past the panel: a check would cost more.
 AHEAD, AGAIN = 8192, 3072
 
 ZERO, NOTHING = np.float32(0), np.int32(0)
