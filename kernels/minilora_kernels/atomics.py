@@ -1,4 +1,4 @@
-"""What compiled code needs of the machine to work beside other threads: atomic numbers, pauses, clocks."""
+"""What compiled code needs to work beside other threads: atomic integers, pauses, clocks."""
 
 import sys
 
@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 from . import cpu
 
 _YIELD = {"win32": "SwitchToThread"}.get(sys.platform, "sched_yield")
-# What an instruction barrier of ARM holds for: there is no other choice.
+# The scope of ARM's instruction barrier: there is no other choice.
 _WHOLE_SYSTEM = 15
 
 
@@ -31,7 +31,7 @@ def atomic_add(typing_context, array, i, value):
 
 @intrinsic
 def atomic_load(typing_context, array, i):
-    """array[i], and all that its writer wrote before it."""
+    """array[i]; after it, all that its writer wrote before is seen."""
 
     def codegen(context, builder, sig, args):
         return builder.load_atomic(slot_of(context, builder, sig, args), "acquire", 8)
@@ -52,7 +52,7 @@ def atomic_store(typing_context, array, i, value):
 
 @intrinsic
 def atomic_compare_swap(typing_context, array, i, expected, value):
-    """array[i] = value if it is what is expected there; returns whether it was."""
+    """array[i] = value if it is `expected`; returns whether it was."""
 
     def codegen(context, builder, sig, args):
         swapped = builder.cmpxchg(slot_of(context, builder, sig, args), args[2], args[3], "seq_cst", "seq_cst")
@@ -95,7 +95,7 @@ def yield_core(typing_context):
 
 @intrinsic
 def nanoseconds(typing_context, clock):
-    """What one of the system's clocks shows; 0 where there is no such clock."""
+    """What one of the system's clocks shows; 0 on systems without clock_gettime."""
 
     def codegen(context, builder, sig, args):
         if not binding.address_of_symbol("clock_gettime"):

@@ -1,7 +1,6 @@
 """What one step computes, as its caller hands it over and as kernels see it.
 
-All of it comes in two arrays: a call with an array for each part would take tens of microseconds, most of them to fetch
-what Python and NumPy keep about each.
+It is passed as two arrays: one array per part would cost tens of microseconds a call, most of it reading array headers.
 """
 
 from collections.abc import Collection
@@ -18,8 +17,8 @@ from .sample import make_sample, uniform
 
 # Columns of tiles: a tile is a few consecutive tokens of one sequence.
 TILE_ROW, TILE_TOKENS, TILE_POSITION, TILE_PAGES = range(4)
-# Columns of long: a token whose positions are shared out in splits (see pages.SPLIT), with room for all of them in `parts`
-# from LONG_PARTS on.
+# Columns of long: a token whose positions are shared out in splits (see pages.SPLIT), with room for all of them in
+# `parts` from LONG_PARTS on.
 LONG_ROW, LONG_POSITION, LONG_PAGES, LONG_PARTS = range(4)
 # Columns of segments: a run of rows with one adapter, and where its part of the shrunk rows begins.
 SEGMENT_FIRST, SEGMENT_END, SEGMENT_SLOT, SEGMENT_COLUMN = range(4)
@@ -30,7 +29,7 @@ CUT_TEMPERATURE, CUT_TOP_P, CUT_MIN_P = range(3)
 # The unit that programs with `choose` need.
 SAMPLING = make_sample.unit()
 [_sample] = SAMPLING.kernels
-# Instead of a token: where no logit was a finite number, and where none was chosen yet.
+# Instead of a token: the chosen one's logit was not finite; none was chosen yet.
 NO_NUMBER, NOT_CHOSEN = -1, -2
 
 
@@ -58,13 +57,13 @@ class StepRows(NamedTuple):
 class StepInput(NamedTuple):
     """What one step computes beside its rows: int64, then float32.
 
-    pages: page numbers, sequence after sequence. out_rows: rows whose logits are wanted. choices: [n, 4], tokens to
-    choose: the row, counted in out_rows, top_k, and the key of the random number, seed and position; cuts: [n, 3],
-    temperature (0 for the best token), top_p and min_p; chosen: [rounds, n], the answers.
+    pages: page numbers, sequence after sequence. out_rows: rows whose logits are wanted, rising. choices: [n, 4],
+    tokens to choose: the row, counted in out_rows, top_k, and the key of the random number, seed and position; cuts:
+    [n, 3], temperature (0 for the best token), top_p and min_p; chosen: [rounds, n], the answers.
 
-    In a step of several rounds all this is the first one's. In each later one every row holds the token that the one
-    before chose for it, one position on: there row r, out_rows[r] and choices[r] belong to one text. ends: tokens that
-    most likely end a text; after a round in which all texts end there is no other.
+    In a step of several rounds all this is the first one's. In each later one every row holds the token that the
+    previous one chose for it, one position on: there row r, out_rows[r] and choices[r] belong to one text. ends: tokens
+    that most likely end a text; after a round in which all texts end there is no other.
     """
 
     pages: Part
@@ -76,8 +75,8 @@ class StepInput(NamedTuple):
 
 
 NO_ROWS = StepRows(*[()] * len(StepRows._fields))
-# Parts of rows that are int64; all parts that are, those of all rows, of the wanted ones and of StepInput, and that are
-# float32, one of each.
+# ROWS_INTS: how many parts of StepRows are int64. INTS: how many are in all, of all rows, the wanted ones and
+# StepInput; FLOATS: how many are float32, one of each.
 ROWS_INTS = len(StepRows._fields) - 1
 INTS, FLOATS = 2 * ROWS_INTS + len(StepInput._fields) - 1, 3
 
@@ -85,7 +84,7 @@ INTS, FLOATS = 2 * ROWS_INTS + len(StepInput._fields) - 1, 3
 class Packed(NamedTuple):
     """A step's rows and StepInput in two arrays, part after part.
 
-    ints begins with where each of its parts begins and the last one ends, then where those of floats do.
+    ints starts with the offsets of its own parts (INTS + 1), then those of the parts of floats (FLOATS + 1).
     """
 
     ints: np.ndarray
@@ -98,7 +97,7 @@ class Packed(NamedTuple):
 
 
 def pack(rows: StepRows = NO_ROWS, wanted: StepRows = NO_ROWS, /, **others: Part) -> Packed:
-    """All rows, those alone whose logits are wanted, unless that is all, and parts of StepInput by name, as arrays.
+    """All rows, the wanted ones alone, unless these are all, and parts of StepInput by name, as arrays.
 
     Parts that are not given are empty.
     """
@@ -147,7 +146,7 @@ def _table(typing_context, array, first, end, columns):
 
 @kernel
 def _rows(packed, i, scales):
-    """The rows whose parts are number i and the next ones of ints, and whose scales lie between n[scales] and n[scales + 1]."""
+    """StepRows of int64 parts from number i on; its scales are packed.floats[n[scales] : n[scales + 1]]."""
     n = packed.ints
     return StepRows(
         _part(n, n[i], n[i + 1]),
@@ -162,7 +161,7 @@ def _rows(packed, i, scales):
 
 @kernel
 def unpack(packed):
-    """(StepInput, all rows, the rows alone whose logits are wanted): views, nothing is copied."""
+    """(StepInput, all rows, the wanted ones alone): views, nothing is copied."""
     n, i, floats = packed.ints, 2 * ROWS_INTS, INTS + 1
     batch = StepInput(
         _part(n, n[i], n[i + 1]),
@@ -185,7 +184,7 @@ def rounds_of(batch):
 
 @kernel
 def token_at(batch, rows, turn, row):
-    """The token of a row in round `turn`; any that exists after one that could not be chosen."""
+    """The token of a row in round `turn`; 0 after one that could not be chosen."""
     if turn == 0:
         return rows.tokens[row]
     return max(0, batch.chosen[(turn - 1) * len(batch.choices) + row])
@@ -206,9 +205,9 @@ def all_ended(batch, turn):
 
 @kernel
 def choose(batch, i, turn, best, x, width, chances, ids, to):
-    """batch.chosen of choice i in round `turn`, from rows of `width` logits in x, of which `best` is the best token.
+    """Set batch.chosen of choice i in round `turn`, from rows of `width` logits in x; best: the best token of its row.
 
-    NO_NUMBER where the token's logit is no finite number. chances, ids, to: scratch, see `sample`.
+    NO_NUMBER where the token's logit is not finite. chances, ids, to: scratch, see `sample`.
     """
     at, token = batch.choices[i, CHOICE_ROW] * width, best
     if batch.cuts[i, CUT_TEMPERATURE] > 0:

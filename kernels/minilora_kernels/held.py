@@ -1,6 +1,6 @@
 """Named tuples that kernels pass on by address.
 
-Numba hands a tuple over field by field, an array as seven of them: a tuple of all arrays of a step would be several
+Numba hands a tuple over field by field, an array as seven of them: a tuple of all arrays of a step would make several
 hundred arguments of every call, and most of what there is to compile. `hold` writes it to the stack once, and kernels
 read c.name from there.
 """
@@ -20,7 +20,7 @@ _ADDRESS = ir.IntType(8).as_pointer()
 
 
 class Held(types.Type):
-    """The address of a named tuple. Its fields that are named tuples are held themselves, but not theirs."""
+    """The address of a named tuple. Fields that are named tuples are held too, but not fields of theirs."""
 
     def __init__(self, content: types.BaseNamedTuple, inner: bool = False):
         self.content, self.inner = content, inner

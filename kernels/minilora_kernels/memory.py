@@ -1,4 +1,4 @@
-"""Arrays that begin on a cache line: a vector of 64 bytes then never lies on two."""
+"""Arrays that begin on a cache line: a vector of 64 bytes then never straddles two."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ CACHE_LINE = 64
 def aligned_zeros(count: int, dtype=np.uint8) -> np.ndarray:
     """`count` zeros; NumPy's own arrays begin anywhere.
 
-    Memory that is never written is never taken from the system, and NumPy asks for huge pages where it is much.
+    Memory that is never written is never taken from the system, and NumPy asks for huge pages for large arrays.
     """
     size = count * np.dtype(dtype).itemsize
     raw = np.zeros(size + CACHE_LINE, np.uint8)

@@ -1,24 +1,25 @@
-"""Work that threads help each other with: who is done takes from the others what they have not begun.
+"""Work that threads help each other with: one that is done takes from the others what they have not begun.
 
-The items of a work are numbers from 0 on. Each thread has a contiguous part of them and takes pieces from its front; who
-has none left takes half of the largest part from its end (work stealing, after Blumofe and Leiserson 1999,
-doi:10.1145/324133.324234). So threads of equal speed go through memory as if each had its part for itself, and slower ones
-hold up nobody.
+The items of a work are numbers from 0 on. Each thread has a contiguous part of them and takes pieces from its front;
+one that has none left takes half of the largest part, from its end (work stealing, after Blumofe and Leiserson 1999,
+doi:10.1145/324133.324234). So threads of equal speed read memory as if each worked alone, and slower ones hold up
+nobody.
 
-Between two barriers there is one work. A part is one number in its thread's line of `sync`, made of the work's number in
-this run, the first item and the end, and changes by compare-and-swap. Who looks at a part whose thread is still on its way
-from the barrier sees the work before, all of which is done, and takes from what that thread will begin with.
+Between two barriers there is one work. A part is one number in its thread's line of `sync`, made of the work's number
+in this run, the first item and the end, and changes by compare-and-swap. A part whose thread has not left the barrier
+yet still carries the previous work's number. That work is finished, so a thief takes the part to be the thread's whole
+initial share.
 """
 
 from .atomics import atomic_compare_swap, atomic_load, atomic_store
 from .jit import kernel
 from .sync import ABORT, LINE, PART, THREADS, WORK, share
 
-# Bits of an item, and what works are numbered modulo: no part is older than the work before.
+# Bits of an item; works are numbered modulo NUMBERS, as no part is older than the previous work.
 _BITS = 28
 MOST_ITEMS = 1 << _BITS
 NUMBERS = 1 << 7
-# A thread takes one of so many pieces of its part at a time: with what it has taken nobody can help it.
+# A thread takes one of so many pieces of its part at a time: nobody can help with what it has taken.
 _PIECES = 4
 
 
@@ -31,16 +32,16 @@ def begin_work(sync, thread):
 
 @kernel
 def take(sync, thread, threads, total, grain):
-    """(first, end) of the items that this thread does next, of fewer than MOST_ITEMS; empty where nothing is left to take.
+    """(first, end) of the items, fewer than MOST_ITEMS, that this thread does next; empty when none is left to take.
 
-    grain: how many are best done in one go; pieces are multiples of it, while there are so many. After an abort nothing
-    is left: then barriers hold nobody, and who is in the next work must not touch the parts of this one.
+    grain: how many are best done in one go; pieces are multiples of it while enough are left. After an abort nothing
+    is left: then barriers hold nobody, and a thread in the next work must not touch the parts of this one.
     """
     at, number = THREADS + LINE * thread + PART, sync[THREADS + LINE * thread + WORK]
     while atomic_load(sync, ABORT) == 0:
         word, first, end = _part(sync, number, total, thread, threads)
         size = _piece(end - first, grain)
-        # An empty part is written too: it must not be older than the work before.
+        # An empty part is written too: it must not be older than the previous work.
         if atomic_compare_swap(sync, at, word, _packed(number, first + size, end)):
             if size > 0:
                 return first, first + size
@@ -50,7 +51,7 @@ def take(sync, thread, threads, total, grain):
 
 @kernel
 def _steal(sync, at, number, total, thread, threads, grain):
-    """Half of the largest part of another thread: a piece of it to do, the rest becomes this thread's part."""
+    """Take half of the largest part of another thread: a piece of it to do now, the rest as this thread's part."""
     while True:
         victim, most = thread, 0
         for step in range(1, threads):

@@ -1,9 +1,9 @@
 """What the threads of a team share while they run: compiled code over one array, `sync`, without locks.
 
 Threads meet at `barrier`, or do something else between `arrive` and `wait`; they split work with `share`, take it piece
-by piece with `claim`, or help each other with it, see `stealing`. `begin` and `end` stand around each thread's part of a run.
-A thread whose part is done lingers for a moment, since the next run follows soon, and takes its part in it without going
-back to Python: waking a thread that sleeps, passing it the GIL and handing it its arguments takes some 50 to 100 us.
+by piece with `claim`, or help each other with it, see `stealing`. Each thread's part of a run is bracketed by `begin`
+and `end`. A thread that is done spins for up to 2 ms, since the next run usually follows at once, and joins it without
+returning to Python: waking a thread and handing it the GIL and its arguments takes some 50 to 100 us.
 """
 
 import time
@@ -16,21 +16,21 @@ from .atomics import atomic_add, atomic_load, atomic_store, nanoseconds, pause, 
 from .jit import kernel
 
 # Places in sync, most of them on a cache line of their own (LINE numbers). RUN, KIND: the caller's number of a run and
-# of its kind; runs of a kind differ in their jobs only. LOST: nanoseconds that all threads of a run could not run. From
-# JOB on: the job. From THREADS on: a line for each thread.
+# of its kind; runs of a kind differ in their jobs only. LOST: wall time less CPU time, summed over the run's threads,
+# in nanoseconds. From JOB on: the job. From THREADS on: a line for each thread.
 LINE = 8
 BEGUN, ARRIVED, GENERATION, ABORT, CLAIMED, LEFT, ARRIVALS, RUN = range(0, 8 * LINE, LINE)
 KIND = RUN + 1
 LOST = RUN + 2
 JOB, JOB_WORDS = RUN + LINE, 256
 THREADS = JOB + JOB_WORDS
-# In a thread's line: its clock, whether it lingers, the last run that it took part in, and of this run its arrivals, the
-# number of its work, and its part of that.
+# In a thread's line: its clock, whether it lingers, the last run that it took part in and, in this run, its arrivals,
+# the number of its work, and its part of that.
 CLOCK, LINGERS, LAST, MY_ARRIVALS, WORK, PART = range(6)
 
-# About 10 to 40 us of pauses, then the core is offered to other threads at every look.
+# After about 10 to 40 us of pauses the core is offered to other threads at every look.
 _PATIENCE = 1000
-# How long a thread lingers, in nanoseconds, and how many looks lie between two at the clock.
+# How long a thread lingers, in nanoseconds, and after how many looks it reads the clock.
 _LINGER, _LOOKS = 2_000_000, 64
 
 
@@ -45,7 +45,7 @@ def _put_job(typing_context, sync, job):
 
 @intrinsic
 def take_job(typing_context, sync, like):
-    """The job that thread 0 began the run with; `like` says of which type it is."""
+    """The job that thread 0 began the run with; `like`: any value of its type."""
 
     def codegen(context, builder, sig, args):
         return builder.load(_job_slot(context, builder, sig, args))
@@ -105,7 +105,7 @@ def end(sync, thread, threads):
 
 @kernel
 def _linger(sync, run):
-    """Until a later run has begun, for a while at most; returns whether one has. No array but sync is touched.
+    """Wait for a later run to begin, for a while; returns whether one has. No array but sync is touched.
 
     It does not yield: a thread that yields waits until the other's time slice ends, one that sleeps is woken at once.
     """
@@ -123,7 +123,7 @@ def _linger(sync, run):
 
 @kernel
 def _look_again(looks):
-    """Between two looks of a thread that waits for others; returns looks + 1."""
+    """What a waiting thread does between two looks; returns looks + 1."""
     if looks < _PATIENCE:
         pause()
     else:

@@ -17,7 +17,7 @@ from .jit import program
 from .memory import aligned_zeros
 from .sync import ABORT, KIND, LAST, LINE, LINGERS, LOST, RUN, THREADS, begin, end, take_job
 
-# Seconds between looks whether a thread is out of a run that failed.
+# Seconds between two looks whether a thread has left a run that failed.
 _POLL = 0.0002
 
 
@@ -37,11 +37,11 @@ def team_program(body: Callable, constants: tuple = (), units: Iterable[Any] = (
 
 
 class Each(list):
-    """What is fixed for a program, of which every thread of a team gets its own: one value for each."""
+    """What is fixed for a program, where each thread of a team has its own: one value for each."""
 
 
 class _Run(NamedTuple):
-    """What the first so many threads of a team do."""
+    """What the first `threads` threads of a team do."""
 
     number: int
     threads: int
@@ -60,7 +60,7 @@ class _Worker:
         self._team, self._number = team, number
         self._error: BaseException | None = None
         self._last = 0
-        # Open when there may be news. Not a Condition: Ctrl-C can leave its lock taken, and the thread would wait for ever.
+        # Open when there may be news. Not a Condition: Ctrl-C can leave its lock taken, and the thread waiting.
         self._news = threading.Lock()
         self._news.acquire()
         self._thread = threading.Thread(target=self._loop, name=f"minilora-{number}", daemon=True)
@@ -77,7 +77,7 @@ class _Worker:
         self._thread.join()
 
     def wait(self, run: _Run) -> BaseException | None:
-        """Until its part is done, Ctrl-C or not: leaving earlier would leave a thread in the team's arrays."""
+        """Wait until its part is done, Ctrl-C or not: leaving earlier would leave a thread in the team's arrays."""
         interrupted: BaseException | None = None
         self.call()
         while self._last < run.number:
@@ -110,8 +110,8 @@ class _Worker:
 class Team:
     """`size` threads that run compiled functions together.
 
-    size: number of threads, the caller's included. active: how many of them take part in a run, may be changed between
-    two. cpus: for each thread the cores that it is bound to while it runs; None binds none. Raises ValueError where
+    size: number of threads, the caller's included. active: how many of them take part in a run; may be changed between
+    runs. cpus: for each thread the cores that it is bound to while it runs; None binds none. Raises ValueError where
     size is below 1.
     """
 
@@ -135,9 +135,9 @@ class Team:
     def run(self, program, job: Any, fixed: Any = (), most: int | None = None) -> None:
         """Run a team_program on every active thread, or on `most` of them; returns when all are done.
 
-        job: what changes from run to run; fixed: what many runs share, given as the very same object. An exception in any
-        thread, Ctrl-C included, frees the others from their barriers and is raised here. Raises RuntimeError after close,
-        and in a fork of the process that made the team.
+        job: what changes from run to run; fixed: what many runs share, given as the very same object. An exception in
+        any thread, Ctrl-C included, frees the others from their barriers and is raised here. Raises RuntimeError after
+        close, and in a fork of the process that made the team.
         """
         if os.getpid() != self._process:
             raise RuntimeError(
@@ -184,8 +184,9 @@ class Team:
         return run
 
     def prepare(self, program, job: Any, fixed: Any = ()) -> None:
-        """Compile a program for arguments like these, unless it is compiled. It happens in the calling thread, so that the
-        memory that compiling takes is used again.
+        """Compile a program for arguments of these types, unless it was compiled before, for whatever types.
+
+        In the calling thread, so that the memory that compiling takes is used again.
         """
         if program not in self._compiled:
             own = fixed[0] if isinstance(fixed, Each) else fixed
@@ -207,7 +208,7 @@ class Team:
 
     @property
     def lost(self) -> float:
-        """Seconds of the last run that its threads, all together, could not run: others had their cores."""
+        """Wall time less CPU time of the last run, in seconds, summed over its threads: others had their cores."""
         return int(self._sync[LOST]) / 1e9
 
     def abort(self) -> None:
@@ -231,7 +232,7 @@ class Team:
 
 @contextmanager
 def _bound(cpus: frozenset[int]) -> Iterator[None]:
-    """Keep this thread on some cores. The caller's goes back to where it was allowed to be."""
+    """Bind this thread to some cores; afterwards it may run where it could before."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:
