@@ -1,4 +1,4 @@
-"""Numbers from one form to another, faster than NumPy does it: float16, and panels of int8 with scales."""
+"""Conversions of numbers, faster than NumPy's: float16, and panels of int8 with scales."""
 
 from functools import cache
 
@@ -16,9 +16,9 @@ ZERO, TINY = np.float32(0), np.float32(1e-30)
 
 @kernel
 def narrow(x, n, out, at):
-    """out[at + i] = float16(x[i]), i < n, to nearest, ties to even; larger numbers become the largest. Returns max |x|.
+    """out[at + i] = float16(x[i]), i < n, to nearest, ties to even; larger numbers become the largest.
 
-    x: float32; out: uint16; n a multiple of 16.
+    Returns max |x| of those that are not NaN. x: float32; out: uint16; n a multiple of 16.
     """
     largest = splat_f32(ZERO)
     for i in range(0, n, 16):
@@ -37,16 +37,16 @@ def widen(x, n, out):
 
 @kernel
 def quantize_panels(x, panels, inner, together, offset, out, at):
-    """Panels of [inner][16] float32: scale[i] = max over k of |x[k, i]| / 127, q[k, i] = round(x[k, i] / scale[i]).
+    """Panels x of [inner][16] float32: scale[i] = max(|x[k, i]| for all k, 1e-30) / 127, q = round(x / scale).
 
-    out: uint8; each panel from byte `at` on is 16 float32 scales, then q + offset as bytes [inner / together][16][together];
-    inner is a multiple of `together`.
+    out: uint8; each panel from byte `at` on is 16 float32 scales, then q + offset as bytes
+    [inner / together][16][together]; inner is a multiple of `together`.
     """
     for p in range(panels):
         start, largest = p * inner * 16, splat_f32(ZERO)
         for k in range(inner):
             largest = vmax(vabs(load_f32(x, start + 16 * k)), largest)
-        # A row of zeros: any scale above 0 will do.
+        # Above 0, as rows of zeros are divided by it, too.
         scale = vmax(largest, splat_f32(TINY)) / splat_f32(LARGEST_INT8)
         store_f32(out, at, scale)
         at += 64

@@ -1,6 +1,7 @@
-"""One row for each public kernel: its twin, how to make inputs, how close the two must be, and what it costs.
+"""One row for each kernel that computes whole results: its twin, how to make inputs, how close both must be, its cost.
 
-Tests and bench/kernels.py both loop over CASES; a new kernel is a function, a twin and a row in the file of its name here.
+Tests and bench/kernels.py both loop over CASES; a new kernel is a function, a twin and a row in the file of its name
+here.
 """
 
 from . import attention, convert, linear, lora, pointwise, sample

@@ -20,8 +20,8 @@ class Case:
 
     kernel, twin: the compiled function and its NumPy twin; make: arguments for the given sizes; tolerance: largest
     difference, relative to the largest number of the twin's result; small, large: sizes for tests and for the
-    benchmark; bytes, operations: of one call, for sizes (bytes read from memory, multiply-adds); read: what is compared
-    of the arguments, by default all arrays.
+    benchmark; bytes, operations: of one call, for sizes (bytes read, multiply-adds; narrow and widen count what they
+    write, too, write_key and write_value that alone); read: what is compared of the arguments, by default all arrays.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Case:
         return _compiled(self.kernel, (self.name, *self.constants))
 
     def compare(self, rng: np.random.Generator, size: dict[str, int]) -> float:
-        """The largest relative difference of all arrays that the two leave behind, and of what they return."""
+        """The largest relative difference of all arrays that the two leave, and of what they return."""
         mine = self.make(rng, size)
         theirs = deepcopy(mine)
         results = [(self.compiled(*mine), self.twin(*theirs))]

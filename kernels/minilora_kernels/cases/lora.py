@@ -57,7 +57,7 @@ def _lora_cases(fmt: int) -> list[Case]:
         return a, 0, tokens, panels, tokens - 1, np.float32(2), np.zeros(16 * panels, np.float32), 0
 
     def shrunk(at: int) -> Callable[[Arguments], list[np.ndarray]]:
-        """How to read the shrunk numbers in argument `at`: from words, whose integers differ by one where numbers hardly do."""
+        """How to read the shrunk numbers in argument `at`: from words: integers may differ by one, numbers hardly."""
         return lambda arguments: [reference.from_wide(arguments[at]) if quantized else arguments[at]]
 
     name = FORMAT_NAMES[fmt]

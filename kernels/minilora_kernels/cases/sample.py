@@ -7,7 +7,7 @@ from .case import Arguments, Case, new_scratch, normal
 
 
 def _logits(rng: np.random.Generator, size: dict[str, int]) -> np.ndarray:
-    """levels: only so many different ones, so that many are equal; bad: the place of a NaN, and of infinity behind it."""
+    """levels: how many different values, so that many are equal; bad: the place of a NaN, with infinity after it."""
     x = 3 * normal(rng, size["V"])
     if "levels" in size:
         x = np.round(x * size["levels"] / 6) * np.float32(6 / size["levels"])

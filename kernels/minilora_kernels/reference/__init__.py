@@ -1,7 +1,8 @@
-"""The NumPy twin of every public kernel: same name, same signature, slow and obvious.
+"""NumPy twins of the kernels that compute whole results: same name, same signature, slow and obvious.
 
-Arrays are flat, as in the kernels; each twin first cuts out what its kernel would touch. The files have the names of those
-in `cases`.
+These are products, attention, LoRA, rows, sampling and conversion; beside them is what checks dot products and wide
+integers. Arrays are flat, as in the kernels; each twin first cuts out what its kernel would touch. The files have the
+names of those in `cases`.
 """
 
 from .attention import attend, attend_part, merge_parts, write_key, write_value

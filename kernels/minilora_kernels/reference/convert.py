@@ -8,7 +8,7 @@ from .flat import span
 
 
 def narrow(x, n, out, at):
-    """out[at + i] = float16(x[i]); returns max |x|."""
+    """out[at + i] = float16(x[i]); returns max |x|, for numbers that float16 can hold."""
     out[at : at + n] = x[:n].astype(np.float16).view(np.uint16)
     return np.abs(x[:n]).max()
 
@@ -19,7 +19,7 @@ def widen(x, n, out):
 
 
 def quantize_panels(x, panels, inner, together, offset, out, at):
-    """scale[i] = max over k of |x[k, i]| / 127, q[k, i] = round(x[k, i] / scale[i]) in each panel [inner][16]."""
+    """scale[i] = max(|x[k, i]| for all k, 1e-30) / 127, q = round(x / scale) in each panel x of [inner][16]."""
     v = span(x, 0, panels * inner * PANEL).reshape(panels, inner, PANEL)
     scales = np.maximum(np.abs(v).max(axis=1), np.float32(1e-30)) / np.float32(127)
     q = (np.rint(v / scales[:, None]) + offset).astype(np.int16).astype(np.uint8)

@@ -9,7 +9,7 @@ from .flat import grid
 
 
 def _panels(arena, at, panels, inner, fmt, together=1, offset=0):
-    """Panels [panels, inner, 16] at byte `at`, as float32; of int8 numbers, + offset, `together` of a row lie side by side."""
+    """Panels [panels, inner, 16] at byte `at`, as float32; of int8, + offset, `together` of a row lie side by side."""
     if fmt == INT8:
         raw = arena[at : at + panels * (64 + inner * PANEL)].reshape(panels, -1)
         scales = np.ascontiguousarray(raw[:, :64]).view(np.float32)
