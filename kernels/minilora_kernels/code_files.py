@@ -1,7 +1,7 @@
 """Where machine code is kept: a file for each key, in a folder for each CPU, version and state of the sources.
 
-The files hold code and pickled data (Numba's own form), so they are read only from a folder that nobody but the user and
-root may write.
+The files hold code and pickled data (Numba's own form), so they are read only from a folder that nobody but the user
+and root may write.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ def code_folder() -> Path:
 
 @cache
 def environment_key() -> str:
-    """A name for all that machine code depends on, but for its own function: kernel sources, versions, CPU."""
+    """A name for all that machine code depends on, apart from its own function: kernel sources, versions, CPU."""
     digest = hashlib.sha256(_SOURCES)
     triple, name, features = cpu.target()
     versions = (numba.__version__, llvmlite.__version__, sys.version_info[:2])
@@ -96,7 +96,7 @@ def read_code(path: Path) -> bytes | None:
 
 
 def write_code(path: Path, data: bytes) -> None:
-    """Whole or not at all, whoever writes at the same time. Where it can't be written, a warning says so."""
+    """Write a file whole or not at all, whoever else writes it, too. Where it can't be written, a warning says so."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

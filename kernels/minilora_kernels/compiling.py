@@ -12,7 +12,7 @@ from importlib import import_module
 from .code_files import environment_key, sealed, unsealed
 from .limits import memory_left, usable_cores
 
-# What a process that compiles takes, with some to spare.
+# The memory that a process that compiles takes, with some to spare.
 PROCESS_BYTES = 200 << 20
 # A unit's maker, by module and name, and its constants.
 Request = tuple[str, str, tuple]
@@ -67,7 +67,7 @@ def _end_all() -> None:
 
 
 def compile_beside(requests: Sequence[Request]) -> list[Compiling]:
-    """For each request the process that compiles it; none where no process can be started, or there is no room for one."""
+    """For each request the process that compiles it; none where none can be started, or there is no room for one."""
     count, processes = min(len(requests), _room()), []
     try:
         for i in range(count):

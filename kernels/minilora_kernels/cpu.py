@@ -42,7 +42,10 @@ def family() -> str:
 
 @cache
 def vectors() -> int:
-    """How many vectors of 512 bits the registers hold: 32 with AVX-512; 8 in 16 of 256 bits, or in 32 of 128."""
+    """How many vectors of 512 bits the registers hold: 32 with AVX-512; 8 in 16 of 256 bits, or in 32 of 128.
+
+    SSE2 alone holds 4: nothing is tuned for it.
+    """
     return 32 if "avx512f" in target()[2] else 8
 
 

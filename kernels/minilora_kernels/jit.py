@@ -3,7 +3,7 @@
 `kernel` marks a function that other kernels call, `inlined` one that becomes part of them. `program` marks one that
 Python calls: its machine code is kept on disk. Numba's own cache looks at one source file only and can mix up
 processes that write at once, so the key here covers every kernel source, what else a program is made from (`sources`),
-the versions of Numba and LLVM and the CPU, and each key has its file. What is large is compiled by itself, see `unit`.
+the versions of Numba and LLVM and the CPU, and each key has its file. Large parts are compiled apart, see `unit`.
 """
 
 import hashlib
@@ -35,8 +35,7 @@ _listeners: list[Callable[[str], None]] = []
 
 
 class _Part(JITCodeLibrary):
-    """A kernel's code: only simplified, so that it takes little memory, until the program that needs it is optimised as
-    a whole."""
+    """A kernel's code, only simplified, so that it takes little memory: programs are optimised as a whole."""
 
     def _optimize_functions(self, ll_module):
         ll_module.data_layout = self._codegen._data_layout
@@ -59,7 +58,7 @@ class Elsewhere:
         self.unit = unit
 
     def _ensure_finalized(self) -> None:
-        """As Numba's libraries have it: it always is."""
+        """Nothing to do, unlike in Numba's libraries."""
 
 
 class Whole(JITCodeLibrary):
@@ -135,7 +134,7 @@ class Kernel(CPUDispatcher):
         raise TypeError("a kernel runs inside a program only: jit.program(kernel) can be called from Python")
 
     def get_call_template(self, args, kws):
-        # One code for f(n), f(0) and f(1): Numba would compile anew for each literal.
+        # The same code for f(n), f(0) and f(1): Numba would compile anew for each literal.
         return super().get_call_template(tuple(types.unliteral(arg) for arg in args), kws)
 
     def add_overload(self, cres):
@@ -164,7 +163,7 @@ def program(
     """Compile a function, or a kernel, for calls from Python, keeping the machine code on disk.
 
     constants: what the function's closure depends on, as plain values; inner: a function in its closure that it serves,
-    where that is another one each time. Both are parts of the cache's key. units: the `unit.Unit`s whose kernels it calls.
+    where that is another one each time. Both are parts of the cache's key. units: those whose kernels it calls.
     """
     function, inner = _plain(function), _plain(inner or function)
     function = _renamed(function, inner, constants)
@@ -178,7 +177,7 @@ def _plain(function: Callable) -> Any:
 
 
 def _renamed(function: Any, inner: Any, constants: tuple) -> Callable:
-    """A copy named after `inner`, whose name, and so the name of its symbol, is that of no other program."""
+    """A copy named after `inner`, with a name, and so a symbol, that no other program has."""
     digest = hashlib.sha256(repr((inner.__module__, inner.__qualname__, constants)).encode()).hexdigest()
     copy = FunctionType(
         function.__code__, function.__globals__, inner.__name__, function.__defaults__, function.__closure__
@@ -189,7 +188,7 @@ def _renamed(function: Any, inner: Any, constants: tuple) -> Callable:
 
 
 def on_compile(listener: Callable[[str], None]) -> None:
-    """Call listener(name) whenever a program must be compiled because its machine code is not on disk."""
+    """Call listener(name) for every program or unit whose machine code is not on disk."""
     _listeners.append(listener)
 
 
@@ -199,7 +198,7 @@ def _tell(name: str) -> None:
 
 
 def _start(units) -> None:
-    """Begin to compile the units that are not on disk, in other processes if there are cores for it."""
+    """Start compiling the units that are not on disk, in other processes if there are cores for it."""
     missing = [unit for unit in units if not unit.find()]
     for unit in missing:
         _tell(unit.name)
@@ -247,7 +246,7 @@ class _DiskCache(_Cache):
 
     def save_overload(self, sig, data) -> None:
         if not data.library.units <= set(self._units):
-            # From the disk it would be run without them.
+            # Loaded from disk it would run without them.
             raise TypeError(f"{self._function.__qualname__} calls kernels of units that it was not given")
         if self._enabled:
             write_code(self._path(sig), dumps(self._form.reduce(data)))

@@ -1,8 +1,8 @@
 """How much of the machine this process may use: the cores of its affinity, and what its control groups leave it.
 
-Version 2 has one tree of groups, version 1 one for each controller. What limits a group limits those below it too, so all
-from the process's own up to the root count. Inside a container the root often is the container's own group, whatever
-path /proc tells: what is not found there limits nothing.
+Version 2 has one tree of groups, version 1 one for each controller. What limits a group limits those below it too, so
+all from the process's own up to the root count. Inside a container the root often is the container's own group,
+whatever path /proc tells: what is not found there limits nothing.
 """
 
 import os
@@ -22,13 +22,15 @@ def usable_cores() -> int:
 
 
 def memory_left() -> int | None:
-    """Bytes that its control groups still let this process take, in place of files in memory where these must go; None
-    where they set no limit."""
+    """Bytes this process may still allocate under its control groups, counting page cache that would be reclaimed.
+
+    None where they set no limit.
+    """
     return min((max(0, limit - used + files) for limit, used, files in _memory()), default=None)
 
 
 def _quotas() -> Iterator[tuple[int, int]]:
-    """(microseconds of all cores together, in so many) for each group that limits them."""
+    """(quota, period) in microseconds, of CPU time and of wall time, for each group that limits it."""
     for group in _groups("cpu"):
         match _numbers(group / "cpu.max") or _numbers(group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"):
             case [quota, period] if quota > 0 and period > 0:
@@ -36,7 +38,7 @@ def _quotas() -> Iterator[tuple[int, int]]:
 
 
 def _memory() -> Iterator[tuple[int, int, int]]:
-    """(limit, bytes used, of these such as only hold what is in files too) for each group that limits them."""
+    """(limit, bytes used, page cache among them) for each group that limits them."""
     for group in _groups("memory"):
         for limit, used, below in (
             ("memory.max", "memory.current", ""),
@@ -50,7 +52,7 @@ def _memory() -> Iterator[tuple[int, int, int]]:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """The groups of this process that may limit what the controller distributes, and all above them."""
+    """The groups of this process in which the controller may set limits, and all above them."""
     for line in _lines(OWN_GROUPS):
         _, controllers, path = line.split(":", 2)
         if not controllers:

@@ -1,7 +1,8 @@
 """The passes of Numba's compiler that kernels need, and a memory for the one that takes longest.
 
-Kernels are plain loops over numbers, tuples and arrays. What Numba does for closures, `with`, list comprehensions, whole-array
-expressions and inlined overloads would find nothing in them; looking for it takes nearly a tenth of the time to compile.
+Kernels are plain loops over numbers, tuples and arrays. What Numba does for closures, `with`, list comprehensions,
+whole-array expressions and inlined overloads would find nothing in them; looking for it takes nearly a tenth of the
+compile time.
 """
 
 from typing import Any

@@ -48,15 +48,15 @@ class Maker:
 
 
 def unit(signatures: Callable[..., Sequence[Signature]]) -> Callable[[Callable], Maker]:
-    """Mark a function that makes a kernel, or a tuple of them. signatures: theirs, as a function of the same constants."""
+    """Mark a function that makes a kernel, or a tuple of them. signatures: a function of the same constants."""
     return lambda make: Maker(make, signatures)
 
 
 class Unit:
     """The kernels of one Maker for some constants.
 
-    kernels: for use in other kernels, whose program must name the unit. They take what their signatures say, no other types.
-    key: a name for all that they are. compiling: the process that makes their code, if one does.
+    kernels: for use in other kernels, whose program must name the unit; they take what their signatures say, no other
+    types. key: a name for all that they are. compiling: the process that makes their code, if one does.
     """
 
     def __init__(self, maker: Any, constants: tuple, signatures: Sequence[Signature]):
@@ -85,14 +85,14 @@ class Unit:
         return bool(self._loaded or self._code or self.compiling)
 
     def load(self) -> None:
-        """Have the machine code in this process, for which it must be compiled or has been."""
+        """Load the machine code into this process, compiling it here if nobody has."""
         if self._loaded or (self.find() and self._take()):
             return
         write_code(self._path, self.compile())
         self._loaded = True
 
     def _take(self) -> bool:
-        """Load what is at hand or was made by another process."""
+        """Load what is at hand or was made by another process; returns whether there was any."""
         if self.compiling:
             self._code, self.compiling = self.compiling.result(self.request), None
             if self._code:
@@ -107,7 +107,7 @@ class Unit:
     def compile(self) -> bytes:
         """The machine code, as object file; it is then in this process too.
 
-        Raises TypeError where a kernel returns something else than its signature says, or calls another unit's.
+        Raises TypeError where a kernel returns another type than its signature says, or calls another unit's.
         """
         whole = Whole(cpu_target.target_context.codegen(), "unit")
         with global_compiler_lock:
