@@ -11,7 +11,7 @@ from minilora_kernels.pages import KV
 from ..adapters import AdapterArrays
 from ..weights import Network
 
-# Up to so many rows every thread normalises and quantises all of them itself.
+# Up to so many rows every thread normalises and quantises all of them itself, but for the head.
 FEW = 8
 
 
@@ -34,8 +34,8 @@ class Buffers(NamedTuple):
     x: [T, width], the residual stream; a: inputs of q k v, o and gate up; b: inputs of down; qkv: [T, qkv];
     s: [T, s_stride], shrunk rows, of int8 adapters as wide integers; scratch: scratch_stride numbers for each thread;
     parts: unmerged attention; logits: [rows, vocabulary padded to 32]; bests: [rows, threads], where the largest of
-    each thread's columns is, or NONE; chances, ids: a row of logits for each thread. shared: T at most; from that row of
-    `a` on, FEW rows for each thread.
+    each thread's columns is, or NONE; chances, ids: a row of logits for each thread. shared: how many rows of `a` all
+    threads share; after them come FEW rows for each thread.
     """
 
     x: np.ndarray
@@ -66,7 +66,7 @@ class Fixed(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every phase of a step sees: the thread's number, how many there are, their barrier, the round, and all arrays.
+    """What every phase of a step sees: the thread, how many there are, their barrier, the round, and all arrays.
 
     Kernels get it by address, see `hold`.
     """
@@ -85,7 +85,7 @@ class Context(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a product's rows lie: row `row` at `at`, the next one `stride` on, and panels `step` apart."""
+    """Where a product's rows lie: the first at `at`, the next ones `stride` apart, and panels `step` apart."""
 
     array: np.ndarray
     at: int

@@ -24,8 +24,8 @@ from .work import share_of
 def first_item(first, last, heads, thread, threads):
     """The item that thread `thread` begins with; for `threads` the end of all items.
 
-    Items are heads of splits, split by split. Each thread gets about as many of the positions first .. last: the splits at
-    both ends hold fewer than others.
+    Items are (split, head), split by split. Each thread gets about as many of the positions first .. last: the splits
+    at both ends hold fewer than others.
     """
     if thread == threads:
         return (last + SPLIT - 1) // SPLIT * heads
@@ -69,7 +69,7 @@ def make_attend_all(attend, attend_part):
 
     @kernel
     def attend_tiles(c, layer, group):
-        """Tile by tile, as threads come free; each takes one ahead, to ask for its keys."""
+        """Tile by tile, as threads come free; each claims one ahead, to prefetch its keys."""
         kv, b, scratch_at = by_value(c.kv), c.buffers, c.thread * c.buffers.scratch_stride
         item = claim(c.sync)
         query = tile_query(c, layer, item, group)
@@ -115,7 +115,7 @@ def make_attend_all(attend, attend_part):
 
     @kernel
     def merge_long(c, layer, group):
-        """Join the splits of the long tokens, from the first that any position is seen of."""
+        """Merge the splits of the long tokens, from the first of which a position is seen."""
         b, heads, size = c.buffers, c.shape.heads, c.shape.head_dim
         low, high = share_of(c, len(c.rows.long) * heads)
         for item in range(low, high):

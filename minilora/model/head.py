@@ -74,7 +74,7 @@ def _best(c, row, padded):
 
 @kernel
 def better(logits, at, i, j):
-    """The better one of two columns, either of which may be NONE, whichever comes first: as argmax has it."""
+    """The better of two columns by argmax's rules, in either order; NONE loses to any."""
     first, second = min(i, j), max(i, j)
     if first == NONE or not (np.isnan(logits[at + first]) or logits[at + second] <= logits[at + first]):
         return second

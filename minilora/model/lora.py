@@ -10,7 +10,7 @@ from minilora_kernels.sync import arrive, barrier, wait
 from .rows import has_int8_adapters, input_group
 from .work import share_of
 
-# From what is used of B to what is asked for: as far as memory is late, with 16 ranks in int8 7.5 KB.
+# How many panels ahead B is prefetched: about the memory latency; with 16 ranks in int8 7.5 KB.
 PANELS_AHEAD = 24
 
 
@@ -26,12 +26,12 @@ def make_adapters(lora_format, shrink, gather, expand):
 
     @kernel
     def shrink_all(c, layer, which, columns, group, x, quantized_row, values_row, which_out, columns_out):
-        """s = scale * x A of every segment, if there is one, for the matrices that read input `which`. expand_all waits for it.
+        """s = scale * x A of every segment for the matrices that read input `which`. expand_all waits for it.
 
-        x: Rows, from quantized_row on quantised for a matrix of this group, from values_row on as floats. A unit of work
-        is one panel and up to 32 rows; neighbouring units read the same rows, which a thread mostly made itself.
-        which_out, columns_out: the matrix that expand_all begins with, and how many columns its product has. The thread's last
-        unit asks for the first panels of its share of them.
+        x: Rows, from quantized_row on quantised for a matrix of this group, from values_row on as floats. A unit of
+        work is one panel and up to 32 rows; neighbouring units read the same rows, mostly made by the thread itself.
+        which_out, columns_out: the matrix that expand_all begins with, and how many columns its product has. The
+        thread's last unit prefetches the first panels of its share of them.
         """
         x_row, grouped = quantized_row if has_int8_adapters(c) else values_row, input_group(group)
         inputs, b, arena, segments, units = c.adapters.inputs, c.buffers, c.adapters.arena, c.rows.segments, 0
@@ -77,7 +77,7 @@ def make_adapters(lora_format, shrink, gather, expand):
             if ranks > 0 and first < end:
                 s_at, column = first * b.s_stride + segments[i, SEGMENT_COLUMN], outputs[slot, layer, which, 2]
                 out_at = to.at + (first - row0) * to.stride + low * to.step
-                # While these panels are used, as many are asked for that come about PANELS_AHEAD later.
+                # While these panels are used, as many are prefetched that come about PANELS_AHEAD later.
                 j, matrix, panel = i + max(1, PANELS_AHEAD // (high - low)), which, low
                 if j > last:
                     j, matrix, panel = (j - last - 1) % (last + 1), next_which, next_low

@@ -62,7 +62,7 @@ def make_gate_up(linear, expand_all):
         """silu(gate) * up. Ends with a barrier."""
         w, b, count = c.w, c.buffers, len(c.rows.tokens)
         matrix, group = w.layers[layer, GATE_UP], w.matrices[w.layers[layer, DOWN], GROUP]
-        # Threads take whole groups, which CHUNK_BLOCKS are a multiple of, and the model's columns.
+        # Threads take whole quantisation groups; CHUNK_BLOCKS and the model's columns are multiples of one.
         unit = input_group(group) // PANEL
         units, size = c.shape.forward // PANEL // unit, bytes_of(c, matrix, count)
         # As much as scratch holds.

@@ -10,9 +10,9 @@ from ..plan import K_NORM, Q_NORM, QKV, QKV_BIAS, QKV_PARTS, ROTARY
 from .arrays import Place
 from .work import TILE_ROWS, bytes_of, first_piece, is_helped, next_piece, rows_at_once, share_of, span_of, work_of
 
-# From how many rows for each thread on they take q k v by rows: reading the weights takes little beside them.
+# From so many rows for each thread on they share q k v by rows: reading the weights takes little beside them.
 ROWS_EACH = 32
-# Items of such rows for each thread, unless these are fewer than as many tiles.
+# How many items each thread then gets, unless they would have fewer than TILE_ROWS rows.
 ITEMS_EACH = 8
 
 
@@ -92,7 +92,7 @@ def make_projection(linear, expand_all, write_key, write_value):
 
     @kernel
     def by_rows(c, layer, x_row, first, size):
-        """Threads take rows, whole tiles of 8, and all heads of them; so many that reading the weights takes little."""
+        """Threads take rows, multiples of TILE_ROWS, with all heads: so many that reading all weights takes little."""
         shape, count, step = c.shape, len(c.rows.tokens), rows_at_once(c.shape.width)
         height = min(step, TILE_ROWS * max(1, count // (TILE_ROWS * ITEMS_EACH * c.threads)))
         work = work_of(c, 1, count, height, size, 1)
@@ -116,7 +116,7 @@ def make_projection(linear, expand_all, write_key, write_value):
 
     @kernel
     def by_kinds(c, layer, x_row, first):
-        """Each kind of head is shared by itself: keys take longest to write, and who has more queries gets fewer of them."""
+        """Each kind of head is shared out by itself: keys take longest to write; who has more queries gets fewer."""
         shape, count, step = c.shape, len(c.rows.tokens), rows_at_once(c.shape.width)
         keys, values = shape.heads, shape.heads + shape.kv_heads
         for row in range(0, count, step):

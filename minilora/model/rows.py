@@ -31,7 +31,7 @@ def place_of_values(c, group, rows, at, scratch_at):
 
 @kernel
 def input_group(group):
-    """In which groups the inputs of a matrix of this group are quantised: for int8 adapters even if its weights are floats."""
+    """The group in which inputs of a matrix are quantised: for int8 adapters even if its weights are floats."""
     return max(group, GROUP_MIN)
 
 
@@ -90,7 +90,7 @@ _norm_all, _quantize_all = _for_all_rows(norm_row), _for_all_rows(_quantize_atte
 
 @kernel
 def norm_rows(c, norm_at, group):
-    """All rows of the stream, normalised and quantised; returns the row of buffers.a where this thread finds the first."""
+    """All rows of the stream, normalised and quantised; returns where in buffers.a this thread finds the first row."""
     return _norm_all(c, norm_at, group, 4 * c.shape.width)
 
 
@@ -105,7 +105,7 @@ def quantize_attended(c, group):
 
 @kernel
 def keep_wanted(c):
-    """Row j of the stream becomes what row out_rows[j] was: those that are wanted close ranks. Ends with a barrier."""
+    """Row out_rows[j] of the stream becomes row j: the wanted ones close ranks. Ends with a barrier."""
     x, width = c.buffers.x, c.shape.width
     low, high = share_of(c, width // BLOCK)
     for j in range(len(c.batch.out_rows)):

@@ -27,7 +27,7 @@ from .rows import keep_wanted, norm_rows, quantize_attended
 def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_unit: int):
     """The step for models whose matrices have these formats, with pages and adapters of these formats.
 
-    head_unit: what the heads' size is a multiple of, 16 or 64. Everything else is a runtime value, so models that share
+    head_unit: 16 or 64, of which the head size is a multiple. Everything else is a runtime value, so models that share
     all these share the machine code.
     """
     products, attention = make_linear.unit(formats), make_attention.unit(kv_format, head_unit)
@@ -76,8 +76,8 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
     def forward(c, wanted):
         """All layers and the head: writes the rows' pages, buffers.logits and the chosen tokens.
 
-        wanted: c with the rows alone whose logits are wanted. Of the others nobody sees more of the last layer than keys and
-        values.
+        wanted: c restricted to the rows whose logits are wanted; for the others the last layer computes keys and values
+        only.
         """
         last = c.shape.layers - 1
         embed_rows(c)
@@ -93,7 +93,7 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
 
     @kernel
     def step(thread, threads, sync, packed, fixed):
-        """A forward pass of batch's rows, and as many more, each with the tokens of the one before, as it asks for."""
+        """A forward pass of the batch's rows, then further rounds, each fed with the tokens that the last one chose."""
         (batch, rows, out), (w, shape, kv, adapters, buffers) = unpack(packed), fixed
         turn, going = 0, True
         while going:

@@ -1,4 +1,4 @@
-"""How threads share out a step's work: once and for all where it is short, else so that who is done helps the others."""
+"""How threads share out a step's work: once and for all where it is short, else so that they help each other."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,15 @@ from minilora_kernels.pack import BLOCK, BLOCK_BYTES, ROWS
 from minilora_kernels.stealing import begin_work, take
 from minilora_kernels.sync import share
 
-# Rows of the highest tile of products.
+# Rows of the largest AVX-512 tile; the unit in which work is counted. On other CPUs tiles have 4 rows, for many rows on
+# Zen 5 they have 5: there more is read than bytes_of says.
 TILE_ROWS = 8
 # Threads help each other with work that reads so many bytes for each of them.
 HELPED_BYTES = 1 << 20
-# Rows that a thread takes at once, and bytes of their inputs.
+# The most rows that a thread takes at once, and bytes of their inputs.
 MOST_ROWS = 128
 CACHE_BYTES = 256 * 1024
-# Blocks of gate up that it takes at once beside MOST_ROWS rows; beside fewer rows it takes as many more.
+# Blocks of gate up that it takes at once with MOST_ROWS rows; with fewer rows it takes as many more.
 CHUNK_BLOCKS = 8
 
 
@@ -27,7 +28,7 @@ def share_of(c, total):
 class Work(NamedTuple):
     """Items that threads share out: `length` for each `step` of the rows, `total` in all.
 
-    helped: who is done helps others; grain: how many items are best done in one go.
+    helped: threads that are done help the others; grain: how many items are best done in one go.
     """
 
     length: int
@@ -55,14 +56,14 @@ def work_of(c, length, rows, step, size, grain):
 
 @kernel
 def bytes_of(c, matrix, rows):
-    """Bytes of a matrix that a product with so many rows reads, from wherever: once for every tile."""
+    """Bytes of a matrix that a product with so many rows reads, from memory or caches: once for each TILE_ROWS rows."""
     table = c.w.matrices
     return table[matrix, ROWS] // BLOCK * table[matrix, BLOCK_BYTES] * ((rows + TILE_ROWS - 1) // TILE_ROWS)
 
 
 @kernel
 def first_piece(c, work):
-    """(first, end) of the items that this thread does before it asks for the next_piece."""
+    """(first, end) of the items that this thread does before it calls next_piece."""
     if work.helped:
         return take(c.sync, c.thread, c.threads, work.total, work.grain)
     return share_of(c, work.total)
@@ -70,7 +71,7 @@ def first_piece(c, work):
 
 @kernel
 def next_piece(c, work, at, end):
-    """(first, end) of the items that it does next: what is left of its piece, from `at` on, or another; empty at the end."""
+    """(first, end) of the items it does next: the rest of its piece, else a new piece; empty when the work is done."""
     if at < end:
         return at, end
     if work.helped:
@@ -80,7 +81,9 @@ def next_piece(c, work, at, end):
 
 @kernel
 def span_of(work, at, end):
-    """(row, rows, low, high): of a piece, the rows of its first item, and the items low .. high of the `length` they have."""
+    """(row, rows, low, high): the range of rows in which a piece begins, and which of that range's `length` items it
+    covers.
+    """
     row, low = at // work.length * work.step, at % work.length
     return row, min(work.step, work.rows - row), low, min(low + end - at, work.length)
 
