@@ -1,6 +1,6 @@
 """Attention's tiles for int8 pages: scores and sums as products of bytes with wide integers.
 
-Queries and the weights of values are wide integers, see `wide`; queries have minus their sum after their scale.
+Queries and the weights of values are wide integers, see `wide`; queries have their negated sum after their scale.
 """
 
 import numpy as np

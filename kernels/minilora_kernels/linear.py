@@ -139,7 +139,7 @@ def _quantized_tile(rows: int, width: int, fmt: int):
         begin = at
         for _ in range(columns // group):
             soon = begin + ahead + (at - begin) // askers
-            # A share of the header is less than a line: that comes with its neighbours.
+            # A share of the header is less than a line, and is prefetched with its neighbours.
             if ahead > 0 and askers == 1:
                 for i in range(0, header, 64):
                     ask(weights, soon + i)

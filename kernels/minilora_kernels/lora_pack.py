@@ -4,7 +4,7 @@ All matrices of an adapter that read the same input are shrunk at once: A is sto
 [R / 16 panels][K][16] with the ranks of those matrices side by side, each padded to a multiple of 4 (R: their sum,
 padded to 16). B of each matrix is stored as [N / 16 panels][rank][16], alpha / rank folded in. Both lie in a uint8
 arena as float32, float16 or int8. A panel of int8 begins with 16 float32 scales, one for each of its 16 rows of A or
-B, and its numbers lie as the dot products want them: A's as [K / 2][16][2], unless it is an embedding's, of which one
+B, and its numbers lie as the dot products need them: A's as [K / 2][16][2], unless it is an embedding's, of which one
 column is read at a time; B's, + 128, as [rank / 4][16][4].
 """
 

@@ -45,7 +45,7 @@ def _before(x, y):
 
 @kernel
 def argmax(x, at, n):
-    """The index i < n of the largest x[i], the first of equals; of the first NaN if there is one, as NumPy has it.
+    """The index i < n of the largest x[i], the first of equals; of the first NaN if there is one, as in NumPy.
 
     x: float32, n a multiple of 16.
     """

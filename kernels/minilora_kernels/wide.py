@@ -60,14 +60,14 @@ def _store_words(x, at, v):
 
 
 def make_to_wide(minus: bool):
-    """A kernel that turns numbers into wide integers; minus: it stores minus their sum, too."""
+    """A kernel that turns numbers into wide integers; minus: it stores their negated sum, too."""
 
     @kernel
     def to_wide(scratch, at, first, end, behind, most, ask):
         """Numbers first .. end (multiples of 16) of the row at `at` become words, in place.
 
-        The scale goes to at + behind, minus the sum of the integers, if `minus`, after it. most: the largest |x|, see
-        `largest`; where it is not finite neither is the scale, as integers would hide that. ask: what is prefetched
+        The scale goes to at + behind; if `minus`, the negated sum of the integers follows it. most: the largest |x|,
+        see `largest`; where it is not finite neither is the scale, as integers would hide that. ask: what is prefetched
         meanwhile.
         """
         scale = most / LARGEST
@@ -87,7 +87,7 @@ def make_to_wide(minus: bool):
 
 @kernel
 def store_sixteen(x, at, numbers):
-    """16 numbers as words at x[at]: 4 first ones, 4 second ones, the scale, and minus the sum of each four integers.
+    """16 numbers as words at x[at]: 4 first ones, 4 second ones, the scale, and the negated sum of each four integers.
 
     If a number is not finite, neither is the scale.
     """

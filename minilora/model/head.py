@@ -65,7 +65,7 @@ def choose_all(c):
 
 @kernel
 def _best(c, row, padded):
-    """The best of all threads' best columns of a row, as argmax has it."""
+    """The best of all threads' best columns of a row, by argmax's rules."""
     best = NONE
     for thread in range(c.threads):
         best = better(c.buffers.logits, row * padded, best, c.buffers.bests[row * c.threads + thread])

@@ -10,7 +10,7 @@ from ..plan import K_NORM, Q_NORM, QKV, QKV_BIAS, QKV_PARTS, ROTARY
 from .arrays import Place
 from .work import TILE_ROWS, bytes_of, first_piece, is_helped, next_piece, rows_at_once, share_of, span_of, work_of
 
-# From so many rows for each thread on they share q k v by rows: reading the weights takes little beside them.
+# From so many rows per thread on they share q k v by rows: reading all weights then takes little.
 ROWS_EACH = 32
 # How many items each thread then gets, unless they would have fewer than TILE_ROWS rows.
 ITEMS_EACH = 8
@@ -116,7 +116,7 @@ def make_projection(linear, expand_all, write_key, write_value):
 
     @kernel
     def by_kinds(c, layer, x_row, first):
-        """Each kind of head is shared out by itself: keys take longest to write; who has more queries gets fewer."""
+        """Each kind of head is shared out by itself: keys take longest to write; those with more queries get fewer."""
         shape, count, step = c.shape, len(c.rows.tokens), rows_at_once(c.shape.width)
         keys, values = shape.heads, shape.heads + shape.kv_heads
         for row in range(0, count, step):

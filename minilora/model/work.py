@@ -90,5 +90,5 @@ def span_of(work, at, end):
 
 @kernel
 def rows_at_once(columns):
-    """Rows whose int8 inputs stay in the second-level cache beside the weights of a chunk."""
+    """How many rows' int8 inputs stay in the second-level cache together with the weights of a chunk."""
     return min(MOST_ROWS, max(TILE_ROWS, CACHE_BYTES // columns // TILE_ROWS * TILE_ROWS))
