@@ -251,7 +251,9 @@ def _inverse(builder, v):
 
 
 inverse = primitive(f32x16, [f32x16], _inverse)
-"""1 / v where v is a normal number above 0, else 0: that of smaller ones may not be finite."""
+"""1 / v; 0 where v is below float32's smallest normal number, infinite or NaN.
+
+Reciprocals of smaller numbers may be infinite; a scale that is not finite is then the only mark of its numbers."""
 
 
 def _operator(op, **emitters):

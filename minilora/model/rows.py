@@ -61,7 +61,7 @@ def _quantize_attended_row(c, columns, group, attended, row):
 
 
 def _for_all_rows(prepare):
-    """A kernel that has prepare(c, what, group, x_row, row) done for all rows, of `size` bytes each.
+    """A kernel that calls prepare(c, what, group, x_row, row) for all rows, of `size` bytes each.
 
     It returns the row of buffers.a where this thread finds the first.
     """
