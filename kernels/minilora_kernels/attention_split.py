@@ -106,7 +106,7 @@ def _make_score_subpage(kv_format):
     return score_subpage
 
 
-def _make_values(kv_format, head_unit):
+def _make_sum_values(kv_format, head_unit):
     # Integers need two sums for each number, or, as pairs of 16 bits, both bytes of each widened.
     width, most = (AT_ONCE, MOST_ROWS) if kv_format == KV_INT8 else (2 * AT_ONCE, VALUE_ROWS)
 
@@ -119,7 +119,7 @@ def _make_values(kv_format, head_unit):
     narrow = for_width(1) if head_unit % columns else None
 
     @kernel
-    def values(kv, span, rows, room):
+    def sum_values(kv, span, rows, room):
         """All rows, all columns: 16 * width at a time, the rest 16 at a time; the next keys are prefetched."""
         whole = kv.size // columns * columns
         for d in range(0, whole, columns):
@@ -128,7 +128,7 @@ def _make_values(kv_format, head_unit):
             for d in range(whole, kv.size, 16):
                 narrow(kv, (span, d), rows, room.scratch, room.weights, SPLIT, room.sums, kv.size)
 
-    return values
+    return sum_values
 
 
 @kernel
@@ -139,17 +139,25 @@ def _seen(query, r, start, end):
     return first - start, min(own + 1, end) - start
 
 
+@kernel
+def widen_weights(kv, span, rows, room, first, end):
+    """Weights of lanes first .. end to wide integers, after all rows are weighed: none waits for its largest."""
+    for r in range(rows):
+        most, ask = room.scratch[room.state + STATE * r + 2], attention_int8.first_keys(kv, span, rows, r)
+        attention_int8.widen_weights(room.scratch, room.weights + r * SPLIT, first, end, most, ask)
+
+
 def make_split(kv_format, head_unit):
     """The kernel attend_split for a pool of this format; head_unit as in make_attention."""
     quantized = kv_format == KV_INT8
-    score_subpage, weigh_row, values = (
+    score_subpage, weigh_row, sum_values = (
         _make_score_subpage(kv_format),
         make_weigh_row(quantized),
-        _make_values(kv_format, head_unit),
+        _make_sum_values(kv_format, head_unit),
     )
 
     @kernel
-    def scores(kv, span, rows, room, q_at):
+    def score_split(kv, span, rows, room, q_at):
         """Scores of all rows."""
         query, start = span.query, span.first // SPLIT * SPLIT
         cursor, ahead = cursor_at(kv, span.first), cursor_at(kv, span.first + AHEAD)
@@ -185,14 +193,7 @@ def make_split(kv_format, head_unit):
             ask = attention_int8.late_values(kv, span, rows, r) if quantized else nothing(kv.numbers)
             scratch[at + 1], scratch[at + 2] = weigh_row(scratch, row, first, end, scratch[at], scales, ask)
         if quantized:
-            widen(kv, span, rows, room, first, end)
-
-    @kernel
-    def widen(kv, span, rows, room, first, end):
-        """Weights of lanes first .. end to wide integers, after all rows are weighed: none waits for its largest."""
-        for r in range(rows):
-            most, ask = room.scratch[room.state + STATE * r + 2], attention_int8.first_keys(kv, span, rows, r)
-            attention_int8.widen_weights(room.scratch, room.weights + r * SPLIT, first, end, most, ask)
+            widen_weights(kv, span, rows, room, first, end)
 
     @kernel
     def attend_split(kv, query, pages, split, following, ahead, room, q_at):
@@ -203,8 +204,8 @@ def make_split(kv_format, head_unit):
         rows, start = query.tokens * query.group, split * SPLIT
         end = min(start + SPLIT, query.position + query.tokens)
         span = Span(query, pages, first_seen(query, start), end, following, ahead)
-        scores(kv, span, rows, room, q_at)
+        score_split(kv, span, rows, room, q_at)
         weigh(kv, span, rows, room)
-        values(kv, span, rows, room)
+        sum_values(kv, span, rows, room)
 
     return attend_split

@@ -42,6 +42,31 @@ def long_query(c, layer, i, head, group):
     return Query(layer, head, group, position, 1, window, c.rows.long[i, LONG_PAGES])
 
 
+@kernel
+def tile_query(c, layer, item, group):
+    """One kv head of one tile; NOBODY where there is no such item."""
+    tile, head = item // c.shape.kv_heads, item % c.shape.kv_heads
+    if tile >= len(c.rows.tiles):
+        return NOBODY
+    tokens, position = c.rows.tiles[tile, TILE_TOKENS], c.rows.tiles[tile, TILE_POSITION] + c.turn
+    window = c.w.layers[layer, WINDOW]
+    return Query(layer, head, group, position, tokens, window, c.rows.tiles[tile, TILE_PAGES])
+
+
+@kernel
+def merge_long(c, layer, group):
+    """Merge the splits of the long tokens, from the first of which a position is seen."""
+    b, heads, size = c.buffers, c.shape.heads, c.shape.head_dim
+    low, high = share_of(c, len(c.rows.long) * heads)
+    for item in range(low, high):
+        i, head = item // heads, item % heads
+        query, row = long_query(c, layer, i, head // group, group), c.rows.long[i, LONG_ROW]
+        splits, split0 = query.position // SPLIT + 1, first_seen(query, 0) // SPLIT
+        part = c.rows.long[i, LONG_PARTS] + (query.head * splits + split0) * group * (size + 2)
+        to = row * b.a.stride + head * size
+        merge_parts(b.parts, part, splits - split0, group, head % group, size, b.a.values, to)
+
+
 def make_attend_all(attend, attend_part):
     """The kernel attend_all, from the attention of one tile and of a part of a long token."""
 
@@ -56,16 +81,6 @@ def make_attend_all(attend, attend_part):
         if len(c.rows.long) > 0:
             merge_long(c, layer, group)
             barrier(c.sync, c.threads)
-
-    @kernel
-    def tile_query(c, layer, item, group):
-        """One kv head of one tile; NOBODY where there is no such item."""
-        tile, head = item // c.shape.kv_heads, item % c.shape.kv_heads
-        if tile >= len(c.rows.tiles):
-            return NOBODY
-        tokens, position = c.rows.tiles[tile, TILE_TOKENS], c.rows.tiles[tile, TILE_POSITION] + c.turn
-        window = c.w.layers[layer, WINDOW]
-        return Query(layer, head, group, position, tokens, window, c.rows.tiles[tile, TILE_PAGES])
 
     @kernel
     def attend_tiles(c, layer, group):
@@ -112,18 +127,5 @@ def make_attend_all(attend, attend_part):
             b.scratch,
             c.thread * b.scratch_stride,
         )
-
-    @kernel
-    def merge_long(c, layer, group):
-        """Merge the splits of the long tokens, from the first of which a position is seen."""
-        b, heads, size = c.buffers, c.shape.heads, c.shape.head_dim
-        low, high = share_of(c, len(c.rows.long) * heads)
-        for item in range(low, high):
-            i, head = item // heads, item % heads
-            query, row = long_query(c, layer, i, head // group, group), c.rows.long[i, LONG_ROW]
-            splits, split0 = query.position // SPLIT + 1, first_seen(query, 0) // SPLIT
-            part = c.rows.long[i, LONG_PARTS] + (query.head * splits + split0) * group * (size + 2)
-            to = row * b.a.stride + head * size
-            merge_parts(b.parts, part, splits - split0, group, head % group, size, b.a.values, to)
 
     return attend_all

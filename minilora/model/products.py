@@ -41,21 +41,22 @@ def make_add_product(linear, shrink_all, expand_all):
     return add_product
 
 
+@kernel
+def finish_gate_up(c, layer, group, row, rows, block, end, stride):
+    """silu(gate) * up of a chunk in scratch, quantised: columns of buffers.b."""
+    b, count = c.buffers, end - block
+    at, bias = c.thread * b.scratch_stride, c.w.layers[layer, GATE_UP_BIAS]
+    for r in range(row, row + rows):
+        values, to = place_of_values(c, group, b.b, r * b.b.stride + block * PANEL, at)
+        if bias >= 0:
+            add_row(b.scratch, at, c.w.arena, bias + 4 * block * BLOCK, count * BLOCK)
+        silu_mul(b.scratch, at, count, values, to)
+        quantize_if_read(c, values, to, count * PANEL, group, b.b, r, block * PANEL)
+        at += stride
+
+
 def make_gate_up(linear, expand_all):
     """The kernel gate_up."""
-
-    @kernel
-    def finish(c, layer, group, row, rows, block, end, stride):
-        """silu(gate) * up of a chunk in scratch, quantised: columns of buffers.b."""
-        b, count = c.buffers, end - block
-        at, bias = c.thread * b.scratch_stride, c.w.layers[layer, GATE_UP_BIAS]
-        for r in range(row, row + rows):
-            values, to = place_of_values(c, group, b.b, r * b.b.stride + block * PANEL, at)
-            if bias >= 0:
-                add_row(b.scratch, at, c.w.arena, bias + 4 * block * BLOCK, count * BLOCK)
-            silu_mul(b.scratch, at, count, values, to)
-            quantize_if_read(c, values, to, count * PANEL, group, b.b, r, block * PANEL)
-            at += stride
 
     @kernel
     def gate_up(c, layer, x_row):
@@ -78,7 +79,7 @@ def make_gate_up(linear, expand_all):
             up = Place(b.scratch, gate.at + PANEL, stride, BLOCK)
             expand_all(c, layer, GATE_OUT, row, row + rows, block, last, gate, UP_OUT, block)
             expand_all(c, layer, UP_OUT, row, row + rows, block, last, up, GATE_OUT, last)
-            finish(c, layer, group, row, rows, block, last, stride)
+            finish_gate_up(c, layer, group, row, rows, block, last, stride)
             first, end = next_piece(c, work, first + (last - block) // unit, end)
         barrier(c.sync, c.threads)
 

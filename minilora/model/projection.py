@@ -45,7 +45,7 @@ def make_projection(linear, expand_all, write_key, write_value):
             start += panels
 
     @kernel
-    def finish(c, layer, row, head):
+    def finish_head(c, layer, row, head):
         """Bias, norm and rotation of one head; keys and values go to their page. Heads: q, then k, then v."""
         w, shape, kv, x = c.w, c.shape, c.kv, c.buffers.qkv
         key, value = head - shape.heads, head - shape.heads - shape.kv_heads
@@ -74,7 +74,7 @@ def make_projection(linear, expand_all, write_key, write_value):
         adapt(c, layer, row, row + rows, head0, head1)
         for r in range(row, row + rows):
             for head in range(head0, head1):
-                finish(c, layer, r, head)
+                finish_head(c, layer, r, head)
 
     @kernel
     def project_heads(c, layer, x_row, first):
