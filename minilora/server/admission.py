@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from ..async_engine import AsyncEngine
 from ..errors import UsageError
-from .failures import ApiError
+from .failures import ApiError, draining
 from .settings import ServerConfig
 
 # Why requests are refused, as the metrics name it.
@@ -66,7 +66,8 @@ class Gate:
             limit = "max_queued_per_key" if most < self.capacity else "max_num_seqs and max_num_queued_reqs together"
             raise UsageError(f"the request makes {sequences} texts, more than {limit}, {most}", "Split it.")
         if self.draining:
-            raise self._refusal(503, "draining", "the server is shutting down", sequences)
+            self.rejections["draining"] += 1
+            raise draining()
         if key and self._per_key is not None and self._by_key[key] + sequences > self._per_key:
             cause = f"this API key has {self._by_key[key]} texts running or waiting, of {self._per_key} that it may"
             raise self._refusal(429, "key_limit", cause, sequences)
@@ -75,7 +76,7 @@ class Gate:
 
     def _refusal(self, status: int, reason: str, cause: str, sequences: int) -> ApiError:
         self.rejections[reason] += 1
-        wait = LONGEST_WAIT if reason == "draining" else self.retry_after(sequences)
+        wait = self.retry_after(sequences)
         return ApiError(status, f"{cause}; try again in {wait} seconds", None, reason, wait)
 
     def _change(self, key: str, sequences: int) -> None:

@@ -75,7 +75,7 @@ class ApiError(MiniloraError):
 
 
 def draining() -> ApiError:
-    """What those are told for whom the server's end came too early."""
+    """The answer to requests that a server refuses, or does not finish, while it shuts down."""
     return ApiError(503, "the server is shutting down", None, "draining", retry_after=10)
 
 
@@ -89,8 +89,6 @@ def failure_of(error: BaseException, request_id: str = "") -> ApiError:
         return ApiError(404, _said(error), "model", "model_not_found")
     if isinstance(error, QueueTimeoutError):
         return ApiError(503, error.cause, None, "queue_timeout", retry_after=5)
-    if isinstance(error, TimeoutError):
-        return ApiError(504, "the request took longer than the server allows", None, "request_timeout")
     cause = error.__cause__ if isinstance(error, RequestError) else None
     if isinstance(cause, UnloadedError):
         return ApiError(404, cause.cause, "model", "adapter_unloaded")
@@ -169,5 +167,5 @@ def install(app: FastAPI) -> None:
     """Have an application answer every error in this shape."""
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
-    for kind in (MiniloraError, TimeoutError, Exception):
+    for kind in (MiniloraError, Exception):
         app.add_exception_handler(kind, _on_error)

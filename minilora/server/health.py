@@ -10,7 +10,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from .. import __version__
 from ..errors import EngineDeadError
 from .answers import FAILURES
-from .failures import ApiError
+from .failures import draining
 from .state import Server, ServerDep
 
 # A step of the engine that takes longer, with what it compiles on first use, will not come to an end.
@@ -41,7 +41,7 @@ async def ready(server: ServerDep) -> Response:
     """200 while new requests are welcome, 503 when the server drains or its engine is dead."""
     check_alive(server)
     if server.gate.draining:
-        raise ApiError(503, "the server is shutting down", None, "draining")
+        raise draining()
     return Response()
 
 

@@ -12,7 +12,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .failures import failure_of
+from .failures import ApiError, failure_of
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def document(content: dict[str, Any]) -> Response:
 
 
 async def attended(receive: Receive, work: Coroutine[Any, Any, T], seconds: float) -> T | None:
-    """The result of some work; None if the client left, which cancels it. Raises TimeoutError after `seconds`."""
+    """The result of a request's work; None if the client left, which cancels it. Raises ApiError after `seconds`."""
     tasks: list[asyncio.Task[Any]] = [asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))]
     try:
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -42,7 +42,8 @@ async def attended(receive: Receive, work: Coroutine[Any, Any, T], seconds: floa
             return tasks[0].result()
         if tasks[1].done():
             return None
-        raise TimeoutError
+        cause = f"the request took longer than {seconds:g} seconds, this server's request_timeout"
+        raise ApiError(504, cause, None, "request_timeout")
     finally:
         for task in tasks:
             task.cancel()

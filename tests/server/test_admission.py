@@ -121,7 +121,8 @@ def test_a_draining_gate_lets_out_only():
     inside = Inside(gate)
     inside.enter()
     gate.drain()
-    assert refused(gate).code == "draining"
+    error = refused(gate)
+    assert error.code == "draining" and error.retry_after and gate.rejections["draining"] == 1
 
     async def drained():
         waiting = asyncio.ensure_future(gate.emptied())

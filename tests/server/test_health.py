@@ -250,6 +250,7 @@ def test_ready_is_over_before_health(model):
     with mortal(model) as server:
         server.app.state.server.gate.drain()
         assert [server.client.get(path).status_code for path in ("/ready", "/health")] == [503, 200]
+        assert int(server.client.get("/ready").headers["retry-after"]) >= 1
         answer = server.client.post("/v1/completions", json=body_of())
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["code"] == "draining"
