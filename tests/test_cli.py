@@ -287,6 +287,14 @@ def test_chat(model, adapter):
     assert "Known: json" in run.stderr, "an unknown adapter's error names those that there are"
 
 
+def test_a_chat_that_no_longer_fits_says_how_to_go_on(model):
+    """Its first message may still be shortened; later, what was said before can only be dropped."""
+    run = minilora("chat", "-m", model, "--max-tokens", 8, "-c", 60, text=f"{'x' * 90}\nHello\nHello\n/reset\nHello\n")
+    assert run.returncode == 0 and "Shorten it" in run.stderr
+    assert "the conversation no longer fits" in run.stderr and "/reset starts a new one" in run.stderr
+    assert run.stdout.count("\n") == 2, run.stdout
+
+
 def test_a_chat_keeps_the_scales_of_its_adapters(model, adapter):
     text = "Hello\n/reset\n/adapter a\nHello\n/reset\n/adapter a:0\nHello\n"
     lines = minilora("chat", "-m", model, "--max-tokens", 8, "--lora", f"a={adapter}:0", text=text).stdout.split("\n")

@@ -96,7 +96,13 @@ class _Conversation:
         from ..chat import encode_chat
 
         messages = [*self.messages, {"role": "user", "content": line}]
-        text = stream_answer(self.llm, encode_chat(self.llm.tokenizer, messages), self.params, self.chosen)
+        ids, length = encode_chat(self.llm.tokenizer, messages), self.llm.engine.length
+        if len(ids) >= length and self.messages != system_message(self.system):
+            raise UsageError(
+                f"the conversation no longer fits: it has {len(ids)} tokens, the model takes {length - 1} at most",
+                "/reset starts a new one; --max-model-len makes room if the model was trained for more.",
+            )
+        text = stream_answer(self.llm, ids, self.params, self.chosen)
         self.messages = [*messages, {"role": "assistant", "content": text}]
 
     def reset(self, _: str) -> None:
