@@ -38,7 +38,7 @@ from .memory import HUGE_PAGE, huge_pages
 from .packer import Packer, pack_in_memory
 from .params import SamplingParams
 from .plan import DEFAULT_GROUP, Plan, Target
-from .tables import check_tables
+from .tables import ANEW, check_tables
 from .tokenizer import DEFINITION, SETTINGS, SPECIAL_TOKENS, TEMPLATE, Tokenizer, TokenizerFiles
 from .weights import Weights
 
@@ -129,7 +129,7 @@ def _check_target(path: Path, target: Target) -> None:
     if target.dtype != dtype or target.group not in (group, DEFAULT_GROUP):
         raise UsageError(
             f"{path} was packed as {dtype} with groups of {group}, which can't be changed",
-            "Leave --dtype and --group-size out, or pack its source again.",
+            "Leave --dtype and --group-size out, or quantize its source again.",
         )
 
 
@@ -326,12 +326,12 @@ def read_packed(folder: Path, name: str) -> Model:
     content = read_json(folder / MANIFEST)
     digest = content.pop("digest", None)
     if content.get("version") != VERSION or digest != _digest(content):
-        raise FormatError(f"{folder / MANIFEST} is damaged or from another version of minilora", "Delete the folder.")
+        raise FormatError(f"{folder / MANIFEST} is damaged or from another version of minilora", ANEW)
     if damaged := [file for file, expected in content["files"].items() if _file_digest(folder / file) != expected]:
-        raise FormatError(f"{folder / damaged[0]} is damaged", "Delete the folder.")
+        raise FormatError(f"{folder / damaged[0]} is damaged", ANEW)
     arena = _map(folder / ARENA, content["bytes"])
     if checksum(arena) != content["checksum"]:
-        raise FormatError(f"{folder / ARENA} is damaged", "Delete the folder.")
+        raise FormatError(f"{folder / ARENA} is damaged", ANEW)
     weights = Weights(
         ModelConfig.from_dict(content["config"]),
         arena,
@@ -349,8 +349,8 @@ def _map(path: Path, size: int) -> np.ndarray:
     """The file as uint8, shared with other processes until written to (which never happens)."""
     try:
         if path.stat().st_size != size:
-            raise FormatError(f"{path} has {path.stat().st_size} bytes instead of {size}", "Delete the folder.")
+            raise FormatError(f"{path} has {path.stat().st_size} bytes instead of {size}", ANEW)
         with path.open("rb") as file:
             return huge_pages(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except FileNotFoundError:
-        raise FormatError(f"{path} is missing", "Delete the folder.") from None
+        raise FormatError(f"{path} is missing", ANEW) from None

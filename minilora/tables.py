@@ -32,6 +32,9 @@ from .plan import (
 )
 from .weights import Weights
 
+# What to do about a packed model that is damaged.
+ANEW = "Delete the folder, and quantize its source again."
+
 _VECTORS = (INPUT_NORM, POST_NORM, Q_NORM, K_NORM, QKV_BIAS, O_BIAS, GATE_UP_BIAS, DOWN_BIAS)
 
 
@@ -108,4 +111,4 @@ def _vectors(config: ModelConfig, layers: np.ndarray, final_norm: int) -> Iterat
 
 def _require(right: bool, cause: str) -> None:
     if not right:
-        raise FormatError(f"the packed model is damaged: {cause}", "Delete the folder, and pack its source again.")
+        raise FormatError(f"the packed model is damaged: {cause}", ANEW)

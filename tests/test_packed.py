@@ -405,3 +405,6 @@ def test_missing_and_wrong(tmp_path):
     (tmp_path / MANIFEST).write_text("[]")
     with pytest.raises(FormatError):
         read_packed(tmp_path, "m")
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(FormatError, match="another version of minilora\nDelete the folder, and quantize its source"):
+        read_packed(tmp_path, "m")

@@ -90,7 +90,7 @@ def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     reporter = Reporter()
     path = resolve_model(source, reporter)
     if (path / MANIFEST).exists():
-        raise UsageError(f"{source} is packed already", "Pack what it was made from.")
+        raise UsageError(f"{source} is packed already", "Quantize what it was made from.")
     checkpoint = open_checkpoint(path)
     plan = Plan(checkpoint, Target(dtype, int(group_size)))
     reporter(f"packing {plan.size / 1e6:.0f} MB")
