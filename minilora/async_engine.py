@@ -93,7 +93,8 @@ class AsyncEngine:
         await self._register_paths(loras)
         stream, group = _Stream(asyncio.get_running_loop()), [] if together is None else together
         if start_within is not None:
-            stream.timer = stream.loop.call_later(start_within, self._post, partial(self._expire, stream, group))
+            expire = partial(self._expire, stream, group, start_within)
+            stream.timer = stream.loop.call_later(start_within, self._post, expire)
         params = SamplingParams() if sampling_params is None else sampling_params
         order = {"priority": priority, "tenant": tenant, "salt": salt}
 
@@ -145,10 +146,14 @@ class AsyncEngine:
             self._streams.pop(stream.request, None)
             self._llm.abort_request(stream.request)
 
-    def _expire(self, stream: _Stream, group: list[Request]) -> None:
+    def _expire(self, stream: _Stream, group: list[Request], start_within: float) -> None:
         if stream.request in self._streams and not any(request.started for request in group):
             self._abort(stream)
-            _call(stream.loop, [(stream, QueueTimeoutError("the request waited too long for its turn"))])
+            error = QueueTimeoutError(
+                f"the request did not start within {start_within:g} s",
+                "Raise start_within (--queue-timeout) or max_num_seqs, or send fewer requests.",
+            )
+            _call(stream.loop, [(stream, error)])
 
     # ------------------------------------------------------------ adapters and state
 

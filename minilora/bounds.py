@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .errors import UsageError
-from .params import EngineConfig, SamplingParams
+from .params import EngineConfig, SamplingParams, _shown
 from .runner import MOST_USES
 from .sequence import AdapterUse
 
@@ -31,7 +31,10 @@ class Bounds:
                 f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}", "Raise max_num_seqs.", param="n"
             )
         if len(uses) > MOST_USES:
-            raise UsageError(f"{len(uses)} adapters in one request, at most {MOST_USES} are possible")
+            raise UsageError(
+                f"{len(uses)} adapters in one request, at most {MOST_USES} are possible",
+                "Use fewer, or merge some into one adapter.",
+            )
         if (different := len({use.adapter for use in uses})) > self.config.max_loras:
             raise UsageError(
                 f"{different} different adapters in one request, but max_loras is {self.config.max_loras}",
@@ -43,7 +46,10 @@ class Bounds:
         if not tokens:
             raise UsageError("the prompt is empty", "Give at least one token.")
         if wrong := [t for t in tokens if not 0 <= t < self.vocabulary]:
-            raise UsageError(f"the prompt holds token {wrong[0]}, the vocabulary has {self.vocabulary}")
+            raise UsageError(
+                f"token id {_shown(wrong[0])} is outside the vocabulary of {self.vocabulary} tokens",
+                "Encode the prompt with this model's tokenizer.",
+            )
         if len(tokens) >= self.length:
             raise UsageError(
                 f"the prompt has {len(tokens)} tokens, the model takes {self.length - 1} at most",

@@ -44,11 +44,11 @@ def check_messages(messages: Sequence[Message]) -> None:
     """Raise UsageError unless messages is a list of {"role": text, "content": text}."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UsageError("messages must be a list with at least one message")
-    for message in messages:
+    for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UsageError("each message must be an object with a role")
+            raise UsageError(f"messages[{i}] must be an object with a role")
         if not isinstance(message.get("content"), str):
-            raise UsageError("each message's content must be a text")
+            raise UsageError(f"messages[{i}]: its content must be a text")
 
 
 def render(

@@ -175,7 +175,10 @@ class _Reader:
             ("intermediate_size", forward, 32),
         ):
             if size % step:
-                raise UnsupportedError(f"config.json: {key} {size} is no multiple of {step}")
+                raise UnsupportedError(
+                    f"config.json: {key} {size} is not a multiple of {step}, as minilora's kernels need it",
+                    "Take another model: this one can't be run.",
+                )
         length = self.integer("max_position_embeddings", 2048, limit=1 << 30)
         bias, rotary = self.flag("attention_bias"), self.rotary(layers)
         return ModelConfig(

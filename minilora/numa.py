@@ -33,9 +33,9 @@ class Node(NamedTuple):
 
 
 def nodes() -> list[Node]:
-    """The machine's nodes with cores for this process. Raises UnsupportedError where the system does not tell them."""
+    """The machine's nodes with cores for this process. Raises UnsupportedError where the system reports none."""
     if not hasattr(os, "sched_getaffinity") or not _SYSTEM.is_dir() or platform.machine() not in _MBIND:
-        raise UnsupportedError("this system tells nothing of memory nodes", "Leave --numa off.")
+        raise UnsupportedError("this system does not report NUMA nodes", "Use numa='off' (--numa off).")
     usable = os.sched_getaffinity(0)
     found = []
     for folder in sorted(_SYSTEM.glob("node[0-9]*"), key=lambda folder: int(folder.name[4:])):
@@ -91,4 +91,4 @@ def _set_policy(array: np.ndarray, policy: int, found: Sequence[Node]) -> None:
     )
     if call(_MBIND[platform.machine()], *arguments, 0):
         reason = os.strerror(ctypes.get_errno())
-        raise ResourceError(f"memory can't be placed on nodes: {reason}", "Leave --numa off.")
+        raise ResourceError(f"memory can't be placed on nodes: {reason}", "Use numa='off' (--numa off).")

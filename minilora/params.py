@@ -119,8 +119,9 @@ class SamplingParams:
                 _whole(name, getattr(self, name), 0, MOST_LOGPROBS)
         self._check_stops()
         object.__setattr__(self, "logits_processors", _listed("logits_processors", self.logits_processors))
-        if not all(callable(processor) for processor in self.logits_processors or ()):
-            raise UsageError("logits_processors must hold functions")
+        for i, processor in enumerate(self.logits_processors or ()):
+            if not callable(processor):
+                raise UsageError(f"logits_processors[{i}] is not callable", param="logits_processors")
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             _yes_or_no(name, getattr(self, name))
 

@@ -97,7 +97,10 @@ class _Settings:
     def _check(self) -> None:
         data = self.data
         if data.get("peft_type", "LORA") != "LORA":
-            raise UnsupportedError(f"{CONFIG}: peft_type {data['peft_type']!r}, only LORA adapters are read")
+            raise UnsupportedError(
+                f"{CONFIG}: peft_type {data['peft_type']!r}, only LORA adapters are read",
+                "Merge it into the base model with PEFT, if PEFT can merge this type.",
+            )
         for key, what in (
             ("use_dora", "DoRA"),
             ("fan_in_fan_out", "transposed weights"),
@@ -108,7 +111,10 @@ class _Settings:
                     f"{CONFIG}: {key} is set: minilora does not apply {what}", "Merge it into the base model with PEFT."
                 )
         if data.get("bias", "none") != "none":
-            raise UnsupportedError(f"{CONFIG}: bias {data['bias']!r}: minilora does not apply biases of adapters")
+            raise UnsupportedError(
+                f"{CONFIG}: bias {data['bias']!r}: minilora does not apply biases of adapters",
+                "Merge it into the base model with PEFT.",
+            )
         start = data.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
             raise UnsupportedError(
@@ -118,7 +124,10 @@ class _Settings:
         known = _READ | _HARMLESS
         unknown = sorted(key for key, value in data.items() if key not in known and not asks_nothing(value))
         if unknown:
-            raise UnsupportedError(f"{CONFIG} has {', '.join(unknown)}: minilora does not know what this changes")
+            raise UnsupportedError(
+                f"{CONFIG} has {', '.join(unknown)}: minilora does not know what this changes",
+                f"If it changes nothing in the computation, remove it from {CONFIG}.",
+            )
 
     def _rank(self, key: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= HIGHEST_RANK:

@@ -68,8 +68,16 @@ class Runner:
             self.pages = config.kv_cache_memory // size
         else:
             self.pages = min(-(-self.length // page) * config.max_num_seqs, most // size)
+        if self.pages < 1 and config.kv_cache_memory is not None:
+            raise ResourceError(
+                f"kv_cache_memory is {config.kv_cache_memory} bytes, but one page takes {size}",
+                "Raise it to at least that.",
+            )
         if self.pages < 1:
-            raise ResourceError(f"no memory for a single page of {size} bytes", "Raise kv_cache_memory.")
+            raise ResourceError(
+                f"half of the free memory, {most} bytes, does not hold one KV page of {size} bytes",
+                "Free some memory, or set kv_cache_memory.",
+            )
         try:
             self.kv = make_kv(self.model, self.kv_format, self.pages, page)
         except MemoryError:

@@ -41,7 +41,8 @@ class TokenizerFiles:
 
         Raises NotFoundError, FormatError.
         """
-        definition = read_text(folder / DEFINITION, "minilora reads fast tokenizers only.")
+        create = f"Create it with transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})."
+        definition = read_text(folder / DEFINITION, create)
         settings, special = (
             read_json(folder / name) if (folder / name).exists() else {} for name in (SETTINGS, SPECIAL_TOKENS)
         )

@@ -178,7 +178,7 @@ def test_who_waits_too_long_is_told(serve, expected):
         endless = SamplingParams(max_tokens=450, ignore_eos=True, logits_processors=[_slowly])
         busy = engine.generate(PROMPT, endless, start_within=0.5)
         await anext(busy)
-        with pytest.raises(QueueTimeoutError, match="too long"):
+        with pytest.raises(QueueTimeoutError, match=r"did not start within 0\.6 s\nRaise .*--queue-timeout"):
             await engine.complete(PROMPT, GREEDY, start_within=0.6)
         assert (await anext(busy)).outputs[0].token_ids, "one that has begun goes on"
         waiting = asyncio.create_task(engine.complete(PROMPT, GREEDY, start_within=30))
@@ -425,7 +425,8 @@ def test_adapters_as_arrays_replaced_in_place(llm, expected):
     "arguments, cause",
     [
         ([[[1, 2, 3]]], "a prompt must be"),
-        ([{"prompt": 7}], "a prompt must be"),
+        ([{"prompt": 7}], "a prompt must be .*, not {'prompt': 7}"),
+        ([{"prompt_token_ids": [512]}], "token id 512 is outside the vocabulary of"),
         ([PROMPT, GREEDY, "a1"], "'a1', not a LoRARequest"),
         ([PROMPT, GREEDY, ["a1"]], "'a1', not a LoRARequest"),
         ([PROMPT, GREEDY, [LoRARequest("a1"), LoRARequest("a2")]], "2 entries of lora_request for 1 prompts"),

@@ -155,6 +155,9 @@ def test_missing_files_are_named(tmp_path):
         open_checkpoint(tmp_path)
     with pytest.raises(NotFoundError, match="does not exist"):
         open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UnsupportedError, match="folder that holds it and config"):
+        open_checkpoint(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(

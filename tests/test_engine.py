@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minilora import LLM, memory
-from minilora.errors import EngineClosedError, UnloadedError, UsageError
+from minilora.errors import EngineClosedError, ResourceError, UnloadedError, UsageError
 from minilora.params import EngineConfig, SamplingParams
 from minilora.sequence import AdapterUse
 from minilora_kernels import limits
@@ -95,6 +95,22 @@ BAD = [
     {"logit_bias": [1]},
     {"logit_bias": dict.fromkeys(range(5000), 0)},
 ]
+
+
+def test_the_wrong_processor_is_named():
+    with pytest.raises(UsageError, match=r"logits_processors\[1\] is not callable") as caught:
+        SamplingParams(logits_processors=[print, 5])
+    assert caught.value.param == "logits_processors"
+
+
+def test_memory_for_less_than_a_page_is_named(weights, monkeypatch):
+    """The option where it is the option that is too small, else the free memory."""
+    page = 2 * 2 * 2 * 32 * 16 * 4
+    with pytest.raises(ResourceError, match=f"kv_cache_memory is 1024 bytes, but one page takes {page}\nRaise it"):
+        make_engine(weights, kv_cache_memory=1024)
+    monkeypatch.setattr("minilora.runner.free_memory", lambda: 2000)
+    with pytest.raises(ResourceError, match=f"free memory, 1000 bytes, does not hold one KV page of {page} bytes"):
+        make_engine(weights)
 
 
 @pytest.mark.parametrize("values", BAD, ids=repr)
@@ -502,7 +518,7 @@ def test_a_request_uses_so_many_adapters_and_no_more(weights):
     parts = engine.submit(PROMPT, SamplingParams(max_tokens=3, **GREEDY), (AdapterUse(version, 1 / 8),) * 8)
     run(engine)
     assert whole[0].tokens == parts[0].tokens
-    with pytest.raises(UsageError, match="9 adapters in one request, at most 8"):
+    with pytest.raises(UsageError, match="9 adapters in one request, at most 8 are possible\nUse fewer"):
         engine.submit(PROMPT, SamplingParams(), (AdapterUse(version, 1 / 9),) * 9)
     small = make_engine(weights, max_loras=2)
     different = [small.add_adapter(make_adapter(weights.config, seed=i)) for i in range(3)]

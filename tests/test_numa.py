@@ -17,7 +17,7 @@ from .support import make_adapter, make_engine, prompt_logits, random_tokens
 
 MAPS = Path("/proc/self/numa_maps")
 
-pytestmark = pytest.mark.skipif(not numa._SYSTEM.is_dir(), reason="this system tells nothing of memory nodes")
+pytestmark = pytest.mark.skipif(not numa._SYSTEM.is_dir(), reason="this system does not report NUMA nodes")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_lists_of_cores(tmp_path, monkeypatch):
 
 def test_a_system_without_nodes_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(numa, "_SYSTEM", tmp_path / "missing")
-    with pytest.raises(UnsupportedError, match="memory nodes"):
+    with pytest.raises(UnsupportedError, match="NUMA nodes\nUse numa='off'"):
         nodes()
 
 

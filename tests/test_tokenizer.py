@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Engine
 
 from minilora.chat import encode_chat, render
-from minilora.errors import FormatError, UnsupportedError, UsageError
+from minilora.errors import FormatError, NotFoundError, UnsupportedError, UsageError
 from minilora.tokenizer import TextStream, Tokenizer, TokenizerFiles
 from minilora.tokenizer_gguf import GPT4O, LLAMA3, QWEN2, TEKKEN, end_tokens, tokenizer_from_gguf
 
@@ -366,6 +366,17 @@ def test_s12_jinja_dos_templates_are_limited(template, monkeypatch):
 def test_bad_messages_are_refused(messages):
     with pytest.raises(UsageError):
         encode_chat(Tokenizer(files()), messages)
+
+
+def test_the_wrong_message_is_named():
+    with pytest.raises(UsageError, match=r"messages\[1\]: its content must be a text"):
+        encode_chat(Tokenizer(files()), [{"role": "user", "content": "x"}, {"role": "user"}])
+
+
+def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path):
+    with pytest.raises(NotFoundError, match=r"tokenizer\.json is missing") as caught:
+        TokenizerFiles.from_folder(tmp_path)
+    assert f"save_pretrained('{tmp_path}')" in caught.value.remedy
 
 
 def test_a_template_may_refuse():

@@ -28,4 +28,5 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path.name} is a pickle file, which can run code when it is read",
             "Convert it to safetensors, for example with transformers' save_pretrained.",
         )
-    raise UnsupportedError(f"{path} is neither a folder nor a .gguf file")
+    remedy = "Name the folder that holds it and config.json." if path.suffix == ".safetensors" else ""
+    raise UnsupportedError(f"{path} is neither a folder nor a .gguf file", remedy)
