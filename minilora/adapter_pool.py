@@ -117,9 +117,9 @@ class AdapterPool:
             )
 
     def insert(self, digest: str, packed: PackedAdapter) -> bool:
-        """Make an adapter resident, evicting unused ones, least recently used first; False where all are in use.
+        """Make an adapter resident, evicting unused ones, least recently used first.
 
-        Raises ResourceError where it could never fit.
+        False where those in use leave no room. Raises ResourceError where it could never fit.
         """
         if digest in self._slots:
             return True

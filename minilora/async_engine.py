@@ -81,12 +81,15 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """What a prompt's texts grow by, step by step; the last one is `finished`.
 
-        Leaving the iteration early (of a generator in a variable: `aclose`), or cancelling the task, ends the request.
+        Leaving the iteration early (call `aclose` on a generator held in a variable), or cancelling the task, ends the
+        request.
 
         priority: lower ones go first; tenant: who shares fairly with others, None for the adapter; salt: cached prefixes
-        are shared within one salt only; start_within: seconds after which a request that still waits for its turn ends with
-        a QueueTimeoutError; together: an empty list that several calls share: once one of their requests has begun, start_within ends none.
-        Raises UsageError and NotFoundError at once, RequestError where the request fails.
+        are shared within one salt only; start_within: seconds within which a request must start; together: an empty list
+        that several calls share: once one of their requests has started, start_within ends none of them.
+
+        Raises UsageError and NotFoundError on the first iteration, QueueTimeoutError after start_within, RequestError
+        where the request fails, EngineDeadError where the engine has stopped.
         """
         loras = as_loras(lora_request)
         text, tokens = await asyncio.to_thread(self._llm.encode, prompt)

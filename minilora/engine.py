@@ -104,7 +104,8 @@ class Engine:
     def add_adapter(self, source: Path | Adapter, name: str | None = None, weight: float = 1.0) -> AdapterVersion:
         """Register an adapter, or replace the one of that name; without a name it goes by its content.
 
-        A folder is read when a request wants it. Raises NotFoundError, FormatError or UsageError.
+        A folder is read when a request wants it. Raises NotFoundError, FormatError, AdapterError, UsageError or
+        ResourceError.
         """
         if isinstance(source, Path):
             return self.adapters.add(name or str(source), source, weight)
@@ -114,7 +115,7 @@ class Engine:
     def remove_adapter(self, name: str, force: bool = False) -> None:
         """Forget an adapter's name: its requests finish first, or with force end at once with an AdapterError.
 
-        Raises NotFoundError, or UsageError from within a step.
+        Raises NotFoundError, or UsageError while a step is being computed or another thread is in one.
         """
         self._guard.check_settled()
         self.adapters.remove(name)

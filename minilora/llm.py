@@ -55,13 +55,16 @@ class LLM:
         PEFT's tensor names with the content of adapter_config.json as settings.
 
         Requests under way keep the version that they began with. weight: share of the machine when adapters compete;
-        load: read it now; else when a request wants it. Raises NotFoundError, AdapterError, FormatError or
-        UnsupportedError, and then nothing has changed.
+        load: read it now; else when a request wants it. Raises NotFoundError, DownloadError, AdapterError, FormatError,
+        UnsupportedError, UsageError (as for a rank above max_lora_rank) or ResourceError, and then nothing has changed.
         """
         self.llm_engine.add_lora(name, source, settings, weight, load, report)
 
     def remove_lora(self, name: str, force: bool = False) -> None:
-        """Forget an adapter. Its requests finish first, or with force end with an error. Raises NotFoundError."""
+        """Forget an adapter. Its requests finish first, or with force end with an error.
+
+        Raises NotFoundError, or UsageError while a step is being computed or another thread is in one.
+        """
         self.llm_engine.remove_lora(name, force)
 
     @property
