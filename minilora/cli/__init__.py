@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drop_what_cannot_be_written() -> None:
-    """Where stdout takes nothing more, let Python find nothing to write there when it ends: it would complain again."""
+    """Where stdout takes nothing more, leave Python nothing to write there at its end: it would complain again."""
     try:
         print(end="", flush=True)
     except OSError:

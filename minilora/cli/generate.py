@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from .opening import Model
 
 QUESTION = "Name three fruits."
-# Seconds without a word from stdin, after which that is said.
+# Seconds of silence on stdin, after which the user is told what is waited for.
 WAITING = 1.0
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked of the model, as options say it. sampling: SamplingParams' part of them."""
+    """What is asked of the model, as the options say. sampling: those for SamplingParams."""
 
     prompt: str
     system: str | None
@@ -82,7 +82,7 @@ def generate(
     """Answer PROMPT; "-" or a pipe reads it from stdin.
 
     Without a prompt: ask the model one question and show the answers of the base model and of the bundled
-    adapters side by side, from one batch; with --lora or --adapter the answer with these.
+    adapters side by side, from one batch; with --lora or --adapter, show the answer with these.
     """
     prompt = _read_prompt(prompt, raw)
     reporter = Reporter()
@@ -106,7 +106,7 @@ def generate(
 def _read_prompt(argument: str | None, raw: bool) -> str | None:
     """The prompt: the argument, or what stdin holds for "-" or in a pipe; None if there is none. Raises UsageError.
 
-    raw: to the last byte; else, as in a shell, the end of the last line is no part of it.
+    raw: to the last byte; else, as in a shell, without the last line's end.
     """
     prompt = argument
     if argument == "-":
@@ -122,7 +122,7 @@ def _read_prompt(argument: str | None, raw: bool) -> str | None:
 
 def _read_stdin() -> str:
     if sys.stdin is None:
-        raise UsageError("the prompt is to come from stdin, which is closed")
+        raise UsageError("the prompt should come from stdin, which is closed")
     # A pipe that nobody writes to looks like a program that hangs.
     waiting = threading.Timer(WAITING, click.echo, ("reading the prompt from stdin",), {"err": True})
     waiting.daemon = True
@@ -131,7 +131,7 @@ def _read_stdin() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise UsageError(f"stdin is no {error.encoding} text: its byte {error.start} is 0x{byte:02x}") from None
+        raise UsageError(f"stdin is not {error.encoding} text: its byte {error.start} is 0x{byte:02x}") from None
     finally:
         waiting.cancel()
 
@@ -150,7 +150,7 @@ def _is_piped() -> bool:
 def _refuse_engine_options(given: list[str]) -> None:
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(f"{flags}: of no effect with --backend numpy", "Leave one of the two out.")
+        raise UsageError(f"{flags}: no effect with --backend numpy", "Leave one of the two out.")
 
 
 def _answer_at_once(llm: "Model", asked: _Asked, reporter: Reporter, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""`minilora warmup` and `minilora env`: this computer made ready, and what it is."""
+"""`minilora warmup` and `minilora env`: make this computer ready, and describe it."""
 
 import time
 
@@ -13,8 +13,10 @@ from .report import Reporter
 @click.command()
 @model_options
 def warmup(model: str, dtype: str, group_size: str, threads: int | None) -> None:
-    """Fetch, pack and compile all that a model needs, so that later starts are quick: with pages and adapters in their
-    default formats."""
+    """Fetch, pack and compile all that a model needs, so that later starts are quick.
+
+    The KV cache and adapters are taken to have their default formats.
+    """
     reporter = Reporter()
     started = time.perf_counter()
     llm = open_model(reporter, model, dtype, group_size, threads, max_num_seqs=1)

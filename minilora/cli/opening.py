@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def keeping() -> Iterator[None]:
-    """What is imported here stays: it is not looked through for garbage, now or later."""
+    """Imports done within are frozen out of garbage collection."""
     gc.disable()
     try:
         yield
@@ -60,7 +60,7 @@ def load_loras(llm: "Model", loras: Sequence[str], reporter: Reporter) -> dict[s
 def choose_adapters(
     llm: "Model", scales: Mapping[str, float], adapters: Sequence[str], reporter: Reporter
 ) -> list["LoRARequest"]:
-    """What a request is to use: the adapters that --adapter names, which are loaded if need be, or else all of --lora's.
+    """The adapters of a request: those that --adapter names, loaded if need be, or else all of --lora's.
 
     scales: of --lora's, by name.
     """

@@ -16,7 +16,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 class Size(click.ParamType):
-    """Bytes: a number with a unit, as 512M, 1.5GiB or 800 MB; units are powers of 1024."""
+    """Bytes: a number with a unit, such as 512M, 1.5GiB or 800 MB; units are powers of 1024."""
 
     name = "size"
 
@@ -24,7 +24,7 @@ class Size(click.ParamType):
         """The number of bytes."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
         if not match:
-            self.fail(f"{value!r} is no size; write 512M or 1.5GiB", param, ctx)
+            self.fail(f"{value!r} is not a size; write 512M or 1.5GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -86,13 +86,13 @@ lora_options = _options(
 )
 
 sampling_options = _options(
-    click.option("--max-tokens", "-n", type=int, default=512, show_default=True, help="Longest answer."),
+    click.option("--max-tokens", "-n", type=int, default=512, show_default=True, help="Longest answer, in tokens."),
     click.option(
-        "--temperature", "--temp", type=float, help="0 takes the best token always; default: the model's own, or 0."
+        "--temperature", "--temp", type=float, help="0 always takes the best token; default: the model's own, or 0."
     ),
-    click.option("--top-p", type=float, help="Smallest set of tokens with this probability."),
-    click.option("--top-k", type=int, help="Only the k best tokens."),
-    click.option("--min-p", type=float, help="Only tokens this likely compared to the best."),
+    click.option("--top-p", type=float, help="Keep the smallest set of best tokens that reach this probability."),
+    click.option("--top-k", type=int, help="Keep the k best tokens."),
+    click.option("--min-p", type=float, help="Keep tokens with at least this share of the best one's probability."),
     click.option("--repetition-penalty", type=float, help="Above 1: repeat less."),
     click.option("--seed", type=int, help="The same seed gives the same text."),
     click.option("--stop", multiple=True, type=Text(), help="End the answer at this text; repeatable."),
@@ -109,23 +109,34 @@ engine_options = _options(
     ),
     click.option("--max-num-seqs", type=int, help="Texts that run at once."),
     click.option("--max-num-batched-tokens", type=int, help="Most tokens that a step computes."),
-    click.option("--max-step-ms", type=int, help="Longest step that holds a piece of a prompt while others decode."),
     click.option(
-        "--num-scheduler-steps", type=int, help="Most tokens that a step gives each text; no more than take 20 ms."
+        "--max-step-ms", type=int, help="Longest step, in ms, that computes prompts while other texts decode."
     ),
-    click.option("--num-speculative-tokens", type=int, help="Most tokens that a step guesses of a text; 0 for none."),
-    click.option("--kv-cache-dtype", type=click.Choice(ENGINE_DTYPES), help="Format of pages."),
+    click.option(
+        "--num-scheduler-steps",
+        type=int,
+        help="Tokens a step may generate per sequence, as far as they fit into 20 ms.",
+    ),
+    click.option(
+        "--num-speculative-tokens", type=int, help="Draft tokens per sequence and step (prompt lookup); 0 turns it off."
+    ),
+    click.option("--kv-cache-dtype", type=click.Choice(ENGINE_DTYPES), help="Number format of the KV cache."),
     click.option(
         "--kv-cache-memory",
         type=Size(),
-        help="Bytes of pages, as 512M; if not given what texts need, half of the free memory at most.",
+        help="Bytes of the KV cache, such as 512M; default: enough for max-num-seqs full-length sequences, at most half "
+        "of the free memory.",
     ),
-    click.option("--block-size", type=int, help="Tokens of a page."),
-    click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="Keep pages of old texts."),
+    click.option("--block-size", type=int, help="Tokens of a KV page."),
+    click.option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        default=None,
+        help="Reuse KV pages of earlier texts with the same beginning.",
+    ),
     click.option("--max-loras", type=int, help="Adapters in use at once."),
-    click.option("--max-cpu-loras", type=int, help="Adapters in memory."),
+    click.option("--max-cpu-loras", type=int, help="Adapters kept in memory."),
     click.option("--max-lora-rank", type=int, help="Highest rank of an adapter."),
-    click.option("--lora-dtype", type=click.Choice(ENGINE_DTYPES), help="Format of adapters."),
+    click.option("--lora-dtype", type=click.Choice(ENGINE_DTYPES), help="Number format of the adapters."),
     click.option("--lora-memory", type=Size(), help="Bytes for adapters in memory."),
     click.option(
         "--numa", type=click.Choice(NUMA_MODES), help="Spread memory over nodes, or copy the weights to each."

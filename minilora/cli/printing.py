@@ -33,7 +33,7 @@ def stream_answer(llm: "LLM", ids: list[int], params: "SamplingParams", chosen: 
 
 
 def note_full_context(prompt: int, count: int, reason: str | None, params: "SamplingParams") -> None:
-    """Say on stderr that a text of `count` tokens was cut, where the context was full before max_tokens was reached."""
+    """Say on stderr that a text of `count` tokens was cut, if the context was full before max_tokens was reached."""
     if reason == "length" and count != params.max_tokens:
         click.echo(f"[cut: prompt and answer fill the context of {prompt + count} tokens]", err=True)
 

@@ -30,7 +30,7 @@ class Reporter:
 
 
 def announce_compiling(report: Reporter) -> None:
-    """Have programs that are compiled for this CPU announced."""
+    """Announce programs that are compiled for this CPU."""
     from minilora_kernels.jit import on_compile
 
     on_compile(lambda name: report(f"compiling the {name.strip('_')} program for this CPU (once; kept on disk)"))

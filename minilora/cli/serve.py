@@ -73,12 +73,12 @@ SERVER_OPTIONS = (
         is_eager=True,
         expose_value=False,
         callback=_read_config,
-        help="A TOML or JSON file with these options; the command line and MINILORA_* variables go before it.",
+        help="A TOML or JSON file with these options; the command line and MINILORA_* variables take precedence.",
     ),
     _option("--host", "Address to listen on."),
     _option("--port", "Port; 0 takes a free one.", click.IntRange(0, 65535), cls=_Port),
     _option("--uds", "A Unix socket to listen on instead.", metavar="PATH"),
-    _option("--root-path", "Prefix under which a proxy shows the server."),
+    _option("--root-path", "Path prefix under which a proxy offers the server."),
     _option("--ssl-certfile", "Certificate (PEM), for TLS.", metavar="PATH"),
     _option("--ssl-keyfile", "Its private key (PEM).", metavar="PATH"),
     _several("--api-key", "api_keys", "Let in requests with this key"),
@@ -92,28 +92,28 @@ SERVER_OPTIONS = (
     _several(
         "--allowed-hosts",
         "allowed_hosts",
-        "Another name of this server in the Host header; where others than this machine reach it, the only ones",
+        "Another name for this server in the Host header; where other machines can reach it, the only ones accepted",
     ),
-    _several("--allowed-origins", "allowed_origins", "A web page's origin that may use the server"),
-    _several("--served-model-name", "served_model_name", "Name of the base model; the first is in answers"),
-    _several("--lora", "loras", "An adapter to load at once", metavar="NAME[=PATH[:SCALE]]"),
+    _several("--allowed-origins", "allowed_origins", "Origin of web pages that may use the server"),
+    _several("--served-model-name", "served_model_name", "Name of the base model; answers give the first"),
+    _several("--lora", "loras", "An adapter to load at the start", metavar="NAME[=PATH[:SCALE]]"),
     _option("--lora-dir", "A folder of PEFT folders: each is an adapter, read on first use.", FILE),
-    _flag("enable-runtime-lora", "Loading adapters from --lora-dir by requests with an admin key."),
+    _flag("enable-runtime-lora", "Let requests with an admin key load adapters from --lora-dir."),
     _flag("isolate-cache-per-key", "Share no cached prefixes between API keys."),
-    _option("--max-num-queued-reqs", "Texts that may wait beside those that run.", int),
+    _option("--max-num-queued-reqs", "Texts that may wait, besides those that run.", int),
     _option("--max-queued-per-key", "Texts of one API key, waiting or running.", int),
-    _option("--queue-timeout", "Seconds until a request must have begun."),
-    _option("--request-timeout", "Seconds until it must be done."),
-    _option("--shutdown-timeout", "Seconds that running requests get at the end."),
+    _option("--queue-timeout", "Seconds within which a request must start."),
+    _option("--request-timeout", "Seconds within which it must be done."),
+    _option("--shutdown-timeout", "Seconds that running requests get at shutdown."),
     _option("--keep-alive", "Seconds that an idle connection stays open."),
-    _option("--header-timeout", "Seconds until a request's headers must be here."),
-    _option("--body-timeout", "Seconds until its body must be here."),
+    _option("--header-timeout", "Seconds within which a request's headers must arrive."),
+    _option("--body-timeout", "Seconds within which its body must arrive."),
     _option("--write-timeout", "Seconds that a client may leave an answer unread."),
     _option("--sse-ping-seconds", "Seconds between signs of life in a stream without news."),
-    _option("--max-body-bytes", "Largest body of a request, as 8M.", Size()),
+    _option("--max-body-bytes", "Largest body of a request, such as 8M.", Size()),
     _option("--max-connections", "Connections at once.", int),
-    _flag("enable-page", "The page for browsers at /."),
-    _flag("log-requests", "A line on stderr for each request."),
+    _flag("enable-page", "Serve the page for browsers at /."),
+    _flag("log-requests", "Log a line on stderr for each request."),
 )
 
 
@@ -165,7 +165,7 @@ def _read_keys(path: Path) -> list[str]:
         raise UsageError(f"cannot read keys from {path}: {getattr(error, 'strerror', None) or error}") from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise UsageError(f"{path} holds no key", "Write one in a line of its own.")
+        raise UsageError(f"{path} holds no key", "Write each key on a line of its own.")
     return keys
 
 
