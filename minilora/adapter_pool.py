@@ -1,7 +1,7 @@
 """The resident adapters: one byte arena of fixed size, slots with reference counts.
 
-An adapter is one contiguous run of bytes. When free bytes are there but scattered, the arena is compacted; this
-happens between steps only, when nothing reads it.
+An adapter is one contiguous run of bytes. When the free bytes are scattered, the arena is compacted, between steps
+only, when nothing reads it.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class Slot:
 class AdapterPool:
     """Holds up to `slots` adapters in `capacity` bytes, of which `most_used` may be in use at once.
 
-    fmt: FLOAT32, FLOAT16 or INT8, the form of their numbers. Memory that no adapter ever took is never taken from the
+    fmt: FLOAT32, FLOAT16 or INT8, the form of their numbers. Memory that no adapter has used yet is not taken from the
     system. Raises ResourceError where the address space does not suffice.
     """
 
@@ -76,7 +76,7 @@ class AdapterPool:
         return digest in self._slots
 
     def number(self, digest: str) -> int:
-        """The slot's number of a resident adapter."""
+        """The slot number of a resident adapter."""
         return self._slots[digest].number
 
     def can_use(self, sizes: Mapping[str, int]) -> bool:
@@ -95,7 +95,7 @@ class AdapterPool:
         self.touch(digest)
 
     def release(self, digest: str) -> None:
-        """Count one user less."""
+        """Count one user fewer."""
         slot = self._slots[digest]
         if slot.references == 0:
             raise AssertionError(f"adapter {digest[:8]} is released more often than acquired")

@@ -14,10 +14,10 @@ from minilora_kernels.pack import INT8, PANEL
 from .config import ModelConfig
 from .errors import AdapterError
 
-# Beyond this power of two A is made no larger or smaller: B must not overflow.
+# Rows of A are scaled by at most two to this power: B must not overflow.
 LARGEST_SHIFT = 32
 
-# What adapters shrink: the inputs of the products of a layer; each serves the matrices that read it.
+# What adapters shrink: the inputs of a layer's products; each serves the matrices that read it.
 QKV_IN, O_IN, GATE_UP_IN, DOWN_IN = range(4)
 # What they expand into.
 Q_OUT, K_OUT, V_OUT, O_OUT, GATE_OUT, UP_OUT, DOWN_OUT = range(7)
@@ -157,15 +157,15 @@ class _Arena:
         self.fmt, self._data, self._end = fmt, np.empty(size, np.uint8), 0
 
     def add_shrink(self, parts: list[np.ndarray]) -> int:
-        """The offset of the first byte of these A, below each other."""
+        """Take these A, stacked; returns the offset of their first byte."""
         return self._add(pack_shrink(parts, self.fmt))
 
     def add_gather(self, a: np.ndarray) -> int:
-        """The offset of the first byte of this A of an embedding."""
+        """Take an embedding's A; returns the offset of its first byte."""
         return self._add(pack_gather(a, self.fmt))
 
     def add_expand(self, b: np.ndarray) -> int:
-        """The offset of the first byte of this B."""
+        """Take this B; returns the offset of its first byte."""
         return self._add(pack_expand(b, self.fmt))
 
     def _add(self, packed: np.ndarray) -> int:
@@ -181,20 +181,20 @@ class _Arena:
 
 
 def _stored(pair: Pair, fmt: int) -> Pair:
-    """As it is stored in this format, but for rounding."""
+    """The pair as this format stores it, before rounding."""
     return _evened(pair) if fmt == INT8 else pair
 
 
 def _evened(pair: Pair) -> Pair:
-    """The same update with rows of A near 1: int8 adapters keep what several ranks give, and their columns of B, with a
-    common scale.
+    """The same update with each row of A scaled to about 1 (B compensates).
 
-    Each rank's factor is a power of two, so that no number changes but for its exponent.
+    In int8, what several ranks give, and their columns of B, share one scale, so one large rank would drown the others.
+    Each rank's factor is a power of two, so that only exponents change.
     """
     sizes = np.sqrt(np.mean(np.square(pair.a, dtype=np.float64), axis=1))
     shifts = np.clip(np.rint(np.log2(np.where(sizes > 0, sizes, 1))), -LARGEST_SHIFT, LARGEST_SHIFT)
     factors = np.exp2(shifts).astype(np.float32)
-    # A rank of which A is 0 gives nothing: its part of B must not set the others' scale.
+    # A rank whose row of A is 0 gives nothing: its part of B must not set the others' scale.
     return Pair(pair.a / factors[:, None], pair.b * np.where(sizes > 0, factors, np.float32(0)))
 
 
@@ -204,7 +204,7 @@ def _whole_panels(rank: int) -> int:
 
 
 def _most_bytes(adapter: Adapter, fmt: int) -> int:
-    """Bytes of an adapter's packed form at most, padding included."""
+    """The most bytes that an adapter's packed form can take, padding included."""
     panels = [(len(half) // PANEL + 1, padded_rank(half.shape[1])) for pair in adapter.pairs.values() for half in pair]
     size = sum(count * panel_bytes(inner, fmt) + CACHE_LINE for count, inner in panels)
     return -(-size // CACHE_LINE) * CACHE_LINE

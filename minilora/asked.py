@@ -46,7 +46,7 @@ def expected(plan: Iterable[Work]) -> tuple[list[Answer], list[Question]]:
         done = start + length == len(sequence.tokens)
         if sequence.wants_prompt_logprobs:
             end = min(start + length, sequence.prompt_length - 1)
-            # Some are known already where it was preempted.
+            # If it was preempted, some are known already.
             new = range(max(start, len(sequence.prompt_logprobs)), end)
             questions += [Question(sequence, row + place - start, place + 1) for place in new]
             row += length - done

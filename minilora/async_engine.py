@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 
 
 class _Stream:
-    """The way of one request's outputs from the engine's thread to a coroutine."""
+    """Carries one request's outputs from the engine's thread to a coroutine."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -39,7 +39,7 @@ class _Stream:
 class AsyncEngine:
     """A model served to coroutines. Parameters are LLM's; model and adapters are loaded here, before the thread starts.
 
-    max_model_len: tokens that prompt and text may have together; kv_tokens: that all pages hold.
+    max_model_len: tokens that prompt and text may have together; kv_tokens: tokens that all pages hold.
 
     Any number of coroutines, of any event loops, may call all methods at the same time. After `close`, and after an
     error of the engine itself, they raise EngineDeadError.
@@ -216,7 +216,7 @@ class AsyncEngine:
         return 0.0 if began is None else time.monotonic() - began
 
     def close(self) -> None:
-        """End the threads, after an adapter that is being read; requests under way end with EngineClosedError."""
+        """End the threads, once an adapter being read is done; requests under way end with EngineClosedError."""
         self._closing = True
         self._wake.set()
         elsewhere = threading.current_thread() is not self._thread
@@ -252,7 +252,7 @@ class AsyncEngine:
     def _work(self) -> None:
         try:
             while True:
-                # Cleared before it is looked at why: what is set from here on wakes the thread again.
+                # Cleared before looking for work: what is set from here on wakes the thread again.
                 self._wake.clear()
                 if self._closing:
                     break

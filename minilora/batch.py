@@ -48,7 +48,7 @@ class Chunk(NamedTuple):
     first_logits: int
 
     def wanted(self) -> "Chunk":
-        """The part whose logits are wanted, itself where that is all."""
+        """The part whose logits are wanted; the chunk itself if that is all of it."""
         end = self.start + self.length
         first = min(max(self.first_logits, self.start), end)
         return self if first == self.start else self._replace(start=first, length=end - first)

@@ -10,7 +10,7 @@ from .sequence import AdapterUse
 
 @dataclass(frozen=True)
 class Bounds:
-    """length: tokens of a text at most, prompt and answer; vocabulary: tokens that there are; pages: of the KV cache."""
+    """length: most tokens of a text, prompt and answer; vocabulary: number of tokens; pages: of the KV cache."""
 
     length: int
     vocabulary: int
@@ -18,7 +18,7 @@ class Bounds:
     config: EngineConfig
 
     def final_length(self, prompt: int, params: SamplingParams) -> int:
-        """Tokens that a text with a prompt of so many has at its end, unless something ends it before."""
+        """Tokens that a text with a prompt of this many has at its end, unless something ends it earlier."""
         return self.length if params.max_tokens is None else min(prompt + params.max_tokens, self.length)
 
     def check(self, tokens: list[int], params: SamplingParams, uses: tuple[AdapterUse, ...]) -> None:

@@ -1,8 +1,8 @@
 """KV pages: the arrays that the step reads and writes, and who holds which page.
 
 A page has a count of the sequences that hold it. With prefix caching a full page also has a key, the digest of
-everything that its content depends on; when nobody holds it any more it stays, oldest first to go, until its
-memory is needed.
+everything that its content depends on; once nobody holds it, it stays until its memory is needed, and the oldest
+goes first.
 """
 
 from collections import OrderedDict
@@ -48,8 +48,8 @@ def copy_page(kv: KV, source: int, target: int) -> None:
 class PagePool:
     """Hands out page numbers 0 .. pages - 1, to one sequence neighbouring ones as long as there are free runs of RUN.
 
-    on_free: called with each page whose content is of no use any more. hits, lookups: pages of texts that started,
-    found and asked for.
+    on_free: called with each page whose content is of no use any more. hits, lookups: pages that starting texts found,
+    and looked for.
     """
 
     def __init__(self, pages: int, on_free: Callable[[int], None] | None = None):
@@ -81,7 +81,7 @@ class PagePool:
         return self.pages - self.available
 
     def take(self, before: int | None = None) -> int:
-        """A page of one's own, next to page `before` if possible. Raises IndexError where none is available."""
+        """A page for one holder, next to page `before` if possible. Raises IndexError where none is available."""
         if self._free:
             page = self._choose(before)
             del self._free[page]
@@ -118,7 +118,7 @@ class PagePool:
         self._holders[page] += 1
 
     def drop(self, page: int) -> None:
-        """One holder less; without holders a page with a key idles, one without is free."""
+        """One holder fewer; without holders, a page with a key idles and one without a key is free."""
         if self._holders[page] < 1:
             raise AssertionError(f"page {page} is dropped more often than held")
         self._holders[page] -= 1
@@ -143,7 +143,7 @@ class PagePool:
             self._page_of[key], self._key_of[page] = page, key
 
     def unpublish(self, page: int) -> None:
-        """Take back what was said of a page that is held: nobody else finds it."""
+        """Take back what was said of a page that is held: nobody else will find it."""
         if key := self._key_of.pop(page, None):
             del self._page_of[key]
 

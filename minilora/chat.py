@@ -16,7 +16,7 @@ from .sandbox import LONGEST_TEXT, Sandbox
 from .tokenizer import Tokenizer
 
 SECONDS = 5.0
-# Characters of a date's format, each of which may become 256: it is written in one go, without a look at the clock.
+# Characters of a date's format, each of which may become 256: it is written in one go, without checking the clock.
 LONGEST_FORMAT = 256
 
 Message = Mapping[str, Any]

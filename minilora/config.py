@@ -231,7 +231,9 @@ class _Reader:
         if not isinstance(scaling, Mapping):
             raise FormatError(f"config.json: rope scaling must be an object, not {scaling!r}")
         if any(isinstance(value, Mapping) for value in scaling.values()):
-            raise UnsupportedError("config.json: rope parameters that differ between layers")
+            raise UnsupportedError(
+                "config.json: rope parameters differ between layers, which minilora does not compute"
+            )
         name = scaling.get("rope_type") or scaling.get("type") or "default"
         kind = "longrope" if name in self.arch.longrope_names else check_kind(name)
         own = ("rope_type", "type", "rope_theta", "partial_rotary_factor")

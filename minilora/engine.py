@@ -171,7 +171,7 @@ class Engine:
         if sequence.state is not State.FINISHED:
             self.scheduler.finish(sequence, reason)
         if self._recorder.follows(sequence):
-            # Where it ended in this very step, this came before in its text.
+            # If it ended in this very step, the reason given here came earlier in its text.
             sequence.finish_reason = reason
             self._recorder.finished(sequence, time.perf_counter())
 
@@ -195,7 +195,7 @@ class Engine:
         return bool(scheduler.running or scheduler.waiting or scheduler.failed or self.adapters.loading)
 
     def wait(self, timeout: float | None = None) -> None:
-        """After a step that had nothing to do: until an adapter was read from disk, if any is being read."""
+        """After a step with nothing to do, wait until an adapter was read from disk, if any is being read."""
         if self.stalled and self.adapters.loading:
             with suppress(Empty):
                 self._news.get(timeout=timeout)
@@ -255,7 +255,7 @@ class Engine:
         if most < 1 or price >= 1:
             return
         for sequence in texts:
-            # Logits processors may remember what they are called with: it is to be the text.
+            # Logits processors may remember what they are called with: it must be the text, not guesses.
             if not sequence.proposed and not sequence.params.logits_processors:
                 self.propose(sequence, sequence.lookup.guesses(sequence.tokens, most, price))
 
@@ -289,7 +289,7 @@ class Engine:
             rounds = self._rounds(plan)
             with self._interrupts.let_through():
                 tokens = self.runner.run(chunks, draws, rounds, ends_of(plan, self.eos) if rounds > 1 else set())
-            # All that can fail comes before the first token is kept: what a text was given is also told.
+            # All that can fail comes before the first token is kept: each token kept is also reported.
             logprobs = self._logprobs(draws, tokens[0])
             self._note_computed(plan, questions)
             outputs = self._answer(answers, tokens, logprobs)
@@ -397,7 +397,7 @@ class Engine:
                 for page in sequence.pages[:full]:
                     self.pool.share(page)
                 sibling.pages, sibling.computed = sequence.pages[:full] + copies, sequence.computed
-            # Copies began with the prompt that they share, and found of it in the cache what that did.
+            # Copies began with the prompt that they share, and share what it found in the cache.
             sibling.times.started, sibling.cached = sequence.times.started, sequence.cached
             sibling.prompt_logprobs = sequence.prompt_logprobs
             self.scheduler.start_copy(sibling)
@@ -415,7 +415,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compile what the first requests would have to wait for; counters begin anew. Raises UsageError while busy."""
         if self.busy:
-            raise UsageError("the engine is at work: warm it up before the first request")
+            raise UsageError("the engine is at work", "Warm it up before the first request.")
         # Logits as they are, and changed ones, are drawn from by different programs.
         for biases in (None, {0: 1.0}):
             self.submit([0], SamplingParams(max_tokens=2, logprobs=1, ignore_eos=True, logit_bias=biases))

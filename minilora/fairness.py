@@ -14,7 +14,7 @@ from .sequence import Sequence
 
 # What a generated token costs relative to one of a prompt.
 GENERATED_COST = 2.0
-# Counters of idle tenants that are kept without a look at whether they still matter.
+# Counters of idle tenants that are kept without checking whether they still matter.
 KEPT = 64
 
 _Key = tuple[int, str]
@@ -48,7 +48,7 @@ class FairQueue:
     # ------------------------------------------------------------ tenants
 
     def enter(self, sequence: Sequence) -> None:
-        """Count a new sequence of its tenant; call it once for each."""
+        """Count a new sequence of its tenant; called once for each sequence."""
         tenant = sequence.tenant
         if tenant not in self._active:
             self._served[tenant] = max(self._served.get(tenant, 0.0), self._floor())
@@ -77,12 +77,12 @@ class FairQueue:
     # ------------------------------------------------------------ waiting
 
     def add(self, sequence: Sequence) -> None:
-        """Wait, before those of the same tenant and priority that arrived later."""
+        """Queue a sequence, before those of the same tenant and priority that arrived later."""
         insort(self._lines.setdefault((sequence.priority, sequence.tenant), []), sequence, key=_order)
         self._size += 1
 
     def remove(self, sequence: Sequence) -> None:
-        """Wait no longer. Raises KeyError where it does not."""
+        """Take a sequence out of the queue. Raises KeyError where it is not in it."""
         if sequence not in self:
             raise KeyError(f"sequence {sequence.number} does not wait")
         key = (sequence.priority, sequence.tenant)

@@ -14,7 +14,7 @@ def read_text(path: Path, remedy: str = "") -> str:
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing", remedy) from None
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is no valid UTF-8: {error}") from None
+        raise FormatError(f"{path} is not valid UTF-8: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no valid JSON: {error}") from None
+        raise FormatError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds no JSON object")
     return value

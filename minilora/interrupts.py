@@ -34,7 +34,7 @@ class Interrupts:
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
-        """Within held_back: what takes long and changes no books."""
+        """Within held_back, raise KeyboardInterrupt at once: for what takes long and changes no books."""
         if self._came:
             raise KeyboardInterrupt
         self._through = True

@@ -1,4 +1,4 @@
-"""The Python interface for work offline: LLM, in the caller's thread."""
+"""The Python interface for offline work: LLM, in the caller's thread."""
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Listing
@@ -18,8 +18,8 @@ from .stats import Stats
 class LLM:
     """A model and an engine for it.
 
-    model: a name in models.lock, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
-    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at once; report:
+    model: a name from `minilora list`, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
+    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at the start; report:
     called with a line of text when something takes long; the rest are EngineConfig's fields.
 
     generate and chat take prompts and return when all texts are done; stream yields one prompt's texts as they grow;
@@ -117,13 +117,14 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """What one prompt's texts grow by, step by step, as AsyncEngine.generate has it; the last one is `finished`.
 
-        Leaving the iteration (of a generator in a variable: `close`) ends the request. Raises UsageError where it can't run, RequestError where it failed.
+        Leaving the iteration early (call `close` on a generator held in a variable) ends the request. Raises UsageError
+        where it can't run, RequestError where it failed.
         """
         self.engine.check_idle()
         request = self._submit(prompt, sampling_params, as_loras(lora_request))
         try:
             while True:
-                # Others that step meanwhile work on it too, even to its end.
+                # Steps that others run meanwhile work on it too, maybe to its end.
                 if not request.finished:
                     self.step()
                 delta = request.delta()
@@ -161,7 +162,10 @@ class LLM:
         self.llm_engine.abort_request(request)
 
     def step(self) -> list[Request]:
-        """A token or more for every running text; returns the requests that changed. Waits where all is on its way."""
+        """A token or more for every running text; returns the requests that changed.
+
+        Blocks while every request waits for its adapter to be read.
+        """
         changed = self.llm_engine.step()
         if not changed and self.engine.busy:
             self.engine.wait()

@@ -24,7 +24,7 @@ from .plan import DEFAULT_GROUP, Target
 from .registry import AdapterVersion, Loaded
 from .sequence import AdapterUse
 
-# Products of what is scaled by more would soon be no numbers in float32.
+# Larger scales would overflow float32.
 LARGEST_SCALE = 1e6
 
 Prompt = str | Mapping[str, Any]
@@ -34,13 +34,13 @@ Settings = Mapping[str, Any] | None
 
 
 class Request:
-    """A prompt on its way. output: everything so far; callback: called with the request after steps that changed it."""
+    """A prompt under way. output: everything so far; callback: called with the request after steps that changed it."""
 
     def __init__(
         self, output: RequestOutput, builders: list[TextBuilder], callback: Callable[["Request"], None] | None
     ):
         self.output, self.builders, self.callback = output, builders, callback
-        # As far as they are known, while output.prompt_logprobs waits for all; none for the first token.
+        # Those known so far; output.prompt_logprobs waits for all of them. None for the first token.
         self.prompt_logprobs: list[LogprobsAt | None] = [None]
 
     @property
@@ -72,8 +72,8 @@ class Request:
 class LLMEngine:
     """A model, an engine for it, and the requests under way. All calls from one thread unless they say otherwise.
 
-    model: a name in models.lock, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
-    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at once; report:
+    model: a name from `minilora list`, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
+    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at the start; report:
     called with a line of text when something takes long; the rest are EngineConfig's fields.
     """
 
@@ -211,7 +211,7 @@ class LLMEngine:
         return bool(self._under_way) or self.engine.busy
 
     def step(self) -> list[Request]:
-        """A token more for every text that runs, or several; returns the requests that changed, after their callbacks.
+        """A token or more for every running text; returns the requests that changed, after their callbacks.
 
         An exception in a callback, or in making a request's text, ends that request only.
         """
@@ -257,7 +257,7 @@ class LLMEngine:
             output.finished = True
 
     def _note_prompts(self) -> None:
-        """Turn what was computed of prompts into log-probabilities by id, step by step: of a long one it takes a second."""
+        """Turn what was computed of prompts into log-probabilities by id, step by step: a long one takes a second."""
         for request in self._asking:
             self._note_prompt(request)
 

@@ -1,7 +1,7 @@
 """Prompt lookup: guesses of how a text goes on, from what it already holds.
 
-What a model is asked to quote, edit, sum up or count on stands further up: where the last tokens stood before, those that
-followed are likely to follow again. One step checks all guesses (`Engine.propose`), so what they cost is the time of their
+What a model is asked to quote, edit, sum up or continue stands further up: where the last tokens occurred before, those
+that followed are likely to follow again. One step checks all guesses (`Engine.propose`), so they cost the time of their
 rows. Speculative decoding (arXiv:2211.17192) without a second model; vLLM calls it ngram.
 """
 
@@ -27,7 +27,7 @@ class PromptLookup:
         """Up to `most` tokens that may follow, as long as each is likelier to be right than `price`.
 
         tokens: the text, which only grows from call to call. price: what a guess's row costs, in tokens that the same time
-        would bring without it. Empty where the text's end never stood before.
+        would bring without it. Empty where the text's end never occurred before.
         """
         known = len(self._bytes) // 4
         self._learn(tokens[known:])

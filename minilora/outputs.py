@@ -24,7 +24,7 @@ class LoRARequest:
 
 @dataclass(frozen=True)
 class Logprob:
-    """log-probability of a token at some place, its rank there (1: the best) and its text."""
+    """A token's log-probability at some place, its rank there (1: the best) and its text."""
 
     logprob: float
     rank: int | None = None

@@ -4,9 +4,9 @@
     weights.bin        the arena
     tokenizer.json, tokenizer_config.json, chat_template.jinja
 
-`quantize` writes such a folder on purpose, loading any other model writes one into the cache. A folder that is
-damaged or was made from other bytes is made again. What the cache has for older versions or other files of a model goes
-when it was not used for a month.
+`quantize` writes such a folder on purpose, loading any other model writes one into the cache. A cached folder that is
+damaged or was made from other bytes is made again; any other that is damaged raises FormatError. What the cache has for
+older versions or other files of a model goes after a month without use.
 """
 
 import hashlib
@@ -45,11 +45,11 @@ from .weights import Weights
 MANIFEST, ARENA = "minilora.json", "weights.bin"
 VERSION = 3
 CHECKED_WORDS = 1 << 17
-# What is looked at of a checkpoint's file to know it again: so many pieces of so many bytes.
+# A checkpoint's file is recognised by this many pieces of this many bytes.
 PIECES, PIECE = 32, 1 << 14
-# Seconds after which a folder that is being written is nobody's any more.
+# Seconds after which a folder that is still being written counts as abandoned.
 ABANDONED = 3600
-# And after which a packed model in the cache that nobody has started with is removed when another one is packed.
+# Seconds without use after which a packed model in the cache is removed when another one is packed.
 UNUSED = 30 * 24 * 3600
 
 
@@ -91,7 +91,7 @@ def silent(message: str) -> None:
 
 
 def load_model(path: Path, name: str, target: Target | None = None, report: Report = silent) -> Model:
-    """A model from a checkpoint or a packed folder, packed in the cache if it was not before.
+    """A model from a checkpoint or a packed folder; a checkpoint is packed into the cache unless it is there.
 
     Raises NotFoundError, FormatError or UnsupportedError. Where the cache can't be written it says so and keeps
     the packed weights in memory.
@@ -147,7 +147,7 @@ def _keep(folder: Path, name: str, plan: Plan, tokenizer: TokenizerFiles, report
     try:
         return read_packed(folder, name)
     except (FormatError, LookupError, OSError) as error:
-        # Another process, that saw a damaged folder in this place, may be replacing it just now.
+        # Another process that saw a damaged folder in this place may be replacing it just now.
         report(f"cannot read what was just packed, which is kept in memory: {error}")
         return None
 
@@ -155,8 +155,8 @@ def _keep(folder: Path, name: str, plan: Plan, tokenizer: TokenizerFiles, report
 def _key(path: Path, target: Target) -> str:
     """A digest of what the packed bytes depend on: which files, their sizes and times, the target, our version.
 
-    Of each file some pieces count too: other weights of the same shapes may have the same times, as archives set them.
-    A start from the cache can do without reading a checkpoint whole. VERSION is that of the folder.
+    Some pieces of each file count too: other weights of the same shapes may have the same times, as archives set them.
+    Pieces, so that a start from the cache need not read a checkpoint whole. VERSION is that of the folder.
     """
     digest = hashlib.sha256(repr((VERSION, _makers(), *target.key)).encode())
     for file in _sources(path):
@@ -207,7 +207,7 @@ def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles, replace: b
     OSError where there is no room or no permission, or, without replace, something in this place.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Whom the umask lets read other files may read this folder too, which a temporary one would not allow.
+    # As readable as the umask makes any folder, which a temporary one would not be.
     building = folder.parent / f".{folder.name}-{secrets.token_hex(8)}"
     building.mkdir()
     try:
@@ -224,15 +224,15 @@ def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles, replace: b
 
 
 def _note_use(folder: Path) -> None:
-    """A folder of the cache is as old as its last use; one that may not be written is left to whoever may."""
+    """Date a folder of the cache to now; one that may not be written is left to those who may."""
     with suppress(OSError):
         os.utime(folder)
 
 
 def _remove_old(cache: Path) -> None:
-    """Remove what killed processes have left half written, and models that nobody used for long.
+    """Remove what killed processes have left half written, and models that nobody has used for long.
 
-    Who runs one of these keeps what is mapped.
+    A process that runs one of these keeps what it has mapped.
     """
     for building in cache.glob(".*-" + 16 * "[0-9a-f]"):
         _remove_older(building, ABANDONED)
@@ -241,7 +241,7 @@ def _remove_old(cache: Path) -> None:
 
 
 def _remove_older(folder: Path, seconds: float) -> None:
-    """Remove a folder that, with all in it, is older than so many seconds, unless somebody else just does."""
+    """Remove a folder that, with all in it, is older than this many seconds, unless another process is doing so."""
     with suppress(FileNotFoundError):
         newest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
         if time.time() - newest > seconds:

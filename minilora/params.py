@@ -60,18 +60,17 @@ LogitsProcessor = Callable[[list[int], list[int], "np.ndarray"], "np.ndarray | N
 class SamplingParams:
     """How tokens are chosen and when a text ends. Raises UsageError for values that make no sense.
 
-    n: texts for each prompt. temperature: 0 takes the best token always. top_p: the fewest best tokens whose
-    probabilities sum to so much stay in; top_k: so many of the best do, 0 or -1 for all; min_p: those do that have min_p
-    times the best one's probability. repetition_penalty: divides the logits of tokens seen in
-    prompt or text (CTRL, arXiv:1909.05858); presence_penalty, frequency_penalty: subtracted from those of tokens
-    in the text, once, or for each occurrence. seed: None draws one. stop: strings that end the text; stop_token_ids:
-    tokens that do; include_stop_str_in_output: the text keeps what ended it, but for the model's own end. ignore_eos: go
-    on after that. max_tokens: None for as many as fit. min_tokens: no end before. logprobs, prompt_logprobs: how many
+    n: texts for each prompt. temperature: 0 always takes the best token. top_p: keep the smallest set of most likely
+    tokens whose probabilities reach this sum; top_k: keep this many (0 or -1: all); min_p: keep those with at least this
+    share of the best one's probability. repetition_penalty: divides the logits of tokens seen in prompt or text (CTRL,
+    arXiv:1909.05858); presence_penalty, frequency_penalty: subtracted from those of tokens in the text, once, or for each
+    occurrence. seed: None draws one. stop: strings that end the text; stop_token_ids: tokens that do;
+    include_stop_str_in_output: the text keeps what ended it, except for the model's own end; ignore_eos: go on past that
+    end. max_tokens: None for as many as fit; min_tokens: the text does not end before. logprobs, prompt_logprobs: how many
     of the best tokens' log-probabilities to return at each place, None for none. skip_special_tokens: leave them out of
-    the text. logit_bias: token id -> number added
-    to its logit. logits_processors: called in order before a token is chosen, with the prompt's tokens, the text's so
-    far, and the logits, a float32 array [V] to change in place or to replace by what is returned; an exception ends
-    that request only.
+    the text. logit_bias: token id -> number added to its logit. logits_processors: called in order before a token is
+    chosen, with the prompt's tokens, the text's so far, and the logits, a float32 array [V] to change in place or to
+    replace by what is returned; an exception ends that request only.
     """
 
     n: int = 1
@@ -177,7 +176,7 @@ class SamplingParams:
 
 
 def check_order(salt: Any, priority: Any, tenant: Any) -> None:
-    """Raise UsageError where a request with these could not be put in order: a step would find that out, for everybody."""
+    """Raise UsageError for values that the scheduler could not use; found later, they would fail everybody's step."""
     if not isinstance(salt, bytes):
         raise UsageError(f"salt must be bytes, not {_shown(salt)}", param="salt")
     if isinstance(priority, bool) or not isinstance(priority, int):
@@ -201,7 +200,7 @@ _VLLM_HINTS = {
 
 
 def vllm_hint(name: str) -> str:
-    """What to do instead of a parameter, or option, that vLLM has and minilora has not; empty for all others."""
+    """What to do instead of a parameter, or option, that vLLM has and minilora does not; empty for all others."""
     return _VLLM_HINTS.get(name.lstrip("-").replace("-", "_"), "")
 
 
@@ -212,16 +211,16 @@ class EngineConfig:
     max_model_len: tokens of prompt and text together, no more than the model's positions reach; None for what it
     was trained on. max_num_seqs: sequences that run at once; max_num_batched_tokens: rows of a step; max_step_ms:
     milliseconds that a step with prompts in it should take at most while texts decode, None for any.
-    num_scheduler_steps: tokens in a row that a step may give each text where all do nothing but decode; no more
-    than take 20 ms. num_speculative_tokens: most tokens of a text that a step guesses from what the text holds
-    already, where that pays; the text is the same. kv_cache_dtype: "auto" is float32 for float32 weights, else
-    float16. kv_cache_memory: bytes of pages, None for as many as max_num_seqs long texts need, at most half of the
-    free memory. block_size: tokens of a page. max_loras: adapters in use at once; max_cpu_loras: adapters in
-    memory, None for 256 or max_loras; max_lora_rank: highest rank; lora_dtype: "auto" is float32 for float32
-    weights, else int8 with a scale for each row of A and B; lora_memory: bytes for adapters in memory, None for a
-    quarter of the free memory. threads: None for all cores that the process may use. numa: what to do on machines
-    with several memory nodes, see numa.py. enable_prefix_caching: keep pages of finished texts for others that
-    begin alike. debug_checks: check all books after each step and fill freed pages with NaN; slow.
+    num_scheduler_steps: tokens that a step may give each text while all of them only decode, as far as they fit into
+    20 ms. num_speculative_tokens: draft tokens per text and step, guessed from what the text holds already where that
+    pays; the text is the same. kv_cache_dtype: "auto" is float32 for float32 weights, else float16. kv_cache_memory:
+    bytes of KV pages, None for enough for max_num_seqs full-length texts, at most half of the free memory. block_size:
+    tokens of a page. max_loras: adapters in use at once; max_cpu_loras: adapters in memory, None: 256, or max_loras if
+    that is more; max_lora_rank: highest rank; lora_dtype: "auto" is float32 for float32 weights, else int8 with a scale
+    for each row of A and B; lora_memory: bytes for adapters in memory, None for a quarter of the free memory. threads:
+    None for all cores that the process may use. numa: what to do on machines with several memory nodes, see numa.py.
+    enable_prefix_caching: keep pages of finished texts for others that begin alike. debug_checks: check all books after
+    each step and fill freed pages with NaN; slow.
     """
 
     max_model_len: int | None = None

@@ -185,7 +185,7 @@ def load_adapter(folder: Path, config: ModelConfig, weights: Weights | None = No
     AdapterError, naming the tensor or key.
     """
     if not folder.is_dir():
-        raise NotFoundError(f"{folder} is no folder", "An adapter is a folder with adapter_config.json in it.")
+        raise NotFoundError(f"{folder} is not a folder", "An adapter is a folder with adapter_config.json in it.")
     settings = _Settings(read_json(folder / CONFIG))
     file = open_tensors(folder)
     tensors = {name: file.read(name) for name in file.tensors}
@@ -248,9 +248,9 @@ def adapter_from_arrays(tensors: Mapping[str, np.ndarray], settings: Mapping[str
 
 
 def tiny_adapter(config: ModelConfig) -> Adapter:
-    """An adapter of one module that changes nothing, by way of all that a file's numbers go through."""
+    """An adapter of one module that changes nothing, made by all the steps that a file's numbers go through."""
     module, (rows, columns) = next(iter(module_shapes(config).items()))
-    # What is read from a file can't be written to, which makes another program.
+    # Arrays read from a file are read-only, for which another program is compiled.
     a, b = (widen_float16(np.frombuffer(bytes(2 * size), np.uint16)) for size in (columns, rows))
     return Adapter({module: Pair(a.reshape(1, columns), b.reshape(rows, 1))})
 
@@ -259,7 +259,7 @@ def _parse_name(name: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, 
     """(module, "A" or "B") of a PEFT tensor name."""
     match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?", name)
     if not match:
-        what = "DoRA's magnitudes" if "lora_magnitude" in name else "a tensor that is no half of a LoRA pair"
+        what = "DoRA's magnitudes" if "lora_magnitude" in name else "a tensor that is not half of a LoRA pair"
         raise UnsupportedError(f"{name!r} is {what}, which minilora does not apply")
     module = match[1]
     if module not in shapes:

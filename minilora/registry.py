@@ -29,10 +29,9 @@ AHEAD = 4
 class AdapterVersion:
     """One content of an adapter.
 
-    path: its folder, None if it was given as arrays; digest, rank: None and 0 until it is loaded; packed: its bytes,
-    of one with a folder only while they wait to enter the pool; error: why it could not be loaded; users: requests that
-    are not finished;
-    retired: its name is gone or means another version; weight: share of the machine, relative to others.
+    path: its folder, None if it was given as arrays; digest, rank: None and 0 until it is loaded; packed: its bytes; with
+    a folder, only while they wait to enter the pool; error: why it could not be loaded; users: requests that are not
+    finished; retired: its name is gone or means another version; weight: share of the machine, relative to others.
     """
 
     name: str
@@ -131,8 +130,8 @@ class Loader:
 class AdapterRegistry:
     """Names of adapters and their way into the pool. All calls from one thread, the engine's.
 
-    highest_rank: that is accepted; read: an adapter from its folder; pack: its bytes for the pool; wake: called in
-    the loader's thread when an adapter was read.
+    highest_rank: the highest that is accepted; read: reads an adapter from its folder; pack: makes its bytes for the
+    pool; wake: called in the loader's thread when an adapter was read.
     """
 
     def __init__(self, pool: AdapterPool, highest_rank: int, read: Read, pack: Pack, wake: Callable[[], None]):
@@ -143,7 +142,7 @@ class AdapterRegistry:
         self.loader = Loader(lambda path: _loaded(read(path), pack), wake)
         weakref.finalize(self, self.loader.dismiss).atexit = False
         self._retired: set[AdapterVersion] = set()
-        # Loads in the background; and these together with what was loaded and waits outside the pool.
+        # Loads in the background; these and what was loaded and waits outside the pool.
         self._in_flight = self._outstanding = 0
 
     # ------------------------------------------------------------ names
@@ -222,7 +221,7 @@ class AdapterRegistry:
                 self._drop_if_unused(version)
 
     def is_ready(self, versions: Iterable[AdapterVersion], urgent: bool = True) -> bool:
-        """Whether all are loaded; those that are not will be. Not urgent: only as far as reading ahead goes.
+        """Whether all are loaded; orders the rest. With urgent=False only while fewer than AHEAD are outstanding.
 
         Raises the error of one that can't be loaded.
         """
@@ -265,12 +264,12 @@ class AdapterRegistry:
         return True
 
     def release(self, versions: Iterable[AdapterVersion]) -> None:
-        """Hold them no longer."""
+        """Stop holding them."""
         for version in versions:
             self.pool.release(version.digest or "")
 
     def _insert(self, version: AdapterVersion) -> None:
-        """Into the pool, if it is not there, under another name perhaps, and there is room."""
+        """Put a version into the pool, unless it is there, perhaps under another name, or there is no room."""
         if version.digest in self.pool:
             self._let_go(version)
             return

@@ -93,7 +93,7 @@ def _dynamic(rope: Rope, length: int) -> tuple[np.ndarray, float]:
 
 
 def _llama3(rope: Rope, length: int) -> tuple[np.ndarray, float]:
-    """Llama 3.1: low frequencies divided by the factor, high ones kept, a smooth passage between."""
+    """Llama 3.1: low frequencies divided by the factor, high ones kept, a smooth transition between."""
     factor, low, high = (rope.number(k) for k in ("factor", "low_freq_factor", "high_freq_factor"))
     original = rope.number("original_max_position_embeddings", rope.trained_length)
     frequencies = _plain(rope.theta, rope.dim)

@@ -46,7 +46,7 @@ class Runner:
         self._nodes = numa.nodes() if config.numa != "off" else []
         self._places = numa.assign(threads, self._nodes) if self._nodes else []
         self.team = Team(threads, [place.cpus for place in self._places] or None)
-        # Threads that wait for a run would keep the last one's arrays, the weights among them, of an engine that is gone.
+        # Threads that wait for a run would keep the arrays of the last one, weights included, once the engine is gone.
         weakref.finalize(self, self.team.dismiss).atexit = False
         self._crew = Crew(self.team.size)
         free = free_memory()
@@ -87,12 +87,12 @@ class Runner:
         self._spread(self.kv.numbers, self.kv.scales)
 
     def _spread(self, *arrays: np.ndarray) -> None:
-        """New memory that all threads share lies on all nodes."""
+        """Spread new memory that all threads share over all nodes."""
         for array in arrays if self._nodes else ():
             numa.spread(array, self._nodes)
 
     def _place_weights(self, free: int) -> list[Network]:
-        """The network: one for all threads, or for each one the copy that lies nearest."""
+        """The network: one for all threads, or for each thread the nearest copy."""
         network, arena = self.weights.network(self.length), self.weights.arena
         if self.config.numa == "interleave":
             return [network._replace(arena=numa.copy_to(arena, self._nodes))]

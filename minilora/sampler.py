@@ -73,8 +73,8 @@ def _programs():
 class Sampler:
     """Chooses tokens. buffers: the step's, with flat float32 rows of `width` logits; vocabulary: real tokens of each.
 
-    Most tokens are chosen at the end of the step itself. Where parameters change the logits, `draw` changes copies of them
-    after the step and chooses from these.
+    Most tokens are chosen at the end of the step itself. Where parameters change the logits, `draw` changes copies of
+    them after the step and chooses from these.
     """
 
     def __init__(self, team: Team, buffers: Buffers, width: int, vocabulary: int):
@@ -89,10 +89,10 @@ class Sampler:
 
     def draw(self, draws: list[Draw], chosen: list[int]) -> list[list[int | Exception]]:
         """A token for each, in each round of a step; or why there is none: an error of its logits processor, or logits
-        that are no numbers.
+        that are not numbers.
 
-        chosen: what the step chose, round after round, for those whose parameters leave the logits as they are. Only
-        where these are all can there be several rounds.
+        chosen: what the step chose, round after round, for those whose parameters leave the logits as they are. There
+        are several rounds only where these are all.
         """
         if any(draw.params.changes_logits for draw in draws):
             return [self._draw_changed(draws, iter(chosen))]
@@ -184,5 +184,5 @@ def alter(logits: np.ndarray, draw: Draw) -> None:
     if params.logits_processors and len(wrong := np.flatnonzero(~(logits < np.inf))):
         raise RequestError(
             f"after the request's logits processors the logit of token {wrong[0]} is {logits[wrong[0]]}",
-            "Leave numbers there, or -inf for what must not come.",
+            "Leave numbers there, or -inf for tokens that must not come.",
         )

@@ -27,7 +27,7 @@ LONGEST_TEXT = 1 << 24
 LARGEST_NUMBER = 100_000
 WIDEST_INDENT = 64
 MOST_ITEMS = 1 << 20
-# Seconds: that a template runs freely; then it works and rests in turn, as Python runs one thread at a time.
+# Seconds that a template runs freely; then those that it works and rests in turn, as Python runs one thread at a time.
 PATIENCE, WORK, REST = 0.05, 0.001, 0.004
 
 # Everything else that Jinja has is of no use to a chat template, or multiplies its input.
@@ -127,7 +127,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """A function's or method's result."""
         __self.check()
         _check_numbers(args, kwargs)
-        # Jinja puts a function of its own before a text's format.
+        # Jinja wraps a text's format in a function of its own.
         method = getattr(__obj, "__wrapped__", __obj)
         text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(text, str):
@@ -207,7 +207,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return jinja2.filters.do_indent(text, one, first, blank)
 
     def _sum(self, items: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
-        """Of numbers only: lists would be copied for each that is added."""
+        """Numbers only: lists would be copied for each one added."""
         for item in self._watched(items):
             number = item if attribute is None else self.getitem(item, attribute)
             if not isinstance(number, int | float) or not isinstance(start, int | float):

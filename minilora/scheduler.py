@@ -37,7 +37,7 @@ class Adapters(Protocol):
         """Hold them in the pool, if there is room."""
 
     def release(self, versions: list) -> None:
-        """Hold them no longer."""
+        """Stop holding them."""
 
     def enter(self, versions: list) -> None:
         """A sequence that uses them was submitted."""
@@ -320,7 +320,7 @@ class Scheduler:
                 self.pool.publish(sequence.pages[i], keys[i])
 
     def unpublish(self, sequence: Sequence) -> None:
-        """Let nobody else find a sequence's pages: they may hold what is no number."""
+        """Let nobody else find a sequence's pages: they may hold NaN."""
         for page in sequence.pages:
             self.pool.unpublish(page)
 
@@ -348,7 +348,7 @@ class Scheduler:
         self._wait(sequence)
 
     def start_copy(self, sequence: Sequence) -> None:
-        """Make a sibling run: it already has its pages, or none and waits."""
+        """Let a sibling run if it has pages already; without any, it waits."""
         if sequence.pages:
             sequence.state = State.RUNNING
             self.running.append(sequence)

@@ -1,4 +1,4 @@
-"""Who is in a step of an engine: nobody, or one thread, once."""
+"""Makes sure that at most one thread is in a step, and never twice."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from .errors import UsageError
 class StepGuard:
     """Keeps an engine's steps apart: within one another, or side by side, they would compute in the same arrays.
 
-    computing: whether a step computes just now, so that no text may end.
+    computing: whether a step is being computed, so that no text may end.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StepGuard:
         """Raise UsageError where no text can end."""
         self.check_thread()
         if self.computing:
-            raise UsageError("a step is computed right now", "End texts between steps, not from a logits processor.")
+            raise UsageError("a step is being computed", "End texts between steps, not from a logits processor.")
 
 
 def _other_thread() -> UsageError:

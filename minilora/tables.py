@@ -1,4 +1,4 @@
-"""The tables of a packed model, checked: kernels trust them, a folder on disk is not to be trusted."""
+"""The tables of a packed model, checked: kernels trust them, but a folder on disk is not to be trusted."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -51,7 +51,7 @@ def check_tables(weights: Weights) -> None:
     """Raise FormatError where a table names anything but what the config says, or bytes that are not in the arena."""
     config, matrices, layers, size = weights.config, weights.matrices, weights.layers, len(weights.arena)
     for number in (weights.embed, weights.head, weights.final_norm):
-        _require(isinstance(number, int), "a place in the tables is no integer")
+        _require(isinstance(number, int), "a place in the tables is not an integer")
     _require(matrices.ndim == 2 and matrices.shape[1:] == (6,), "the table of matrices has another shape")
     _require(layers.shape == (config.layers, LAYER_WIDTH), "the table of layers has another shape")
     for row in matrices:

@@ -22,7 +22,7 @@ TEMPLATE = "chat_template.jinja"
 
 UNFINISHED = "\ufffd"
 
-# Within the name of a special token: it is just text. Characters that Unicode keeps for such uses within a program.
+# Put into the name of a special token, these mark it as just text: Unicode reserves them for use within a program.
 _MENTION = "\ufdd0\ufdd1"
 
 
@@ -64,7 +64,7 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         by_name = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = by_name.get("default")
     if value is not None and not isinstance(value, str):
-        raise FormatError(f"{folder / SETTINGS}: chat_template is no text")
+        raise FormatError(f"{folder / SETTINGS}: chat_template is not a text")
     return value
 
 
@@ -101,7 +101,7 @@ class Tokenizer:
 
     @cached_property
     def _anchor(self) -> list[int]:
-        """What to decode another token after, so that it is not taken for a text's first: a token that is a word."""
+        """A token that is a word, to decode another one after it, so that this is not taken for a text's first."""
         for number in range(0 if self.joins else self._engine.get_vocab_size()):
             name, text = self._engine.id_to_token(number) or "<", self.piece(number, False)
             # Tokens for single bytes are joined with their neighbours.
@@ -124,7 +124,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True, marked: bool = False) -> list[int]:
         """Ids of a text in which special tokens count as such.
 
-        add_special_tokens: with what the tokenizer adds itself; marked: but for those that as_plain has marked.
+        add_special_tokens: with those that the tokenizer adds itself; marked: except for those that as_plain has marked.
         """
         engine = self._engine_for_mentions if marked and _MENTION in text else self._engine
         # Unlike `encode`, this lets other threads go on meanwhile: a text of a megabyte takes seconds.
@@ -136,7 +136,7 @@ class Tokenizer:
         # A mark of the text's own is marked in its middle, so that it stays.
         text = text.replace(_MENTION, _MENTION[0] + _MENTION + _MENTION[1:])
         for name in self.special_tokens:
-            # Names overlap in texts such as <<s><s>: each time one less is left.
+            # Names overlap in texts such as <<s><s>: each time one fewer is left.
             while len(name) > 1 and name in text:
                 text = text.replace(name, name[0] + _MENTION + name[1:])
         return text
@@ -188,7 +188,7 @@ def _engine(definition: str) -> Engine:
     try:
         engine = Engine.from_str(definition)
     except Exception as error:  # the library raises bare Exception
-        raise FormatError(f"{DEFINITION} is no tokenizer: {error}") from None
+        raise FormatError(f"{DEFINITION} is not a tokenizer: {error}") from None
     engine.no_padding()
     engine.no_truncation()
     return engine
@@ -198,7 +198,7 @@ def _valid(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError("the text holds half a surrogate pair, which is no valid Unicode") from None
+        raise UsageError("the text holds half a surrogate pair, which is not valid Unicode") from None
     return text
 
 

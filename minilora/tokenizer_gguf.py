@@ -68,14 +68,14 @@ class _Vocabulary:
         self.kinds = self.numbers("tokenizer.ggml.token_type", NORMAL)
         self.pre = metadata.get("tokenizer.ggml.pre") or "default"
         if not isinstance(self.pre, str):
-            raise FormatError("tokenizer.ggml.pre is no text")
+            raise FormatError("tokenizer.ggml.pre is not a text")
 
     def numbers(self, key: str, default: float) -> list[Any]:
         values = self.metadata.get(key)
         if values is None:
             return [default] * len(self.tokens)
         if not isinstance(values, Collection):
-            raise FormatError(f"{key} is no list")
+            raise FormatError(f"{key} is not a list")
         if len(values) != len(self.tokens):
             raise FormatError(f"{key} has {len(values)} entries for {len(self.tokens)} tokens")
         return list(values)
@@ -166,7 +166,7 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
         raise FormatError("the GGUF file holds no tokenizer.ggml.merges")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     if not all(len(pair) == 2 for pair in pairs):
-        raise FormatError("tokenizer.ggml.merges: an entry is no pair")
+        raise FormatError("tokenizer.ggml.merges: an entry is not a pair")
     whole = vocabulary.pre in _WHOLE_WORDS
     engine = Tokenizer(models.BPE(vocab=vocabulary.ids(), merges=pairs, ignore_merges=whole))
     engine.pre_tokenizer = _pre_tokenizer(vocabulary.pre)

@@ -266,7 +266,7 @@ def test_copies_of_the_base_are_compared(tmp_path, tiny):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(NotFoundError, match="no folder"):
+    with pytest.raises(NotFoundError, match="not a folder"):
         load_adapter(tmp_path / "nowhere", CONFIG)
     with pytest.raises(NotFoundError, match=r"adapter_config\.json"):
         load_adapter(tmp_path, CONFIG)

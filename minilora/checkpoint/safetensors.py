@@ -43,7 +43,7 @@ class TensorFile:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, ValueError) as error:
-            raise FormatError(f"{path.name} is damaged or no safetensors file: {error}") from None
+            raise FormatError(f"{path.name} is damaged or not a safetensors file: {error}") from None
         self._bytes: bytes | mmap.mmap
         if in_memory:
             self._bytes = path.read_bytes()
