@@ -48,9 +48,9 @@ class Gate:
 
     @asynccontextmanager
     async def admit(self, key: str, sequences: int) -> AsyncIterator[None]:
-        """Be inside with so many texts, all or none. key: whose limit counts, "" for nobody's.
+        """Be inside with this many texts, all or none. key: whose limit counts, "" for nobody's.
 
-        Raises ApiError at once where the server is full or ends, UsageError where it could never be let in.
+        Raises ApiError at once where the server is full or shutting down, UsageError where it could never let them in.
         """
         self._check(key, sequences)
         self._change(key, sequences)
@@ -69,7 +69,7 @@ class Gate:
             self.rejections["draining"] += 1
             raise draining()
         if key and self._per_key is not None and self._by_key[key] + sequences > self._per_key:
-            cause = f"this API key has {self._by_key[key]} texts running or waiting, of {self._per_key} that it may"
+            cause = f"this API key has {self._by_key[key]} texts running or waiting, of {self._per_key} allowed"
             raise self._refusal(429, "key_limit", cause, sequences)
         if self.active + sequences > self.capacity:
             raise self._refusal(503, "queue_full", "the server is full", sequences)

@@ -1,4 +1,4 @@
-"""Answers as pydantic models, for the OpenAPI document. They are sent as they are made, without a second look."""
+"""Answers as pydantic models, for the OpenAPI document. They are sent as they are made, without being validated."""
 
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ FAILURES: dict[int | str, dict[str, Any]] = {
         (429, "Too many requests of this key; see Retry-After."),
         (431, "Too many or too long headers."),
         (500, "The request failed."),
-        (503, "Too many requests, or the server ends; see Retry-After."),
+        (503, "Too many requests, or the server is shutting down; see Retry-After."),
         (504, "The request took too long."),
     )
 }
@@ -195,7 +195,7 @@ class Detokenized(Answer):
 
 
 class Unloaded(Answer):
-    """An adapter that is no more."""
+    """An adapter that was unloaded."""
 
     id: str
     object: Literal["model"]

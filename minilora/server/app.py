@@ -62,7 +62,7 @@ class _RequestId:
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """The ASGI application that serves an engine. Its `state.server` is the Server."""
-    # A redirect would lead from https to http, and take the client's key there: the proxy alone knows the scheme.
+    # A redirect would lead from https to http, and take the client's key there: only the proxy knows the scheme.
     app = _App(title="minilora", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = Server(engine, config)
     failures.install(app)

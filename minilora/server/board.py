@@ -31,7 +31,7 @@ class Rates:
         self._samples = deque([(time.monotonic(), (0, 0))])
 
     def add(self, counters: tuple[int, int]) -> tuple[float, float]:
-        """Take in what the counters say now; their growth a second."""
+        """Take in what the counters say now; returns their growth per second."""
         now, samples = time.monotonic(), self._samples
         while len(samples) > 1 and samples[0][0] < now - WINDOW:
             samples.popleft()
@@ -67,10 +67,10 @@ class Board:
         self.watchers += 1
         try:
             while True:
-                # All watchers see one document: the engine is asked once a second, however many they are.
+                # All watchers see one document: the engine is asked once a second, however many there are.
                 document = await self.read(age=PERIOD * 0.9)
                 yield document
-                # Nobody is left before having been told.
+                # Every watcher is told before it is left.
                 if document["state"] == "draining" and not self._gate.active:
                     return
                 await asyncio.sleep(PERIOD)

@@ -12,7 +12,7 @@ from .settings import ServerConfig
 MOST_DEPTH = 64
 # Lists and objects, and values, of a body: what reads and checks them holds up all other requests meanwhile.
 MOST_LISTS, MOST_VALUES = 1 << 14, 1 << 20
-# Bodies that are being read at the same time, in numbers of the largest one.
+# Bytes of all bodies that are being read at the same time, in multiples of the largest one.
 MOST_AT_ONCE = 16
 # Of a body that is refused: seconds and bytes that are still taken, so that the client gets to read the answer.
 LINGER_SECONDS = 1.0
@@ -53,7 +53,7 @@ class BodyReader:
         self._ended = False
 
     async def read(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body. Raises ApiError for what is no JSON by its headers, too large or too slow; Gone."""
+        """The whole body. Raises ApiError where it is not declared as JSON, too large or too slow; Gone."""
         self._check_headers(headers)
         body, deadline = bytearray(), asyncio.timeout(0 if self._ended else self._seconds)
         self._deadlines.add(deadline)
@@ -69,13 +69,13 @@ class BodyReader:
         except TimeoutError:
             if self._ended:
                 raise draining() from None
-            raise ApiError(408, f"the body did not come within {self._seconds:g} seconds") from None
+            raise ApiError(408, f"the body did not arrive within {self._seconds:g} seconds") from None
         finally:
             self._deadlines.discard(deadline)
             self._budget += len(body)
 
     def end(self) -> None:
-        """Wait for no more of any body, as the server ends: who still sends one is told."""
+        """Wait for no more of any body, as the server ends: clients that still send one are told."""
         self._ended = True
         for deadline in self._deadlines:
             deadline.reschedule(asyncio.get_running_loop().time())
@@ -89,9 +89,9 @@ class BodyReader:
 
     def _check_headers(self, headers: Headers) -> None:
         if any(coding.lower() != "identity" for coding in values(headers, b"content-encoding")):
-            raise ApiError(415, "compressed bodies are not accepted; send it without Content-Encoding")
+            raise ApiError(415, "compressed bodies are not accepted; send the body without Content-Encoding")
         if [coding.lower() for coding in values(headers, b"transfer-encoding")] not in ([], ["chunked"]):
-            raise ApiError(400, "the only Transfer-Encoding is chunked")
+            raise ApiError(400, "the only Transfer-Encoding accepted is chunked")
         kinds, lengths = values(headers, b"content-type"), values(headers, b"content-length")
         if len(kinds) != 1 or not JSON.fullmatch(kinds[0]):
             raise ApiError(415, "the body must be JSON in UTF-8, with Content-Type application/json")

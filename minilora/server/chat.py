@@ -76,7 +76,7 @@ def _ending(text: CompletionOutput, body: ChatRequest, tokenizer: Tokenizer) -> 
 
 
 def _prompt_extras(body: ChatRequest, output: RequestOutput) -> dict[str, Any]:
-    """vLLM's fields about the prompt, for who asks for them."""
+    """vLLM's fields about the prompt, where they are asked for."""
     found: dict[str, Any] = {}
     if body.prompt_logprobs is not None:
         found["prompt_logprobs"] = logprobs.for_prompt(output.prompt_logprobs)
@@ -86,7 +86,7 @@ def _prompt_extras(body: ChatRequest, output: RequestOutput) -> dict[str, Any]:
 
 
 async def _events(job: Job, body: ChatRequest) -> AsyncGenerator[bytes, None]:
-    """Chunks: for each choice the role, then its texts; at the end the usage, for who asks for it."""
+    """Chunks: for each choice the role, then its texts; at the end the usage, where it is asked for."""
     head, tally, begun = _head(job, "chat.completion.chunk"), Tally(), set[int]()
     tokenizer = job.server.engine.tokenizer
     async for _, delta in job.deltas():
@@ -100,8 +100,8 @@ async def _events(job: Job, body: ChatRequest) -> AsyncGenerator[bytes, None]:
                 role = {"role": "assistant", "content": ""}
                 choice = {"index": text.index, "delta": role, "logprobs": None, "finish_reason": None}
                 data, extras = event({**head, "choices": [choice], **usage, **extras}), {}
-            # Nothing is told of a text that is held back, as its last character is not complete, or it may be the
-            # beginning of a stop string.
+            # Nothing is sent of a text that is held back because its last character is not complete, or may begin a
+            # stop string.
             if text.text or text.finish_reason or text.logprobs or body.return_token_ids:
                 content = {"content": text.text} if text.text else {}
                 choice = {"index": text.index, "delta": content, **_ending(text, body, tokenizer)}

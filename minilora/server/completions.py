@@ -74,7 +74,7 @@ class _Choice:
 
     def __init__(self, job: Job, body: CompletionRequest, number: int, prompt: _Prompt):
         self._body, self._number, self._prompt = body, number, prompt
-        # Max_tokens 0 is done with one token, which is dropped.
+        # max_tokens 0 is done with one token, which is dropped.
         self._empty = body.max_tokens == 0
         self._first = True
         self._logprobs = logprobs.TextLogprobs(
@@ -124,7 +124,7 @@ def _answer(job: Job, body: CompletionRequest, outputs: list[RequestOutput]) -> 
 
 
 async def _events(job: Job, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
-    """Chunks with new text of one choice each; at the end the usage, for who asks for it."""
+    """Chunks with new text of one choice each; at the end the usage, where it is asked for."""
     head, tally = _head(job), Tally(generates=body.max_tokens != 0)
     prompts: dict[int, _Prompt] = {}
     choices: dict[int, _Choice] = {}

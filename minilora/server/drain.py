@@ -7,7 +7,7 @@ import uvicorn
 
 from .state import Server
 
-# Between the engine's death and the end of the process, in which /health can tell.
+# Seconds between the engine's death and the server's end, so that /health can report it.
 LAST_WORDS = 2.0
 WATCH_SECONDS = 0.25
 

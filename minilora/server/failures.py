@@ -136,7 +136,7 @@ def invalid(error: RequestValidationError) -> ApiError:
 
 
 def _first(errors: Sequence[Any]) -> Any:
-    """The first error. Of a field that takes a text or a list there is one for each: the list's, if it is inside."""
+    """The first error. A field that takes a text or a list has one for each: the list's, if it lies inside the list."""
     first = errors[0]
     field = first["loc"][:-1]
     if first["loc"][-1:] != ("str",) or first["type"] == "extra_forbidden":

@@ -53,14 +53,14 @@ def protect(
 
 
 def uvicorn_options(config: ServerConfig, count: Count) -> dict[str, Any]:
-    """How uvicorn must be set up so that what reaches the guard is bounded too. count: of answers to what does not."""
+    """How uvicorn must be set up so that what reaches the guard is bounded too. count: called for answers to the rest."""
     return {
         "http": make_protocol(config, count),
         "ws": "none",
         "lifespan": "off",
         "server_header": False,
         "root_path": config.root_path,
-        # Nothing here believes in X-Forwarded-For: it would let anybody on this machine choose an address.
+        # X-Forwarded-For is not trusted: it would let anybody on this machine choose an address.
         "proxy_headers": False,
         "timeout_keep_alive": config.keep_alive,
         # The protocol answers those above max_connections, with Retry-After; these wait in the kernel.
@@ -110,12 +110,12 @@ class Guard:
         await self.app(scope, receive, send)
 
     def _identify(self, scope: Scope) -> None:
-        """Find out who asks; raise ApiError where that one may not."""
+        """Find out who asks; raise ApiError where this caller may not."""
         given = values(scope["headers"], b"authorization")
         caller = self._keys.find(given)
         path = get_route_path(scope)
         if caller is None and not self._is_open(path, scope["method"]):
-            cause = "the API key is not one of this server's" if given else "this server wants an API key"
+            cause = "the API key is not one of this server's" if given else "this server needs an API key"
             raise ApiError(401, f"{cause}: send 'Authorization: Bearer KEY'", None, "invalid_api_key")
         key, admin = caller or ("", False)
         scope.setdefault("state", {}).update(key=key, admin=admin)
@@ -139,7 +139,7 @@ class Guard:
 
 
 def _is_probe(path: str, method: str) -> bool:
-    """Whether a request asks no more than whether the server lives: by any name, as Kubernetes uses its address."""
+    """Whether a request only asks if the server lives: under any name, as Kubernetes uses its address."""
     return path in PROBES and method in ("GET", "HEAD")
 
 
@@ -201,7 +201,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Keys:
-    """Who may come in. Keys are kept and compared as digests, always all of them, so that no answer's time tells."""
+    """Who may come in. Keys are kept and compared as digests, always all of them, so that timing tells nothing."""
 
     def __init__(self, users: tuple[str, ...], admins: tuple[str, ...]):
         self._users, self._admins = [_digest(key) for key in users], [_digest(key) for key in admins]

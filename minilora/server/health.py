@@ -1,6 +1,6 @@
 """Whether the server lives and may be sent requests, what Prometheus reads, and the version.
 
-The first two want no key and tell no detail: who balances load has none.
+The first two need no key and tell no detail: load balancers have no key.
 """
 
 from fastapi import APIRouter, Response
@@ -13,7 +13,7 @@ from .answers import FAILURES
 from .failures import draining
 from .state import Server, ServerDep
 
-# A step of the engine that takes longer, with what it compiles on first use, will not come to an end.
+# A step of the engine that takes longer, even if it compiles on first use, will never end.
 LONGEST_STEP = 300.0
 
 router = APIRouter()
@@ -30,7 +30,7 @@ def check_alive(server: Server) -> None:
 @router.head("/health", include_in_schema=False)
 @router.get("/health", response_class=Response, responses=FAILURES)
 async def health(server: ServerDep) -> Response:
-    """200 while the engine lives, else 503: the process is to be started anew."""
+    """200 while the engine lives, else 503: restart the process."""
     check_alive(server)
     return Response()
 
@@ -38,7 +38,7 @@ async def health(server: ServerDep) -> Response:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", response_class=Response, responses=FAILURES)
 async def ready(server: ServerDep) -> Response:
-    """200 while new requests are welcome, 503 when the server drains or its engine is dead."""
+    """200 while new requests are welcome, 503 when the server is shutting down or its engine is dead."""
     check_alive(server)
     if server.gate.draining:
         raise draining()

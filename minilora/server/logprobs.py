@@ -49,7 +49,7 @@ class TextLogprobs:
         self._stream = TextStream(tokenizer, skip_special_tokens)
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[LogprobsAt | None]) -> dict[str, Any]:
-        """The next tokens; without log-probabilities for one that nothing comes before."""
+        """The next tokens; one that nothing comes before has no log-probabilities."""
         offsets = []
         for token in token_ids:
             offsets.append(max(0, self._offset))

@@ -33,7 +33,7 @@ async def list_models(server: ServerDep) -> dict[str, Any]:
 
 @router.get("/v1/models/{model:path}", response_model=ModelCard, responses=FAILURES)
 async def retrieve_model(model: str, server: ServerDep) -> dict[str, Any]:
-    """One of them."""
+    """One of these names."""
     chosen = await server.names.resolve(model)
     return _card(server, chosen.loras[0].lora_name if chosen.loras else model)
 

@@ -57,7 +57,7 @@ class Known:
 
 
 def check_name(name: str, param: str) -> None:
-    """Raise UsageError unless an adapter can be called so."""
+    """Raise UsageError unless an adapter can have this name."""
     if not _is_name(name):
         raise UsageError(
             f"{param} must be 1 to {LONGEST_NAME} letters, digits, '.', '_' or '-', not beginning with '.' or '-'",
@@ -146,7 +146,7 @@ class Names:
         return [*self.known, *(name for name in found if name not in self.known and name not in self._unloaded)]
 
     async def _forget(self, name: str) -> None:
-        """Drop what was found in lora_dir and is there no more, unless somebody sees to that name just now."""
+        """Drop what was found in lora_dir and is no longer there, unless another task is at work on that name."""
         lock = self._lock(name)
         if lock.locked():
             return
@@ -188,7 +188,7 @@ class Names:
         async with self._lock(name):
             if name in self.known and not inplace:
                 raise UsageError(
-                    f"an adapter called {name!r} is there already", "Set load_inplace to replace it.", "lora_name"
+                    f"an adapter called {name!r} exists already", "Set load_inplace to replace it.", "lora_name"
                 )
             folder = await asyncio.to_thread(self._confined, path)
             try:

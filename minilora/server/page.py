@@ -27,7 +27,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # Kept by the browser, and asked for again each time: an ETag's answer is short.
+    # Kept by the browser, which asks each time whether it changed: the answer to an ETag is short.
     "Cache-Control": "no-cache",
     "Vary": "Accept-Encoding",
 }
@@ -41,7 +41,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class File:
-    """One of the page's files. etag: weak, for it is the same of the plain and of the compressed bytes."""
+    """One of the page's files. etag: weak, as it is the same for the plain and the compressed bytes."""
 
     content: bytes
     compressed: bytes

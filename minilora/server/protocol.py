@@ -4,7 +4,7 @@ Types are strict (no text or boolean for a number), numbers finite, lists and te
 sampling parameters are checked by SamplingParams. Unknown fields are errors; null is as if a field were not given.
 
 Pydantic makes an error of everything that is wrong, a kilobyte each, while all other clients wait. Therefore lists are
-fail_fast, dicts are counted before their items are looked at, and unknown fields are told by the first of them.
+fail_fast, dicts are counted before their items are looked at, and of unknown fields only the first is reported.
 """
 
 from typing import Annotated, Any, Literal
@@ -178,7 +178,7 @@ class ChatMessage(Strict):
         for part in parts if isinstance(parts, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
             if isinstance(kind, str) and kind != "text":
-                raise UsageError(f"content of type {kind[:40]!r} is not supported, text is", param="messages")
+                raise UsageError(f"content of type {kind[:40]!r} is not supported, only text is", param="messages")
         return data
 
     def for_template(self) -> dict[str, str]:
@@ -196,7 +196,7 @@ class ChatTemplateOptions(Strict):
 
     add_generation_prompt: bool | None = Field(None, description="True if not given.")
     chat_template_kwargs: Annotated[dict[Label, Scalar], Field(max_length=16), _at_most(16)] | None = Field(
-        None, description="Variables for the model's chat template, as enable_thinking."
+        None, description="Variables for the model's chat template, such as enable_thinking."
     )
 
 

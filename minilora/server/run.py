@@ -77,7 +77,7 @@ async def _serve(
     for lora in loras:
         await server.names.register(*lora)
     await engine.warm_up()
-    # What is there now stays: to look through it for garbage would hold up all texts for a tenth of a second.
+    # What is there now stays: looking through it for garbage would hold up all texts for a tenth of a second.
     gc.collect()
     gc.freeze()
     web = _Web(uvicorn_config(app, config))
@@ -130,8 +130,7 @@ def bound(config: ServerConfig) -> Iterator[socket.socket]:
         )[0]
     except (socket.gaierror, UnicodeError):
         raise UsageError(f"host {config.host!r} has no address") from None
-    # Only of a socket that is said to be TCP does asyncio switch off the waiting for larger packets, which costs 40 ms
-    # for each answer.
+    # asyncio sets TCP_NODELAY only where the socket says that it is TCP; without, each answer takes 40 ms longer.
     with socket.socket(family, kind, protocol or socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with _address_errors(config):
@@ -140,7 +139,7 @@ def bound(config: ServerConfig) -> Iterator[socket.socket]:
 
 
 def listen(listener: socket.socket, config: ServerConfig) -> None:
-    """Let connections come. Raises ResourceError."""
+    """Accept connections. Raises ResourceError."""
     with _address_errors(config):
         listener.listen(BACKLOG)
 
@@ -158,7 +157,7 @@ def _address_errors(config: ServerConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unix_socket(path: Path) -> Iterator[socket.socket]:
-    """A Unix socket. One that is left from a server that is no more is replaced; the file's mode is umask's."""
+    """A Unix socket. One left by a server that has ended is replaced; the umask sets the file's mode."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):

@@ -31,11 +31,11 @@ class ServerConfig:
     lora_dir: the folder whose PEFT folders are found on first use; run-time loading, off without enable_runtime_lora,
     never leaves it. isolate_cache_per_key: API keys share no cached prefixes.
 
-    max_num_queued_reqs: texts that wait beside those that run, for all; max_queued_per_key: texts of one key, waiting
-    or running. queue_timeout: seconds until one of a request's prompts must have begun; request_timeout: until it must be
-    done; shutdown_timeout: for running requests when the server is told to end. keep_alive: of an idle connection;
-    sse_ping_seconds: between two signs of life in a stream. header_timeout, body_timeout: until a request's headers
-    and its body must be here; write_timeout: that a client may leave an answer unread. max_body_bytes,
+    max_num_queued_reqs: texts that wait, besides those that run, for all; max_queued_per_key: texts of one key, waiting
+    or running. queue_timeout: seconds within which one of a request's prompts must start; request_timeout: within which
+    it must be done; shutdown_timeout: for running requests when the server is told to end. keep_alive: of an idle
+    connection; sse_ping_seconds: between two signs of life in a stream. header_timeout, body_timeout: within which a
+    request's headers and its body must arrive; write_timeout: that a client may leave an answer unread. max_body_bytes,
     max_connections: what is refused above.
 
     enable_page: the page at /. log_requests: a line for each request on stderr.
@@ -87,7 +87,7 @@ class ServerConfig:
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             raise UsageError("TLS needs both ssl_certfile and ssl_keyfile")
         if self.lora_dir is not None and not self.lora_dir.is_dir():
-            raise UsageError(f"lora_dir {str(self.lora_dir)!r} is no folder")
+            raise UsageError(f"lora_dir {str(self.lora_dir)!r} is not a folder")
 
     def _check_names(self) -> None:
         """What others know the server and its model by: what is malformed here would match nothing, ever."""

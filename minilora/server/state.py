@@ -47,7 +47,7 @@ class Server:
         """Raise ApiError for a prompt that leaves no room for one more token."""
         most = self.engine.max_model_len - 1
         if tokens > most:
-            raise too_long(param, f"the prompt has {tokens} tokens, the model takes {most} and one of its own")
+            raise too_long(param, f"the prompt has {tokens} tokens, the model takes {most} at most")
 
     def check_limit(self, tokens: int, limit: int, param: str) -> None:
         """Raise ApiError where a text of so many tokens could not follow a prompt of so many."""

@@ -139,7 +139,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
         elif self._begun:
-            self._fault = ApiError(408, "the headers did not come in time", None, "request_timeout")
+            self._fault = ApiError(408, "the headers did not arrive in time", None, "request_timeout")
             self.send_400_response("")
         else:
             self.transport.close()

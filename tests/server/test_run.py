@@ -329,7 +329,7 @@ def test_what_is_wrong_is_said_before_loading(tmp_path, shelf):
             (["--lora", f"x={broken}"], "adapter_config.json", 1),
             (["--lora", f"../x={shelf / 'a0'}"], "letters, digits", 2),
             (["--lora", "x="], "NAME[=PATH", 2),
-            (["--lora-dir", tmp_path / "none"], "no folder", 2),
+            (["--lora-dir", tmp_path / "none"], "not a folder", 2),
             (["--enable-runtime-lora"], "admin key and a folder", 2),
             (["--ssl-certfile", keys], "both ssl_certfile and ssl_keyfile", 2),
             (["--ssl-certfile", keys, "--ssl-keyfile", keys], "can't be used", 2),
