@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .errors import UsageError
-from .params import EngineConfig, SamplingParams, _shown
+from .params import EngineConfig, SamplingParams, shown
 from .runner import MOST_USES
 from .sequence import AdapterUse
 
@@ -47,7 +47,7 @@ class Bounds:
             raise UsageError("the prompt is empty", "Give at least one token.")
         if wrong := [t for t in tokens if not 0 <= t < self.vocabulary]:
             raise UsageError(
-                f"token id {_shown(wrong[0])} is outside the vocabulary of {self.vocabulary} tokens",
+                f"token id {shown(wrong[0])} is outside the vocabulary of {self.vocabulary} tokens",
                 "Encode the prompt with this model's tokenizer.",
             )
         if len(tokens) >= self.length:

@@ -18,7 +18,7 @@ from .engine import Engine, Output
 from .errors import UsageError, did_you_mean
 from .outputs import CompletionOutput, LogprobsAt, LoRARequest, RequestOutput, TextBuilder, logprobs_at
 from .packed import load_model, silent
-from .params import DEFAULT_MODEL, EngineConfig, SamplingParams, _shown, vllm_hint
+from .params import DEFAULT_MODEL, EngineConfig, SamplingParams, shown, vllm_hint
 from .peft import adapter_from_arrays
 from .plan import DEFAULT_GROUP, Target
 from .registry import AdapterVersion, Loaded
@@ -315,5 +315,5 @@ def token_ids(prompt: Mapping[str, Any]) -> list[int]:
     """The ids of a prompt given as {"prompt_token_ids": [...]}. Raises UsageError."""
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
     if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UsageError(f'a prompt must be a text or {{"prompt_token_ids": [...]}}, not {_shown(prompt)}')
+        raise UsageError(f'a prompt must be a text or {{"prompt_token_ids": [...]}}, not {shown(prompt)}')
     return list(ids)

@@ -26,26 +26,26 @@ def _real(name: str, value: Any, low: float, high: float, open_low: bool = False
     good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
     if not good or (open_low and value == low):
         bracket = "(" if open_low else "["
-        raise UsageError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {_shown(value)}", param=name)
+        raise UsageError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {shown(value)}", param=name)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name} must be an integer from {low} to {high}, not {_shown(value)}", param=name)
+        raise UsageError(f"{name} must be an integer from {low} to {high}, not {shown(value)}", param=name)
 
 
 def _yes_or_no(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise UsageError(f"{name} must be true or false, not {_shown(value)}", param=name)
+        raise UsageError(f"{name} must be true or false, not {shown(value)}", param=name)
 
 
 def _listed(name: str, value: Any) -> tuple[Any, ...]:
     if value is not None and not isinstance(value, list | tuple | set | frozenset):
-        raise UsageError(f"{name} must be a list, not {_shown(value)}", param=name)
+        raise UsageError(f"{name} must be a list, not {shown(value)}", param=name)
     return tuple(value or ())
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as an error names it: short, however long it is. (Python refuses to print integers of 5000 digits.)"""
     if isinstance(value, int) and value.bit_length() > 256:
         return "a number of many digits"
@@ -142,7 +142,7 @@ class SamplingParams:
         for key, value in self.logit_bias.items():
             token = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= 1 << 31:
-                raise UsageError(f"logit_bias: {_shown(key)} is not a token id", param="logit_bias")
+                raise UsageError(f"logit_bias: {shown(key)} is not a token id", param="logit_bias")
             _real("logit_bias", value, -100, 100)
             found[token] = float(value)
         return found
@@ -178,11 +178,11 @@ class SamplingParams:
 def check_order(salt: Any, priority: Any, tenant: Any) -> None:
     """Raise UsageError for values that the scheduler could not use; found later, they would fail everybody's step."""
     if not isinstance(salt, bytes):
-        raise UsageError(f"salt must be bytes, not {_shown(salt)}", param="salt")
+        raise UsageError(f"salt must be bytes, not {shown(salt)}", param="salt")
     if isinstance(priority, bool) or not isinstance(priority, int):
-        raise UsageError(f"priority must be an integer, not {_shown(priority)}", param="priority")
+        raise UsageError(f"priority must be an integer, not {shown(priority)}", param="priority")
     if not isinstance(tenant, str | None):
-        raise UsageError(f"tenant must be a text or None, not {_shown(tenant)}", param="tenant")
+        raise UsageError(f"tenant must be a text or None, not {shown(tenant)}", param="tenant")
 
 
 DEFAULT_MODEL = "smollm2-135m-instruct"

@@ -99,48 +99,57 @@ sampling_options = _options(
     click.option("-s", "--system", help="A system message before the prompt."),
 )
 
+
+def _engine_option(name: str, help: str, kind: Any = int, *others: str) -> Callable:
+    """An option of EngineConfig, which shows that field's default, but does not pass it on: what is not given is None.
+
+    others: further names.
+    """
+    default = getattr(EngineConfig, name.split("/")[0].strip("-").replace("-", "_"))
+    shown = "" if default is None else f"  [default: {str(default).lower()}]"
+    return click.option(name, *others, type=kind, default=None, help=help + shown)
+
+
 engine_options = _options(
-    click.option(
+    _engine_option(
         "--max-model-len",
+        "Tokens of prompt and answer; default: what the model was trained on.",
+        int,
         "--ctx-size",
         "-c",
-        type=int,
-        help="Tokens of prompt and answer; the model's own if not given.",
     ),
-    click.option("--max-num-seqs", type=int, help="Texts that run at once."),
-    click.option("--max-num-batched-tokens", type=int, help="Most tokens that a step computes."),
-    click.option(
-        "--max-step-ms", type=int, help="Longest step, in ms, that computes prompts while other texts decode."
+    _engine_option("--max-num-seqs", "Texts that run at once."),
+    _engine_option("--max-num-batched-tokens", "Most tokens that a step computes."),
+    _engine_option("--max-step-ms", "Longest step, in ms, that computes prompts while other texts decode."),
+    _engine_option("--num-scheduler-steps", "Tokens a step may generate per sequence, as far as they fit into 20 ms."),
+    _engine_option("--num-speculative-tokens", "Draft tokens per sequence and step (prompt lookup); 0 turns it off."),
+    _engine_option(
+        "--kv-cache-dtype",
+        "Number format of the KV cache; auto is float16, for float32 models float32.",
+        click.Choice(ENGINE_DTYPES),
     ),
-    click.option(
-        "--num-scheduler-steps",
-        type=int,
-        help="Tokens a step may generate per sequence, as far as they fit into 20 ms.",
-    ),
-    click.option(
-        "--num-speculative-tokens", type=int, help="Draft tokens per sequence and step (prompt lookup); 0 turns it off."
-    ),
-    click.option("--kv-cache-dtype", type=click.Choice(ENGINE_DTYPES), help="Number format of the KV cache."),
-    click.option(
+    _engine_option(
         "--kv-cache-memory",
-        type=Size(),
-        help="Bytes of the KV cache, such as 512M; default: enough for max-num-seqs full-length sequences, at most half "
-        "of the free memory.",
+        "Bytes of the KV cache, such as 512M; default: enough for max-num-seqs full-length sequences, at most half of the "
+        "free memory.",
+        Size(),
     ),
-    click.option("--block-size", type=int, help="Tokens of a KV page."),
-    click.option(
+    _engine_option("--block-size", "Tokens of a KV page."),
+    _engine_option(
         "--enable-prefix-caching/--no-enable-prefix-caching",
-        default=None,
-        help="Reuse KV pages of earlier texts with the same beginning.",
+        "Reuse KV pages of earlier texts with the same beginning.",
+        None,
     ),
-    click.option("--max-loras", type=int, help="Adapters in use at once."),
-    click.option("--max-cpu-loras", type=int, help="Adapters kept in memory."),
-    click.option("--max-lora-rank", type=int, help="Highest rank of an adapter."),
-    click.option("--lora-dtype", type=click.Choice(ENGINE_DTYPES), help="Number format of the adapters."),
-    click.option("--lora-memory", type=Size(), help="Bytes for adapters in memory."),
-    click.option(
-        "--numa", type=click.Choice(NUMA_MODES), help="Spread memory over nodes, or copy the weights to each."
+    _engine_option("--max-loras", "Adapters in use at once."),
+    _engine_option("--max-cpu-loras", "Adapters kept in memory; default: 256, or max-loras if that is more."),
+    _engine_option("--max-lora-rank", "Highest rank of an adapter."),
+    _engine_option(
+        "--lora-dtype",
+        "Number format of the adapters; auto is int8, for float32 models float32.",
+        click.Choice(ENGINE_DTYPES),
     ),
+    _engine_option("--lora-memory", "Bytes for adapters in memory; default: a quarter of the free memory.", Size()),
+    _engine_option("--numa", "Spread memory over nodes, or copy the weights to each.", click.Choice(NUMA_MODES)),
 )
 
 # --threads belongs to the model's options, and debug_checks is for tests and programs.
