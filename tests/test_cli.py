@@ -6,11 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, fields
+from types import SimpleNamespace
 
+import click
 import pytest
 
+from minilora.cli import cli, main
 from minilora.cli.opening import keeping
+from minilora.cli.options import engine_options, model_options, sampling_options
 from minilora.config import ModelConfig
+from minilora.params import DEFAULT_MODEL, EngineConfig
 
 from .support import BASE_CONFIG, TEMPLATE, make_checkpoint, save_adapter
 
@@ -111,16 +117,36 @@ def test_sampling_flags(model):
     )
     text = answer(model)["text"]
     assert answer(model, "--stop", text[3:5])["text"] == text[: text.index(text[3:5])]
-    for flags in (
-        ["--top-k", 5],
-        ["--top-p", 0.5],
-        ["--min-p", 0.2],
-        ["--repetition-penalty", 1.3],
-        ["--system", "Be brief."],
-        ["--dtype", "int8"],
-        ["--raw"],
-    ):
-        answer(model, "--temperature", 0.9, "--seed", 1, *flags)
+
+
+# By sampling flag: what SamplingParams is to hold. The others have tests of their own.
+SAMPLING = {"top_p": 0.5, "top_k": 3, "min_p": 0.2, "repetition_penalty": 1.5}
+
+
+def test_what_flags_say_is_what_is_computed(model):
+    """Each changes the text, to the one that Python gives for the same parameters."""
+    from minilora import LLM, SamplingParams
+
+    hot = {"temperature": 0.9, "seed": 1}
+    plain = answer(model, "--temperature", 0.9, "--seed", 1)["text"]
+    asked, brief = {"role": "user", "content": "Hello there"}, {"role": "system", "content": "Be brief."}
+
+    def check(flags, output):
+        text = answer(model, "--temperature", 0.9, "--seed", 1, *flags)["text"]
+        assert text == output.outputs[0].text != plain, flags
+
+    def params(**more):
+        return SamplingParams(**hot, max_tokens=12, **more)
+
+    llm = LLM(str(model), threads=1, max_model_len=256)
+    for name, value in SAMPLING.items():
+        check([f"--{name.replace('_', '-')}", value], *llm.chat([asked], params(**{name: value})))
+    check(["--system", "Be brief."], *llm.chat([brief, asked], params()))
+    check(["--raw"], *llm.generate("Hello there", params()))
+    llm.close()
+    llm = LLM(str(model), dtype="int8", threads=1, max_model_len=256)
+    check(["--dtype", "int8"], *llm.chat([asked], params()))
+    llm.close()
 
 
 def test_engine_flags(model):
@@ -133,6 +159,116 @@ def test_engine_flags(model):
     ):
         assert answer(model, *flags)["text"] == plain
     answer(model, "--kv-cache-dtype", "int8", "--max-model-len", 200)
+
+
+def options_of(decorate):
+    """The names of what a decorator in options.py adds to a command."""
+    return {option.name for option in click.command(decorate(lambda: None)).params}
+
+
+OPENING_OPTIONS = options_of(model_options) | options_of(engine_options)
+
+# By option: how it is given, and what the engine is to find.
+OPENING = {
+    "model": ("a/model", "a/model"),
+    "dtype": ("int4", "int4"),
+    "group_size": ("64", 64),
+    "threads": ("3", 3),
+    "max_model_len": ("200", 200),
+    "max_num_seqs": ("5", 5),
+    "max_num_batched_tokens": ("70", 70),
+    "max_step_ms": ("11", 11),
+    "num_scheduler_steps": ("4", 4),
+    "num_speculative_tokens": ("2", 2),
+    "kv_cache_dtype": ("int8", "int8"),
+    "kv_cache_memory": ("1.5M", 3 << 19),
+    "block_size": ("96", 96),
+    "enable_prefix_caching": (None, False),
+    "max_loras": ("6", 6),
+    "max_cpu_loras": ("17", 17),
+    "max_lora_rank": ("9", 9),
+    "lora_dtype": ("float16", "float16"),
+    "lora_memory": ("100k", 100 << 10),
+    "numa": ("interleave", "interleave"),
+}
+
+
+class Opened(BaseException):
+    """Leaves a command where it opens an engine."""
+
+
+# What commands do that would change this process for good.
+LASTING = (
+    "gc.freeze",
+    "minilora_kernels.jit.on_compile",
+    "minilora.server.run.allow_connections",
+    "minilora.server.run.give_back_freed_arrays",
+)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """A function: a command's arguments -> what it opens an engine with, by option. No model is read."""
+
+    def load(path, name, target, report):
+        found = {"model": name, "dtype": target.dtype, "group_size": target.group}
+        return SimpleNamespace(weights=found, tokenizer=None, eos=())
+
+    def open_engine(weights, config, eos):
+        raise Opened(weights | asdict(config))
+
+    monkeypatch.setattr("minilora.llm_engine.resolve_model", lambda name, report: name)
+    monkeypatch.setattr("minilora.llm_engine.load_model", load)
+    monkeypatch.setattr("minilora.llm_engine.Engine", open_engine)
+    for name in LASTING:
+        monkeypatch.setattr(name, lambda *_: None)
+
+    def run(*arguments):
+        with pytest.raises(Opened) as stop:
+            main(arguments)
+        return stop.value.args[0]
+
+    return run
+
+
+# Commands that open an engine, with the sizes that they choose themselves.
+OPENERS = {
+    ("generate", "Hello"): {},
+    ("chat",): {"max_num_seqs": 1},
+    ("serve", "--port", "0"): {},
+    ("warmup",): {"max_num_seqs": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        pytest.param(command, option, id=f"{command[0]}-{option.name}")
+        for command in OPENERS
+        for option in cli.commands[command[0]].params
+        if option.name in OPENING_OPTIONS
+    ],
+)
+def test_the_engine_gets_what_an_option_says(opened, command, option):
+    """By each of the option's names; all else is as without it."""
+    silent = {"model": DEFAULT_MODEL, "dtype": "auto", "group_size": 32, **asdict(EngineConfig(**OPENERS[command]))}
+    assert opened(*command) == silent
+    text, value = OPENING[option.name]
+    assert value != silent[option.name]
+    for name in option.opts:
+        given = (name,) if option.is_flag else (name, text)
+        assert opened(*command, *given) == {**silent, option.name: not value if option.is_flag else value}
+    for name in option.secondary_opts:
+        assert opened(*command, name) == {**silent, option.name: value}
+
+
+def test_no_option_escapes():
+    """A new option, or a new field of EngineConfig, is to have a row in a table above."""
+    assert OPENING.keys() == OPENING_OPTIONS
+    assert options_of(engine_options) == {field.name for field in fields(EngineConfig)} - {"threads", "debug_checks"}
+    assert SAMPLING.keys() | {"max_tokens", "temperature", "seed", "stop", "system"} == options_of(sampling_options)
+    for command in ("generate", "chat", "serve"):
+        assert {option.name for option in cli.commands[command].params} >= OPENING_OPTIONS, command
 
 
 WRONG_USE = [
@@ -173,24 +309,26 @@ def test_wrong_use_is_exit_code_2(model, arguments, word):
 def test_failures_are_exit_code_1(model, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(45))
+    known = "give org/name, a folder or a file"
     cases = [
-        (["generate", "x", "-m", "smollm2-135m"], "smollm2-135m-instruct"),
-        (["generate", "x", "-m", broken], "broken.gguf"),
-        (["generate", "x", "-m", model, "--adapter", "pirat"], "pirate"),
-        (["generate", "x", "-m", model, "--lora", f"a={tmp_path}"], "adapter_config.json"),
-        (["generate", "x", "-m", tmp_path], "config.json"),
-        (["show", "nothing-here"], "nothing-here"),
-        (["show", "n" * 300], "nnn"),
-        (["pull", "piratt"], "'pirate'"),
-        (["show", "telegran"], "'telegram'"),
-        (["quantize", model, broken / "below"], "File exists"),
+        (["generate", "x", "-m", "smollm2-135m"], "no model is called", "'smollm2-135m-instruct'"),
+        (["generate", "x", "-m", broken], "broken.gguf", ""),
+        (["generate", "x", "-m", model, "--adapter", "pirat"], "no adapter is called", "'pirate'"),
+        (["generate", "x", "-m", model, "--lora", f"a={tmp_path}"], "adapter_config.json", ""),
+        (["generate", "x", "-m", tmp_path], "config.json", str(broken)),
+        (["show", "nothing-here"], "nothing-here", known),
+        (["show", "n" * 300], "nnn", known),
+        (["pull", "piratt"], "piratt", "'pirate'"),
+        (["show", "telegran"], "telegran", "'telegram'"),
+        (["quantize", model, broken / "below"], "File exists", ""),
     ]
-    for arguments, word in cases:
+    for arguments, cause, remedy in cases:
         run = minilora(*arguments)
-        assert run.returncode == 1 and word in run.stderr and "Traceback" not in run.stderr and run.stdout == "", (
-            run.stderr
-        )
-        assert run.stderr.splitlines()[-1] or run.stderr.splitlines()[-2]
+        assert run.returncode == 1 and "Traceback" not in run.stderr and run.stdout == "", run.stderr
+        # One line of each at the end, after what was reported on the way.
+        lines = run.stderr.splitlines()
+        said, *advice = lines[-2:] if remedy else lines[-1:]
+        assert said.startswith("error: ") and cause in said and all(remedy in line for line in advice), run.stderr
 
 
 def test_prompts_that_cannot_be(model):
