@@ -16,6 +16,7 @@ from minilora_kernels import attention, cases, convert, linear, lora, pages, poi
 from minilora_kernels.jit import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
 KERNELS = ROOT / "kernels" / "minilora_kernels"
 
 # A module imports from its own row and lower ones only.
@@ -188,6 +189,23 @@ def test_functions_stay_short():
             if isinstance(node, FUNCTION):
                 own = lines_of(node) - sum(map(lines_of, functions_in(node)))
                 assert own <= 75, f"{path.name}: {node.name} has {own} lines"
+
+
+def test_known_failures_have_tests():
+    """The codes in names of tests are those in the list, whose tests there are."""
+    covering = {
+        f"{path.relative_to(TESTS).as_posix()}::{node.name}": set(match[1].upper().split("_"))
+        for path in TESTS.rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, FUNCTION) and (match := re.match(r"test_((?:[sl]\d+_)*[sl]\d+)_", node.name))
+    }
+    rows = re.findall(r"^\| (\w\d+) \|.*\| (.+) \|$", (TESTS / "KNOWN_FAILURES.md").read_text(), re.MULTILINE)
+    codes = [code for code, _ in rows]
+    assert len(codes) == len(set(codes)) and set(codes) == set.union(*covering.values())
+    for code, tests in rows:
+        assert re.fullmatch(r"`[^`]+`(, `[^`]+`)*", tests)
+        for test in re.findall("`([^`]+)`", tests):
+            assert code in covering.get(test, ()), f"{code}: {test}"
 
 
 def test_readme_architectures_and_endpoints():

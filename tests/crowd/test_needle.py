@@ -1,6 +1,6 @@
 """The needle's answer stays bitwise the same, whoever is beside it and however it is computed.
 
-L1 to L11 here and in the files beside name failures that were reported of other servers.
+L1 to L11 here and in the files beside name failures of other servers: see KNOWN_FAILURES.md.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The guard: who is let in, by which name, with which body. S19, S21 and S22 name failures of other servers."""
+"""The guard: who is let in, by which name, with which body. S19, S21, S22: see KNOWN_FAILURES.md."""
 
 import asyncio
 import hmac

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-# Known failures have their tests under their names, S1 to S28 and L1 to L11.
+# The tests of known failures, see KNOWN_FAILURES.md, have their codes in their names.
 KNOWN = re.compile(r"^def test_[sl]\d+_", re.MULTILINE)
 FILES = [path for path in sorted(TESTS.rglob("test_*.py")) if KNOWN.search(path.read_text())]
 MORE = [
