@@ -82,7 +82,8 @@ def test_many_at_once_equal_one_by_one(serve, shelf, expected):
     async def main(engine):
         for i, path in enumerate(shelf):
             await engine.add_lora(f"a{i}", path, load=i % 2 == 0)
-        names = [random.Random(1).choice(list(expected)) for _ in range(40)]
+        names = random.Random(1).choices(list(expected), k=40)
+        assert {*names} == {*expected}
         answers = await asyncio.gather(*(engine.complete(PROMPT, GREEDY, name and LoRARequest(name)) for name in names))
         for name, answer in zip(names, answers, strict=True):
             assert answer.outputs[0].text == expected[name] and answer.outputs[0].finish_reason == "length"

@@ -101,7 +101,10 @@ def test_formats_equal_the_reference_on_their_own_weights(tiny, dtype, kv, bound
 def test_quantisation_keeps_the_weights(tiny, dtype, bound):
     exact, rounded = load_weights(tiny("llama")).floats(), load_weights(tiny("llama"), dtype).floats()
     for name, weight in exact.items():
-        assert np.linalg.norm(rounded[name] - weight) <= bound * np.linalg.norm(weight), name
+        error = np.linalg.norm(rounded[name] - weight) / np.linalg.norm(weight)
+        # Embedding and head have 8 bits in both, norms are as they were.
+        most = 0.01 if name in ("model.embed_tokens.weight", "lm_head.weight") else bound * (weight.ndim == 2)
+        assert most / 10 <= error <= most, name
 
 
 ADAPTERS = {

@@ -241,9 +241,7 @@ def test_every_float16_widens_exactly():
 def test_every_bfloat16_widens_exactly():
     out = np.zeros(1 << 16, np.float32)
     program(_widen_bf16)(ALL_HALVES, out)
-    assert np.array_equal(out.view(np.uint32) >> 16, ALL_HALVES) or np.array_equal(
-        np.isnan(out), np.isnan((ALL_HALVES.astype(np.uint32) << 16).view(np.float32))
-    )
+    assert np.array_equal(out, (ALL_HALVES.astype(np.uint32) << 16).view(np.float32), equal_nan=True)
 
 
 def test_narrowing_rounds_like_numpy_and_never_overflows():
