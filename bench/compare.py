@@ -25,7 +25,7 @@ from pathlib import Path
 import ceilings
 from engine import Bench
 
-from minilora.checkpoint.lock import resolve_model
+from minilora.checkpoint.resolve import resolve_model
 from minilora_kernels import cpu
 from minilora_kernels.limits import usable_cores
 from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS

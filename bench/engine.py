@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from workload import adapter_tensors
 
-from minilora.checkpoint.lock import resolve_model
+from minilora.checkpoint.resolve import resolve_model
 from minilora.engine import Engine
 from minilora.packed import load_model
 from minilora.params import EngineConfig, SamplingParams

@@ -27,7 +27,7 @@ from gguf import GGUFWriter
 from serving import measure
 from workload import adapter_tensors, add_arguments, make_arrivals
 
-from minilora.checkpoint.lock import resolve_model
+from minilora.checkpoint.resolve import resolve_model
 from minilora.packed import load_model
 from minilora_kernels.limits import usable_cores
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import ceilings
 from engine import numbers
 
-from minilora.checkpoint.lock import resolve_model
+from minilora.checkpoint.resolve import resolve_model
 from minilora.packed import load_model
 from minilora.weights import Weights
 from minilora_kernels.jit import kernel

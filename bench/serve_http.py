@@ -28,7 +28,7 @@ from http_report import Outcome, add_report_arguments, summarise
 from http_servers import OwnServer, on_engine, on_llama_server, wait_until_ready
 from workload import Arrival, add_arguments, make_arrivals, save_random_adapter
 
-from minilora.checkpoint.lock import resolve_model
+from minilora.checkpoint.resolve import resolve_model
 from minilora.packed import load_model
 from minilora_kernels import cpu
 

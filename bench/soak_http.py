@@ -40,7 +40,7 @@ from http_report import Outcome, spread, values_of
 from http_servers import OwnServer
 from workload import ranks, save_random_adapter, span
 
-from minilora.checkpoint.lock import resolve_model
+from minilora.checkpoint.resolve import resolve_model
 from minilora.packed import load_model
 
 # What a request may be told whose adapter is unloaded while it comes or runs.

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from .adapters import Adapter
 from .chat import Message, encode_chat
@@ -216,13 +216,22 @@ class AsyncEngine:
         return 0.0 if began is None else time.monotonic() - began
 
     def close(self) -> None:
-        """End the threads, once an adapter being read is done; requests under way end with EngineClosedError."""
+        """End the threads, once an adapter being read is done; requests under way end with EngineClosedError.
+
+        Leaving `async with AsyncEngine(...) as engine:` does so too.
+        """
         self._closing = True
         self._wake.set()
         elsewhere = threading.current_thread() is not self._thread
         self._reader.shutdown(wait=elsewhere)
         if elsewhere:
             self._thread.join()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await asyncio.to_thread(self.close)
 
     # ------------------------------------------------------------ orders
 

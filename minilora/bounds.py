@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from .errors import UsageError
-from .params import EngineConfig, SamplingParams, shown
-from .runner import MOST_USES
+from .params import MOST_LORAS, EngineConfig, SamplingParams, shown
 from .sequence import AdapterUse
 
 
@@ -30,9 +29,9 @@ class Bounds:
             raise UsageError(
                 f"n is {params.n}, but max_num_seqs is {self.config.max_num_seqs}", "Raise max_num_seqs.", param="n"
             )
-        if len(uses) > MOST_USES:
+        if len(uses) > MOST_LORAS:
             raise UsageError(
-                f"{len(uses)} adapters in one request, at most {MOST_USES} are possible",
+                f"{len(uses)} adapters in one request, at most {MOST_LORAS} are possible",
                 "Use fewer, or merge some into one adapter.",
             )
         if (different := len({use.adapter for use in uses})) > self.config.max_loras:

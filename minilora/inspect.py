@@ -14,12 +14,13 @@ from minilora_kernels.limits import usable_cores
 from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
 
 from . import __version__
-from .checkpoint.lock import Report, resolve
+from .checkpoint.resolve import resolve
 from .errors import UsageError
 from .memory import free_memory
 from .packed import load_model
 from .peft import CONFIG, adapter_settings, open_tensors
 from .plan import Target
+from .progress import Report
 
 
 def describe(name: str, dtype: str, report: Report) -> dict[str, Any]:

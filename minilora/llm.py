@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Listing
-from typing import Any
+from typing import Any, Self
 
 from .chat import Message, encode_chat
-from .checkpoint.lock import Report
 from .errors import RequestError, UsageError
 from .llm_engine import LLMEngine, Lora, Prompt, Request, Settings, Source, as_loras
 from .outputs import LoRARequest, RequestOutput
-from .packed import silent
 from .params import DEFAULT_MODEL, SamplingParams
 from .plan import DEFAULT_GROUP
+from .progress import Report, silent
 from .stats import Stats
 
 
@@ -193,8 +192,14 @@ class LLM:
         return self.llm_engine.add_request(text, tokens, params, loras, callback, **order)
 
     def close(self) -> None:
-        """End the engine's threads."""
+        """End the engine's threads; leaving `with LLM(...) as llm:` does so too."""
         self.llm_engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def _each(value: Any, count: int, name: str) -> list[Any]:

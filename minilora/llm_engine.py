@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from .adapters import Adapter
-from .checkpoint.lock import Report, resolve_adapter, resolve_model
+from .checkpoint.resolve import resolve_adapter, resolve_model
 from .engine import Engine, Output
 from .errors import UsageError, did_you_mean
 from .outputs import CompletionOutput, LogprobsAt, LoRARequest, RequestOutput, TextBuilder, logprobs_at
-from .packed import load_model, silent
+from .packed import load_model
 from .params import DEFAULT_MODEL, EngineConfig, SamplingParams, shown, vllm_hint
 from .peft import adapter_from_arrays
 from .plan import DEFAULT_GROUP, Target
+from .progress import Report, silent
 from .registry import AdapterVersion, Loaded
 from .sequence import AdapterUse
 

@@ -30,7 +30,6 @@ from minilora_kernels.code_files import cache_root
 
 from .checkpoint import open_checkpoint
 from .checkpoint.folder import INDEX
-from .checkpoint.lock import Report
 from .config import ModelConfig, token_ids
 from .errors import FormatError, UsageError
 from .files import read_json
@@ -38,6 +37,7 @@ from .memory import HUGE_PAGE, huge_pages
 from .packer import Packer, pack_in_memory
 from .params import SamplingParams
 from .plan import DEFAULT_GROUP, Plan, Target
+from .progress import Report, silent
 from .tables import ANEW, check_tables
 from .tokenizer import DEFINITION, SETTINGS, SPECIAL_TOKENS, TEMPLATE, Tokenizer, TokenizerFiles
 from .weights import Weights
@@ -84,10 +84,6 @@ class Model:
         own = self.tokenizer.id_of(self.tokenizer_files.names.get("eos_token", ""))
         found = {*listed, *self.weights.config.eos_token_ids, *([] if own is None else [own])}
         return frozenset(token for token in found if token < self.weights.config.vocab_size)
-
-
-def silent(message: str) -> None:
-    """A Report that says nothing."""
 
 
 def load_model(path: Path, name: str, target: Target | None = None, report: Report = silent) -> Model:

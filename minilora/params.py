@@ -19,6 +19,8 @@ MOST_STOPS = 16
 LONGEST_STOP = 1024
 MOST_LOGPROBS = 100
 MOST_BIASES = 1024
+# Adapters that a request may apply at once, and the highest rank of one.
+MOST_LORAS, HIGHEST_RANK = 8, 256
 
 
 def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
@@ -234,7 +236,7 @@ class EngineConfig:
     block_size: int = 32
     max_loras: int = 16
     max_cpu_loras: int | None = None
-    max_lora_rank: int = 256
+    max_lora_rank: int = HIGHEST_RANK
     lora_dtype: str = "auto"
     lora_memory: int | None = None
     threads: int | None = None
@@ -249,7 +251,7 @@ class EngineConfig:
             ("num_scheduler_steps", 1, 1024),
             ("num_speculative_tokens", 0, 64),
             ("max_loras", 1, 4096),
-            ("max_lora_rank", 1, 256),
+            ("max_lora_rank", 1, HIGHEST_RANK),
             ("block_size", 32, 1024),
         ):
             _whole(name, getattr(self, name), low, high)

@@ -20,11 +20,11 @@ from .checkpoint.safetensors import TensorFile
 from .config import ModelConfig, asks_nothing
 from .errors import AdapterError, NotFoundError, UnsupportedError
 from .files import read_json
+from .params import HIGHEST_RANK
 from .patterns import Pattern
 from .weights import Weights
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-HIGHEST_RANK = 256
 
 # ---------------------------------------------------------------- adapter_config.json
 

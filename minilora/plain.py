@@ -10,14 +10,15 @@ from minilora_kernels import reference as kernels
 
 from .adapters import Adapter
 from .batch import Draw
-from .checkpoint.lock import Report, resolve_adapter, resolve_model
+from .checkpoint.resolve import resolve_adapter, resolve_model
 from .errors import UsageError
 from .llm_engine import token_ids
 from .outputs import LoRARequest, RequestOutput, TextBuilder
-from .packed import load_model, silent
+from .packed import load_model
 from .params import SamplingParams
 from .peft import load_adapter
 from .plan import DEFAULT_GROUP, Target
+from .progress import Report, silent
 from .reference import Reference
 from .sampler import alter
 from .sequence import Sequence

@@ -22,12 +22,11 @@ from .crew import Crew
 from .errors import ResourceError
 from .memory import free_memory
 from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Fixed, Shape, make_step
-from .params import EngineConfig
+from .params import MOST_LORAS, EngineConfig
 from .sampler import Sampler
 from .weights import Network, Weights
 
 KV_SHARE, ADAPTER_SHARE = 0.5, 0.25
-MOST_USES = 8
 PROMPT_LOGITS = 64
 AUTOMATIC_SLOTS = 256
 LORA_FORMATS = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
@@ -189,7 +188,7 @@ class Runner:
         """Let the buffer of shrunk rows hold the columns of adapters of this rank."""
         ranks = 3 * padded_rows(rank)
         if ranks > self._packer.ranks:
-            stride = ranks * MOST_USES
+            stride = ranks * MOST_LORAS
             self._buffers = self._buffers._replace(s=_floats(self._buffers.shared * stride), s_stride=stride)
             self._packer.ranks = ranks
             self._fix()

@@ -518,6 +518,22 @@ def test_ctrl_c_ends_what_is_computed(llm, monkeypatch):
     llm.run()
 
 
+def test_leaving_with_closes(model):
+    async def main():
+        async with AsyncEngine(model, **SIZES) as engine:
+            assert (await engine.complete(PROMPT, GREEDY)).outputs[0].text
+        with pytest.raises(EngineClosedError):
+            await engine.complete(PROMPT, GREEDY)
+
+    threads = set(threading.enumerate())
+    asyncio.run(main())
+    with LLM(model, **SIZES) as llm:
+        assert llm.generate(PROMPT, GREEDY)[0].outputs[0].text
+    with pytest.raises(EngineClosedError):
+        llm.generate(PROMPT, GREEDY)
+    assert set(threading.enumerate()) <= threads
+
+
 def test_a_closed_llm_says_so(model):
     llm = LLM(model, **SIZES)
     llm.generate(PROMPT, GREEDY)

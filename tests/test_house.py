@@ -27,6 +27,7 @@ LAYERS = [
         "files",
         "memory",
         "patterns",
+        "progress",
         "rope",
         "config",
         "config_keys",

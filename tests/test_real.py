@@ -8,7 +8,7 @@ import pytest
 
 from minilora import LLM, LoRARequest, SamplingParams
 from minilora.checkpoint import open_checkpoint
-from minilora.checkpoint.lock import entries, resolve_model
+from minilora.checkpoint.resolve import entries, resolve_model
 from minilora.engine import Engine
 from minilora.params import EngineConfig
 from minilora.tokenizer import Tokenizer

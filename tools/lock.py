@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minilora.checkpoint import lock
+from minilora.checkpoint import resolve
 
 
 def say(message: str) -> None:
@@ -23,8 +23,8 @@ def say(message: str) -> None:
 def fetch(source: dict[str, str]) -> tuple[int, str]:
     """(size, sha256) of what a source yields now."""
     with tempfile.TemporaryDirectory() as work:
-        path = lock._SOURCES[source["kind"]](source, Path(work), say)
-        return path.stat().st_size, lock.sha256_of(path)
+        path = resolve._SOURCES[source["kind"]](source, Path(work), say)
+        return path.stat().st_size, resolve.sha256_of(path)
 
 
 def model_files(options: argparse.Namespace) -> dict[str, list[dict[str, str]]]:
@@ -80,13 +80,13 @@ def adapter_entry(options: argparse.Namespace) -> str:
     lines += [f"base = {quoted(options.base)}", f"path = {quoted(folder.relative_to('minilora').as_posix())}"]
     for file in sorted(folder.iterdir()):
         lines += ["", f"[[adapters.{options.name}.files]]", f"name = {quoted(file.name)}"]
-        lines += [f"size = {file.stat().st_size}", f"sha256 = {quoted(lock.sha256_of(file))}"]
+        lines += [f"size = {file.stat().st_size}", f"sha256 = {quoted(resolve.sha256_of(file))}"]
     return "\n".join(lines)
 
 
 def write(kind: str, name: str, entry: str) -> None:
     """Put the entry at the end of models.lock, in place of an older one."""
-    path = lock.lock_path()
+    path = resolve.lock_path()
     blocks = re.split(r"\n(?=\[(?!\[))", path.read_text())
     kept = [block.rstrip() for block in blocks if not block.startswith(f"[{kind}.{name}]")]
     path.write_text("\n\n".join([*kept, entry]) + "\n")

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from minilora.chat import encode_chat
-from minilora.checkpoint.lock import entries, resolve_adapter, resolve_model
+from minilora.checkpoint.resolve import entries, resolve_adapter, resolve_model
 from minilora.packed import load_model
 
 MODEL = "smollm2-135m-instruct"

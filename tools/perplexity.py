@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.checkpoint.lock import resolve_adapter, resolve_model
+from minilora.checkpoint.resolve import resolve_adapter, resolve_model
 from minilora.engine import Engine
 from minilora.packed import load_model
 from minilora.params import EngineConfig, SamplingParams

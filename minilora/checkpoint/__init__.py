@@ -1,4 +1,4 @@
-"""Where weights come from: names and downloads (lock), Hugging Face folders, GGUF files."""
+"""Where weights come from: names and downloads (resolve), Hugging Face folders, GGUF files."""
 
 from pathlib import Path
 

@@ -166,7 +166,7 @@ def _answer_at_once(llm: "Model", asked: _Asked, reporter: Reporter, as_json: bo
 
 
 def _show_side_by_side(llm: "LLM", asked: _Asked, reporter: Reporter, as_json: bool) -> None:
-    from ..checkpoint.lock import entries
+    from ..checkpoint.resolve import entries
     from ..outputs import LoRARequest
 
     names = [name for name, entry in entries("adapters").items() if entry.base == llm.model.name]

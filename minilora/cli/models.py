@@ -16,7 +16,7 @@ from .report import Reporter
 @click.argument("names", nargs=-1, required=True)
 def pull(names: Sequence[str]) -> None:
     """Fetch models or adapters without running them."""
-    from ..checkpoint.lock import resolve
+    from ..checkpoint.resolve import resolve
 
     reporter = Reporter()
     for name in names:
@@ -29,7 +29,7 @@ def pull(names: Sequence[str]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def list_(as_json: bool) -> None:
     """List the models and adapters that have a name."""
-    from ..checkpoint.lock import entries, is_present
+    from ..checkpoint.resolve import entries, is_present
 
     rows = [
         {
@@ -81,7 +81,7 @@ def show(name: str, dtype: str, as_json: bool) -> None:
 def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     """Write SOURCE as a packed model into the folder TARGET."""
     from ..checkpoint import open_checkpoint
-    from ..checkpoint.lock import resolve_model
+    from ..checkpoint.resolve import resolve_model
     from ..packed import MANIFEST, write_packed
     from ..plan import Plan, Target
 

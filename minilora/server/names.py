@@ -18,7 +18,7 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from ..async_engine import AsyncEngine
-from ..checkpoint.lock import entries
+from ..checkpoint.resolve import entries
 from ..errors import AdapterError, FormatError, NotFoundError, ResourceError, UnsupportedError, UsageError, did_you_mean
 from ..outputs import LoRARequest
 from ..peft import CONFIG, TENSORS

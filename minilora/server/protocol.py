@@ -13,8 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import PydanticCustomError
 
 from ..errors import UsageError
-from ..params import LONGEST_STOP, MOST_BIASES, MOST_SEQUENCES, MOST_STOPS
-from ..runner import MOST_USES
+from ..params import LONGEST_STOP, MOST_BIASES, MOST_LORAS, MOST_SEQUENCES, MOST_STOPS
 from .fields import WITHOUT_EFFECT, without_refused
 
 MOST_PROMPTS = 1024
@@ -74,7 +73,7 @@ class Sampling(Strict):
     model: ModelName | None = Field(None, description="The base model, an adapter, or base:adapter.")
     lora: list[LoraUse] | None = Field(
         None,
-        max_length=MOST_USES,
+        max_length=MOST_LORAS,
         fail_fast=True,
         description="Adapters with scales, applied together; model is the base model then.",
     )

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..async_engine import AsyncEngine
-from ..checkpoint.lock import resolve_adapter
+from ..checkpoint.resolve import resolve_adapter
 from ..errors import ResourceError, UsageError
 from ..memory import give_back_freed_arrays
 from ..peft import adapter_settings

