@@ -84,9 +84,9 @@ class AsyncEngine:
         Leaving the iteration early (call `aclose` on a generator held in a variable), or cancelling the task, ends the
         request.
 
-        priority: lower ones go first; tenant: who shares fairly with others, None for the adapter; salt: cached prefixes
-        are shared within one salt only; start_within: seconds within which a request must start; together: an empty list
-        that several calls share: once one of their requests has started, start_within ends none of them.
+        priority: lower ones go first; tenant: who shares fairly with others, None for the adapter; salt: cached
+        prefixes are shared within one salt only; start_within: seconds within which a request must start; together: an
+        empty list that several calls share: once one of their requests has started, start_within ends none of them.
 
         Raises UsageError and NotFoundError on the first iteration, QueueTimeoutError after start_within, RequestError
         where the request fails, EngineDeadError where the engine has stopped.

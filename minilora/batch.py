@@ -69,7 +69,8 @@ def split_size(heads: int, head_dim: int) -> int:
 
 class Packer:
     """Makes a step's input. group: query heads per kv head; part: split_size; most_parts: numbers in Buffers.parts;
-    workers: attention items that keep all threads busy. `ranks` says how many columns of the shrunk rows one adapter takes."""
+    workers: attention items that keep all threads busy. `ranks` says how many columns of the shrunk rows one adapter
+    takes."""
 
     def __init__(self, group: int, kv_heads: int, part: int, most_parts: int, workers: int):
         self.ranks = 0

@@ -205,9 +205,9 @@ class Engine:
     def step(self, take: Callable[[Output], None] | None = None) -> list[Output]:
         """Run one step; returns the new tokens, in each text's order, and the sequences that ended without one.
 
-        take: called with each of these before the next one counts. It may cancel texts, as where a stop string is whole:
-        what else the step has for them is dropped. Ctrl-C comes between two steps, or while one computes, which it ends.
-        Raises UsageError within another step, and while another thread is in one.
+        take: called with each of these before the next one counts. It may cancel texts, as where a stop string is
+        whole: what else the step has for them is dropped. Ctrl-C comes between two steps, or while one computes, which
+        it ends. Raises UsageError within another step, and while another thread is in one.
         """
         with self._interrupts.held_back(), self._guard.step():
             return self._step(take)
@@ -363,7 +363,7 @@ class Engine:
     def _keep(
         self, answer: Answer, tokens: list[int | Exception], logprobs: list[TokenLogprobs | None], outputs: list[Output]
     ) -> None:
-        """Append the drawn tokens that count, up to the text's end or the first wrong guess, to the text and to outputs."""
+        """Append the drawn tokens that count, up to the text's end or the first wrong guess, to text and outputs."""
         sequence = answer.sequence
         for i, token in enumerate(tokens):
             if isinstance(token, Exception):

@@ -26,8 +26,8 @@ class PromptLookup:
     def guesses(self, tokens: list[int], most: int, price: float) -> list[int]:
         """Up to `most` tokens that may follow, as long as each is likelier to be right than `price`.
 
-        tokens: the text, which only grows from call to call. price: what a guess's row costs, in tokens that the same time
-        would bring without it. Empty where the text's end never occurred before.
+        tokens: the text, which only grows from call to call. price: what a guess's row costs, in tokens that the same
+        time would bring without it. Empty where the text's end never occurred before.
         """
         known = len(self._bytes) // 4
         self._learn(tokens[known:])

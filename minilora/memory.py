@@ -33,8 +33,8 @@ def huge_pages(memory: mmap.mmap) -> np.ndarray:
 def give_back_freed_arrays() -> None:
     """Have this process return arrays of 128 KiB and more to the system when they are freed; for servers.
 
-    glibc otherwise keeps blocks of up to 32 MiB, once one of that size was freed, in a heap for each thread: hundreds of
-    megabytes where adapters come and go. Does nothing where the C library has no such setting.
+    glibc otherwise keeps blocks of up to 32 MiB, once one of that size was freed, in a heap for each thread: hundreds
+    of megabytes where adapters come and go. Does nothing where the C library has no such setting.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 128 << 10)

@@ -4,8 +4,8 @@ texts are guessed ahead only where that pays."""
 # Weight of the newest step in the running averages, and the fewest prompt rows that are worth a step's overhead.
 NEWEST = 0.1
 SMALLEST = 16
-# What a guess costs, in tokens, before that is known, and by what factor it must pay; how fast the cost is forgotten while
-# there are no guesses, so that one slow step does not end them for good.
+# What a guess costs, in tokens, before that is known, and by what factor it must pay; how fast the cost is forgotten
+# while there are no guesses, so that one slow step does not end them for good.
 FIRST_PRICE, MARGIN = 0.5, 1.2
 FORGOTTEN = 1 / 2048
 # Seconds that nobody notices: texts may grow in bursts of that length.

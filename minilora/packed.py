@@ -176,7 +176,7 @@ def _pieces(path: Path, size: int) -> Iterator[bytes]:
 
 @cache
 def _makers() -> str:
-    """A digest of the sources that decide what is packed, and what of a GGUF file becomes the config and the tokenizer."""
+    """A digest of the sources that decide what is packed, and what a GGUF file's config and tokenizer become."""
     here, kernels = Path(__file__).parent, Path(pack.__file__).parent
     names = ("config", "config_keys", "packed", "packer", "plan", "rope", "tokenizer", "tokenizer_gguf")
     files = [*sorted(here.glob("checkpoint/*.py")), *(here / f"{name}.py" for name in names)]
@@ -199,8 +199,8 @@ def _sources(path: Path) -> list[Path]:
 def write_packed(folder: Path, plan: Plan, tokenizer: TokenizerFiles, replace: bool = False) -> None:
     """Write a packed model, whole or not at all.
 
-    replace: what is there goes, unless it is a packed model: another process was faster then, and its folder stays. Raises
-    OSError where there is no room or no permission, or, without replace, something in this place.
+    replace: what is there goes, unless it is a packed model: another process was faster then, and its folder stays.
+    Raises OSError where there is no room or no permission, or, without replace, something in this place.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # As readable as the umask makes any folder, which a temporary one would not be.

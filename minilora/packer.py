@@ -1,4 +1,4 @@
-"""Filling the arena: a plan's tensors, read from the checkpoint, quantised where asked for, laid out for the kernels."""
+"""Filling the arena: a plan's tensors, read from the checkpoint, quantised if asked for, laid out for the kernels."""
 
 from collections import deque
 from collections.abc import Callable, Iterator

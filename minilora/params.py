@@ -63,16 +63,16 @@ class SamplingParams:
     """How tokens are chosen and when a text ends. Raises UsageError for values that make no sense.
 
     n: texts for each prompt. temperature: 0 always takes the best token. top_p: keep the smallest set of most likely
-    tokens whose probabilities reach this sum; top_k: keep this many (0 or -1: all); min_p: keep those with at least this
-    share of the best one's probability. repetition_penalty: divides the logits of tokens seen in prompt or text (CTRL,
-    arXiv:1909.05858); presence_penalty, frequency_penalty: subtracted from those of tokens in the text, once, or for each
-    occurrence. seed: None draws one. stop: strings that end the text; stop_token_ids: tokens that do;
-    include_stop_str_in_output: the text keeps what ended it, except for the model's own end; ignore_eos: go on past that
-    end. max_tokens: None for as many as fit; min_tokens: the text does not end before. logprobs, prompt_logprobs: how many
-    of the best tokens' log-probabilities to return at each place, None for none. skip_special_tokens: leave them out of
-    the text. logit_bias: token id -> number added to its logit. logits_processors: called in order before a token is
-    chosen, with the prompt's tokens, the text's so far, and the logits, a float32 array [V] to change in place or to
-    replace by what is returned; an exception ends that request only.
+    tokens whose probabilities reach this sum; top_k: keep this many (0 or -1: all); min_p: keep those with at least
+    this share of the best one's probability. repetition_penalty: divides the logits of tokens seen in prompt or text
+    (CTRL, arXiv:1909.05858); presence_penalty, frequency_penalty: subtracted from those of tokens in the text, once, or
+    for each occurrence. seed: None draws one. stop: strings that end the text; stop_token_ids: tokens that do;
+    include_stop_str_in_output: the text keeps what ended it, except for the model's own end; ignore_eos: go on past
+    that end. max_tokens: None for as many as fit; min_tokens: the text does not end before. logprobs, prompt_logprobs:
+    how many of the best tokens' log-probabilities to return at each place, None for none. skip_special_tokens: leave
+    them out of the text. logit_bias: token id -> number added to its logit. logits_processors: called in order before a
+    token is chosen, with the prompt's tokens, the text's so far, and the logits, a float32 array [V] to change in place
+    or to replace by what is returned; an exception ends that request only.
     """
 
     n: int = 1

@@ -1,10 +1,10 @@
-"""Regular expressions from adapter files, which come from anybody: Python's `re` takes exponential time for some of them,
-and holds up everything else meanwhile.
+"""Regular expressions from adapter files, which come from anybody: Python's `re` takes exponential time for some of
+them, and holds up everything else meanwhile.
 
-A pattern is turned into a function from the places where a match may begin to those where it may end, as sets: no way is
-tried twice (after Thompson 1968, doi:10.1145/363347.363387). It knows what patterns for names of modules consist of:
-letters, digits, `.`, `|`, groups, classes in brackets, `*`, `+`, `?` and their lazy forms, `^`, `$`, `\\d`, `\\w`, `\\s`,
-`\\D`, `\\W`, `\\S` and escaped signs.
+A pattern is turned into a function from the places where a match may begin to those where it may end, as sets: no way
+is tried twice (after Thompson 1968, doi:10.1145/363347.363387). It knows what patterns for names of modules consist of:
+letters, digits, `.`, `|`, groups, classes in brackets, `*`, `+`, `?` and their lazy forms, `^`, `$`, `\\d`, `\\w`,
+`\\s`, `\\D`, `\\W`, `\\S` and escaped signs.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""The NumPy backend: the reference network behind the same interface, one text at a time. Slow, to trust and to teach."""
+"""The NumPy backend: the reference network behind the same interface, one text at a time. Slow, made to be read."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Listing

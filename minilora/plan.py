@@ -219,7 +219,7 @@ def common_format(formats: set[int]) -> int:
 
 
 def convert(matrix: Quantized, fmt: int) -> Quantized:
-    """The same weights in a format that common_format allows. Raises OverflowError where float16 can't hold a minimum."""
+    """The same weights in a format that common_format allows. OverflowError where float16 can't hold a minimum."""
     if matrix.format == fmt:
         return matrix
     zero = pack.zero(matrix.format)

@@ -29,9 +29,9 @@ AHEAD = 4
 class AdapterVersion:
     """One content of an adapter.
 
-    path: its folder, None if it was given as arrays; digest, rank: None and 0 until it is loaded; packed: its bytes; with
-    a folder, only while they wait to enter the pool; error: why it could not be loaded; users: requests that are not
-    finished; retired: its name is gone or means another version; weight: share of the machine, relative to others.
+    path: its folder, None if it was given as arrays; digest, rank: None and 0 until it is loaded; packed: its bytes;
+    with a folder, only while they wait to enter the pool; error: why it could not be loaded; users: requests that are
+    not finished; retired: its name is gone or means another version; weight: share of the machine, relative to others.
     """
 
     name: str

@@ -156,9 +156,9 @@ class Stats:
     """An engine at one moment; counters since its start.
 
     waiting_for_adapters: of those waiting, whose adapters are being read. pages_cached: not held, kept for texts that
-    begin alike. drafts: how often a text's next tokens were guessed; draft_tokens, accepted_tokens: how many were, and how
-    many of them were right. by_adapter, load_by_adapter: by name, "" for requests without one; load_by_adapter has those that
-    run or wait only. step_times: by STEP_KINDS.
+    begin alike. drafts: how often a text's next tokens were guessed; draft_tokens, accepted_tokens: how many were, and
+    how many of them were right. by_adapter, load_by_adapter: by name, "" for requests without one; load_by_adapter has
+    those that run or wait only. step_times: by STEP_KINDS.
     """
 
     running: int

@@ -124,7 +124,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True, marked: bool = False) -> list[int]:
         """Ids of a text in which special tokens count as such.
 
-        add_special_tokens: with those that the tokenizer adds itself; marked: except for those that as_plain has marked.
+        add_special_tokens: with those that the tokenizer adds itself; marked: except for those that as_plain has
+        marked.
         """
         engine = self._engine_for_mentions if marked and _MENTION in text else self._engine
         # Unlike `encode`, this lets other threads go on meanwhile: a text of a megabyte takes seconds.
@@ -153,7 +154,7 @@ class Tokenizer:
         return found
 
     def token(self, token_id: int) -> str:
-        """The text of one token within a text, remembered: with the space that some decoders drop from a text's first."""
+        """The text of one token within a text, remembered: with the space that some decoders drop at a text's start."""
         if (found := self._tokens.get(token_id)) is None:
             start = len(self.decode(self._anchor, skip_special_tokens=False))
             found = self.decode([*self._anchor, token_id], skip_special_tokens=False)[start:]

@@ -172,8 +172,8 @@ class GgufCheckpoint:
         return rope | self._rope_scaling()
 
     def _rope_scaling(self) -> dict[str, Any]:
-        """The rule and its numbers, by llama.cpp's rules where the file is silent: without a type it is linear, divisors
-        stored as tensors count whatever the type, and attn_factor multiplies the rule's own factor."""
+        """The rule and its numbers, by llama.cpp's rules where the file is silent: without a type it is linear,
+        divisors stored as tensors count whatever the type, and attn_factor multiplies the rule's own factor."""
         kind = self._value("rope.scaling.type", str, "linear")
         if kind not in SCALING_TYPES:
             raise UnsupportedError(

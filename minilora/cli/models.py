@@ -47,7 +47,8 @@ def list_(as_json: bool) -> None:
         return
     for row in rows:
         click.echo(
-            f"{row['kind']:8} {row['name']:26} {'here' if row['here'] else 'to fetch':9} {row['licence']:12} {row['description']}"
+            f"{row['kind']:8} {row['name']:26} {'here' if row['here'] else 'to fetch':9} {row['licence']:12} "
+            f"{row['description']}"
         )
 
 

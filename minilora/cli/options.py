@@ -130,8 +130,8 @@ engine_options = _options(
     ),
     _engine_option(
         "--kv-cache-memory",
-        "Bytes of the KV cache, such as 512M; default: enough for max-num-seqs full-length sequences, at most half of the "
-        "free memory.",
+        "Bytes of the KV cache, such as 512M; default: enough for max-num-seqs full-length sequences, at most half of "
+        "the free memory.",
         Size(),
     ),
     _engine_option("--block-size", "Tokens of a KV page."),

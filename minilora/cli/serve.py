@@ -48,7 +48,7 @@ def _option(name: str, help: str, kind: Any = None, **more: Any) -> Callable:
 
 
 class _Port(click.Option):
-    """Kubernetes sets MINILORA_PORT=tcp://... itself where a Service is called minilora: that is no port to listen on."""
+    """Kubernetes itself sets MINILORA_PORT=tcp://... for a Service called minilora: that is no port to listen on."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         value = super().resolve_envvar_value(ctx)

@@ -106,8 +106,8 @@ class BodyReader:
 
 
 def check_json(body: bytes) -> None:
-    """Raise ApiError unless this can be a JSON object in UTF-8, of finite numbers, nested at most MOST_DEPTH deep, of at
-    most MOST_LISTS lists and objects and MOST_VALUES values.
+    """Raise ApiError unless this can be a JSON object in UTF-8, of finite numbers, nested at most MOST_DEPTH deep, of
+    at most MOST_LISTS lists and objects and MOST_VALUES values.
 
     Takes time linear in the body. Whether it is well-formed is for the parser to say.
     """

@@ -53,7 +53,7 @@ def protect(
 
 
 def uvicorn_options(config: ServerConfig, count: Count) -> dict[str, Any]:
-    """How uvicorn must be set up so that what reaches the guard is bounded too. count: called for answers to the rest."""
+    """How to set up uvicorn so that what reaches the guard is bounded too. count: called for answers to the rest."""
     return {
         "http": make_protocol(config, count),
         "ws": "none",

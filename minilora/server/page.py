@@ -93,7 +93,7 @@ async def file(request: Request, name: str) -> Response:
 
 @router.get("/stats")
 async def stats(request: Request, server: ServerDep) -> Response:
-    """The dashboard's figures: a JSON document, or once a second as server-sent events where the client accepts them."""
+    """The dashboard's figures: a JSON document, or server-sent events once a second if the client accepts them."""
     if "text/event-stream" not in request.headers.get("Accept", ""):
         return JSONResponse(await server.board.read(), headers={"Cache-Control": "no-store", "Vary": "Accept"})
     server.board.check_room()
