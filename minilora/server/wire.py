@@ -249,7 +249,7 @@ def allow_connections(config: ServerConfig) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ResourceError(
-            f"max_connections is {config.max_connections}: that takes {needed} open files, this process may have {hard}",
+            f"max_connections is {config.max_connections}: that takes {needed} open files, of {hard} that are allowed",
             "Lower --max-connections, or raise the limit (ulimit -n).",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
