@@ -76,18 +76,33 @@ def test_many_small_weights_keep_their_share():
 
 @pytest.mark.parametrize(("bad", "given"), [(np.nan, np.nan), (np.inf, np.nan), (-np.inf, 0)])
 def test_scores_that_are_not_finite(bad, given):
-    """All scores of the first split are so: they spread, or have no weight if they are -inf."""
+    """All scores of the first two splits are so: they spread, or have no weight if they are -inf."""
     [case] = [case for case in CASES if case.name == "attend float32"]
     kv, query, pages, nobody, q, q_at, stride, out, *rest = case.make(
-        np.random.default_rng(1), {**SIZE, "position": 400}
+        np.random.default_rng(1), {**SIZE, "position": 600}
     )
     kv.numbers[:], q[:], key = 1, 1, np.zeros(kv.size, np.float32)
     key[0] = bad
-    for t in range(SPLIT):
+    for t in range(2 * SPLIT):
         reference.write_key(kv, query.layer, pages[t // kv.page], t % kv.page, query.head, key, 0)
     case.compiled(kv, query, pages, nobody, q, q_at, stride, out, *rest)
     # All values are 1, and so is their mean over the positions that have weight.
     assert np.allclose(out, 1 + given, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
+def test_what_lies_behind_a_text_does_not_matter(kind):
+    """The rest of its last page may hold what is no number, of a text that was there before."""
+    [case] = [case for case in CASES if case.name == f"attend {kind}"]
+    kv, query, pages, _, _, _, _, out, *_ = arguments = case.make(np.random.default_rng(1), SIZE)
+    case.compiled(*arguments)
+    expected, (page, end) = out.copy(), divmod(query.position + query.tokens, kv.page)
+    with np.errstate(invalid="ignore"):
+        for slot in range(end, kv.page):
+            for write in (reference.write_key, reference.write_value):
+                write(kv, query.layer, pages[page], slot, query.head, np.full(kv.size, np.nan, np.float32), 0)
+    case.compiled(*arguments)
+    assert np.array_equal(out, expected) and np.isfinite(out).all()
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
