@@ -56,3 +56,20 @@ def test_a_number_that_is_none_is_the_best(places):
     assert program(sample.argmax)(x, 0, 2048) == np.argmax(x) == places[0]
     x[:] = -np.inf
     assert program(sample.argmax)(x, 0, 2048) == 0
+
+
+def test_of_equal_logits_the_first_are_the_best():
+    x, ids, values = np.arange(2048, dtype=np.float32) % 2, np.zeros(5, np.int64), np.zeros(5, np.float32)
+    program(sample.top)(x, 0, 2048, 5, ids, values, 0)
+    assert program(sample.argmax)(x, 0, 2048) == 1 and ids.tolist() == [1, 3, 5, 7, 9]
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(0, 1, 32), (5, 1, 5), (0, 0.25, 8), (16, 0.25, 4)])
+def test_of_equal_logits_the_first_are_kept_and_have_equal_chances(top_k, top_p, kept):
+    """Draws from all of [0, 1), its ends included."""
+    [case] = [case for case in CASES if case.name == "sample"]
+    x, weights, ids = np.zeros(64, np.float32), np.zeros(64, np.float32), np.zeros(64, np.int64)
+    x[::2] = -np.inf
+    for draw in [*np.linspace(0, 1, 97, endpoint=False), np.nextafter(1, 0)]:
+        cuts = top_k, np.float32(top_p), np.float32(0)
+        assert case.compiled(x, 0, 64, np.float32(1), *cuts, draw, weights, ids, 0) == 2 * int(draw * kept) + 1
