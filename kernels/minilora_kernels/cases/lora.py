@@ -12,8 +12,9 @@ from .linear import empty_rows
 
 
 def _inputs(rng: np.random.Generator, count: int, columns: int, group: int) -> Rows:
-    """`count` rows from the second on."""
+    """`count` rows from the second on; what lies behind their columns is no part of them."""
     rows = empty_rows(1 + count, padded_rows(columns) + 64)
+    rows.fine[:] = rng.integers(-(1 << 14), 1 << 14, len(rows.fine))
     for r in range(1, 1 + count):
         values = normal(rng, columns)
         rows.values[r * rows.stride : r * rows.stride + columns] = values

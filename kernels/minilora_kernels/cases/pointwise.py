@@ -43,7 +43,7 @@ def _make_rope(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
 
 def _make_embed(fmt: int) -> Make:
     def make(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
-        group = 0 if is_float(fmt) else 32
+        group = 0 if is_float(fmt) else size["group"]
         table = np.array([table_row(fmt, size["V"], size["E"], group, 0)], np.int64)
         return (
             random_matrix(rng, fmt, size["V"], size["E"], group),
@@ -64,8 +64,8 @@ def _embed_case(fmt: int) -> Case:
         reference.embed,
         _make_embed(fmt),
         1e-6,
-        tuple({"V": 96, "E": 64, "token": t} for t in (0, 17, 95)),
-        ({"V": 4096, "E": 2048, "token": 777},),
+        tuple({"V": 96, "E": 256, "token": t, "group": g} for t, g in ((0, 32), (17, 64), (95, 128))),
+        ({"V": 4096, "E": 2048, "token": 777, "group": 32},),
         bytes=lambda s: s["E"] * bits(fmt) // 8,
     )
 
