@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minilora_kernels import reference
+from minilora_kernels.convert import widen_float16
 from minilora_kernels.dot import (
     begin_short,
     dot2,
@@ -236,6 +237,11 @@ def test_every_float16_widens_exactly():
         out = np.zeros(1 << 16, np.float32)
         program(convert)(ALL_HALVES, out)
         assert np.array_equal(out, expected, equal_nan=True)
+
+
+def test_float16_that_fills_no_vector_widens_too():
+    x = ALL_HALVES[:999].reshape(27, 37)
+    assert np.array_equal(widen_float16(x), x.view(np.float16).astype(np.float32))
 
 
 def test_every_bfloat16_widens_exactly():
