@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numba.core.errors import TypingError
 
-from minilora_kernels.code_files import read_code
+from minilora_kernels.code_files import environment_key, read_code
 from minilora_kernels.jit import kernel, program
 from minilora_kernels.simd import splat_i32
 from minilora_kernels.simd_memory import load_f32
@@ -106,6 +106,15 @@ def test_an_edited_constant_of_another_file_is_compiled_anew(start):
     assert start(3)[0] == "[3] 1"
     assert start(3, limit=4)[0] == "[7] 1"
     assert start(3, limit=4)[0] == "[7] 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("numba.__version__", "0.1"), ("llvmlite.__version__", "0.1"), ("_SOURCES", b"edited")]
+)
+def test_each_version_has_its_own_code(monkeypatch, name, value):
+    before = environment_key()
+    monkeypatch.setattr(f"minilora_kernels.code_files.{name}", value)
+    assert environment_key.__wrapped__() != before
 
 
 def test_bounds_checks_and_optimised_python_have_their_own_ways(start):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+KERNELS = os.path.join(os.path.dirname(__file__), "..", "kernels")
 UNITS = """
 from numba import types
 from numba.core.typing import signature
@@ -82,8 +83,7 @@ def start(tmp_path):
         (tmp_path / "parts.py").write_text(UNITS.format(more=more, returns=returns))
         main = tmp_path / "main.py"
         main.write_text(MAIN)
-        kernels = os.path.join(os.path.dirname(__file__), "..", "kernels")
-        env = {**os.environ, "MINILORA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": kernels}
+        env = {**os.environ, "MINILORA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": KERNELS}
         env["PYTHONDONTWRITEBYTECODE"] = "1"
         command = [sys.executable, main, before, after, programs, argument]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -175,6 +175,13 @@ def test_what_a_process_writes_must_be_whole(start, line):
     """Machine code that is not what the other process made would be run."""
     output, warnings = start(f"from minilora_kernels import compiling; compiling.unsealed = {line}")
     assert output == f"{ANSWER} times times both" and "its output is damaged" in warnings
+
+
+def test_a_process_of_another_environment_compiles_nothing():
+    """As where its code was replaced, or it sees another CPU."""
+    command = [sys.executable, "-c", "from minilora_kernels.compiling import main; main()", "another key"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": KERNELS}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip() == "it would compile for another environment"
 
 
 def test_a_unit_that_the_program_does_not_name_is_refused(start):
