@@ -293,6 +293,13 @@ def test_a_thread_that_lingers_does_not_go_back_to_python(pair, monkeypatch):
     assert calls.count(0) == 200 and 1 <= calls.count(1) < 200
 
 
+def test_a_thread_that_lingers_takes_what_is_fixed_now(pair):
+    for number in range(200):
+        seen = np.full(2, -1)
+        pair.run(OWN, seen, number)
+        assert seen.tolist() == [number, number]
+
+
 def test_a_job_has_a_largest_size(pair):
     with pytest.raises(TypeError, match="too large"):
         pair.run(team_program(_own), tuple(np.zeros(1) for _ in range(300)))
