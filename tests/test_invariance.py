@@ -101,7 +101,7 @@ PARAMS = SamplingParams(max_tokens=12, seed=3, temperature=0.8, top_p=0.9, logpr
 @pytest.fixture(
     scope="module",
     params=[
-        ("llama", "float32"),
+        ("llama-bias", "float32"),
         ("llama-odd-heads", "float16"),
         ("llama", "int4"),
         ("llama", "int8"),

@@ -15,6 +15,7 @@ from .support import (
     LINEAR,
     load_weights,
     make_adapter,
+    make_checkpoint,
     make_engine,
     prompt_logits,
     random_tokens,
@@ -97,6 +98,18 @@ def test_formats_equal_the_reference_on_their_own_weights(tiny, dtype, kv, bound
     assert largest_error(found, reference_logprobs(weights, tokens, engine.length), tokens) < bound
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("group", [64, 128])
+def test_larger_groups_equal_the_reference_on_their_own_weights(tmp_path, dtype, group):
+    """With several threads, who help each other with gate up by whole groups, the numbers are the same."""
+    weights = load_weights(make_checkpoint(tmp_path, hidden_size=256, intermediate_size=2176), dtype, group)
+    tokens = random_tokens(np.random.default_rng(3), 100)
+    engines = [make_engine(weights, threads=threads) for threads in (1, 2)]
+    one, two = (prompt_logits(engine, tokens) for engine in engines)
+    assert largest_error(one, reference_logprobs(weights, tokens, engines[0].length), tokens) < 0.3
+    assert one == two
+
+
 @pytest.mark.parametrize("dtype, bound", [("int8", 0.01), ("int4", 0.12)])
 def test_quantisation_keeps_the_weights(tiny, dtype, bound):
     exact, rounded = load_weights(tiny("llama")).floats(), load_weights(tiny("llama"), dtype).floats()
@@ -148,11 +161,11 @@ def test_several_adapters_in_one_request(tiny):
     assert largest_error(found, expected, tokens) < 5e-4
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_adapters_on_quantised_weights(tiny, dtype):
+@pytest.mark.parametrize(("dtype", "lora_dtype"), [("int8", "int8"), ("int4", "int8"), ("int8", "float16")])
+def test_adapters_on_quantised_weights(tiny, dtype, lora_dtype):
     weights = load_weights(tiny("llama"), dtype)
     adapter = make_adapter(weights.config, rank=8)
-    engine = make_engine(weights)
+    engine = make_engine(weights, lora_dtype=lora_dtype)
     tokens = random_tokens(np.random.default_rng(6), 60)
     found = prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(adapter), 1.0),))
     expected = reference_logprobs(weights, tokens, engine.length, [(adapter, 1.0)])
