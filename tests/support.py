@@ -149,6 +149,7 @@ def peft_tensors(config: ModelConfig, rank: int, modules, seed: int, size: float
 
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
+EVERYTHING = (*LINEAR, "embed_tokens", "lm_head")
 
 
 def make_adapter(config: ModelConfig, rank: int = 4, modules=LINEAR, seed: int = 1, **settings):

@@ -13,7 +13,7 @@ from minilora_kernels.attention import partial_size
 from minilora_kernels.cases import CASES
 from minilora_kernels.pages import NOBODY
 
-from .support import GREEDY, load_weights, make_adapter, make_engine, random_tokens, run
+from .support import EVERYTHING, GREEDY, load_weights, make_adapter, make_engine, random_tokens, run
 
 PROMPT = random_tokens(np.random.default_rng(7), 300)
 RANKS = (2, 8, 16, 24)
@@ -113,7 +113,7 @@ def world(request, tiny):
     """(weights, adapters, the needle's trace alone), the needle with two adapters; they are int8 but beside float32."""
     name, dtype = request.param
     weights = load_weights(tiny(name), dtype)
-    adapters = [make_adapter(weights.config, rank=rank, seed=rank) for rank in RANKS]
+    adapters = [make_adapter(weights.config, rank, EVERYTHING, seed=rank) for rank in RANKS]
     engine = make_engine(weights)
     digests = [engine.add_adapter(adapter) for adapter in adapters]
     needle = (AdapterUse(digests[1], 1.0), AdapterUse(digests[2], 0.5))

@@ -11,10 +11,9 @@ from minilora_kernels.cases import CASES
 from minilora_kernels.lora_pack import pack_shrink
 from minilora_kernels.pack import INT8
 
-from .support import LINEAR, load_weights, make_adapter, make_engine, peft_tensors, prompt_logits, random_tokens
+from .support import EVERYTHING, load_weights, make_adapter, make_engine, peft_tensors, prompt_logits, random_tokens
 from .test_network import largest_error, reference_logprobs
 
-EVERYTHING = (*LINEAR, "embed_tokens", "lm_head")
 SHRINK, EXPAND, FINELY = (
     next(case for case in CASES if case.name == name) for name in ("shrink int8", "expand int8", "quantize_row_finely")
 )
