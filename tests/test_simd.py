@@ -22,6 +22,7 @@ from minilora_kernels.dot import (
     wide_second_unsigned,
 )
 from minilora_kernels.jit import inlined, kernel, program
+from minilora_kernels.pack import narrow_bfloat16, widen_bfloat16
 from minilora_kernels.simd import (
     exp,
     f32x16,
@@ -248,6 +249,12 @@ def test_every_bfloat16_widens_exactly():
     out = np.zeros(1 << 16, np.float32)
     program(_widen_bf16)(ALL_HALVES, out)
     assert np.array_equal(out, (ALL_HALVES.astype(np.uint32) << 16).view(np.float32), equal_nan=True)
+
+
+def test_bfloat16_is_rounded_to_even_and_nan_stays():
+    raw = np.array([0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F818000, 0x7F800001, 0xFFFFFFFF], np.uint32)
+    found = narrow_bfloat16(raw.view(np.float32))
+    assert found[:4].tolist() == [0x3F80, 0x3F80, 0x3F81, 0x3F82] and np.isnan(widen_bfloat16(found)[4:]).all()
 
 
 def test_narrowing_rounds_like_numpy_and_never_overflows():
