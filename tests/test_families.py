@@ -52,6 +52,21 @@ def test_with_features_masked(family, side_run):
     assert subprocess.check_output(command, env={**os.environ, **mask(family)}, text=True).strip() == family
 
 
+def mark_of_full_width():
+    if cpu.full_width() or cpu.family() != cpu.AVX512_VNNI:
+        return pytest.mark.skip("all tests run with these tiles here, or this CPU can't run them")
+    features = binding.get_host_cpu_features().flatten()
+    tests = ["tests/test_kernels.py", "tests/test_invariance.py", "-k", "linear or integers"]
+    variables = {"NUMBA_CPU_NAME": "znver5", "NUMBA_CPU_FEATURES": features}
+    return pytest.mark.side_run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, **variables)
+
+
+@mark_of_full_width()
+def test_tiles_for_a_cpu_of_full_width(side_run):
+    """Those for many rows of integer weights, which only Zen 5 takes by itself."""
+    assert side_run.returncode == 0, side_run.stdout[-3000:]
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.side_run("tools/cross.py", *ARM[name])) for name in ARM]
 )
