@@ -8,18 +8,18 @@ from numba import types
 from numba.core.typing import signature
 
 from .jit import kernel
-from .kinds import BYTES, FLOATS, NUMBER
+from .kinds import BYTES, FLOATS, NUMBER, named
 from .linear import INPUTS
-from .lora_expand import Lines, Panels, expand_rows, rows_at_once
+from .lora_expand import Panels, Place, expand_rows, row_of, rows_at_once
 from .lora_pack import head_bytes, number_bytes
 from .lora_shrink import TILE_ROWS, gather_panel, most_rows, shrink_tile
 from .pack import PANEL
 from .unit import unit
 
-_PLACE, _ROWS, _SCALE = (FLOATS, NUMBER), (FLOATS, NUMBER, NUMBER), types.float32
-_SHRINK = signature(types.none, BYTES, *[NUMBER] * 5, INPUTS, *[NUMBER] * 2, _SCALE, *_ROWS)
-_GATHER = signature(types.none, BYTES, *[NUMBER] * 4, _SCALE, *_PLACE)
-_EXPAND = signature(types.none, BYTES, *[NUMBER] * 5, *_PLACE, *[NUMBER] * 3, *_ROWS, NUMBER)
+_PLACE, _SCALE = named(Place, FLOATS), types.float32
+_SHRINK = signature(types.none, BYTES, *[NUMBER] * 5, INPUTS, *[NUMBER] * 2, _SCALE, _PLACE)
+_GATHER = signature(types.none, BYTES, *[NUMBER] * 4, _SCALE, FLOATS, NUMBER)
+_EXPAND = signature(types.none, BYTES, *[NUMBER] * 5, _PLACE, *[NUMBER] * 2, _PLACE)
 
 
 @unit(lambda fmt: (_SHRINK, _GATHER, _EXPAND))
@@ -29,26 +29,25 @@ def make_lora(fmt: int):
     gather_one, size, head = gather_panel(fmt), number_bytes(fmt), head_bytes(fmt)
 
     @kernel
-    def shrink(arena, at, following, columns, group, panel, x, x_row, rows, scale, s, s_at, s_stride):
+    def shrink(arena, at, following, columns, group, panel, x, x_row, rows, scale, s):
         """s[m, 16 * panel + i] = scale * sum over k of x[x_row + m, k] * A[16 * panel + i, k], m < rows, i < 16.
 
         arena: uint8, A's panels from byte `at`; columns: K, a multiple of 16; x: Rows, of which int8 adapters read
-        `fine`, in groups of `group` columns, others `values`; s: float32, row m at m * stride; int8 adapters store wide
-        integers there, 16 numbers in 16 places, see wide.store_sixteen. following: the byte that is likely to be read
-        after this panel, for prefetching.
+        `fine`, in groups of `group` columns, others `values`; s: the Place of row 0; int8 adapters store wide integers
+        there, 16 numbers in 16 places, see wide.store_sixteen. following: the byte that is likely to be read after this
+        panel, for prefetching.
         """
         at += panel * (head + columns * PANEL * size)
-        s_at += panel * PANEL
-        m = 0
+        m, s_at = 0, s.at + panel * PANEL
         while rows - m >= most:
-            shrink_some(most, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
-            m, s_at = m + most, s_at + most * s_stride
+            shrink_some(most, arena, at, following, columns, group, x, x_row + m, scale, s.array, s_at, s.stride)
+            m, s_at = m + most, s_at + most * s.stride
         if most > TILE_ROWS and rows - m >= TILE_ROWS:
-            shrink_some(TILE_ROWS, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
-            m, s_at = m + TILE_ROWS, s_at + TILE_ROWS * s_stride
+            shrink_some(TILE_ROWS, arena, at, following, columns, group, x, x_row + m, scale, s.array, s_at, s.stride)
+            m, s_at = m + TILE_ROWS, s_at + TILE_ROWS * s.stride
         while m < rows:
-            shrink_some(1, arena, at, following, columns, group, x, x_row + m, scale, s, s_at, s_stride)
-            m, s_at = m + 1, s_at + s_stride
+            shrink_some(1, arena, at, following, columns, group, x, x_row + m, scale, s.array, s_at, s.stride)
+            m, s_at = m + 1, s_at + s.stride
 
     @kernel
     def gather(arena, at, columns, panels, token, scale, s, s_at):
@@ -61,24 +60,20 @@ def make_lora(fmt: int):
             at += head + columns * PANEL * size
 
     @kernel
-    def expand(
-        arena, at, rank, panel0, panel1, asked, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
-    ):
+    def expand(arena, at, rank, panel0, panel1, prefetch_at, s, column, rows, out):
         """out[m, panel p] += sum over r < rank of s[m, column + r] * B[p, r], m < rows, panel0 <= p < panel1.
 
-        arena: uint8, B's panels from byte `at`; rank, column: multiples of 4; s: as shrink leaves it, row m at m *
-        stride; out: float32 likewise; panel p is the 16 numbers at out_at + (p - panel0) * panel_step: 16, or 32 where
-        two matrices are interleaved. asked: the byte from which on as many panels are likely to be read soon, for
-        prefetching; the address of panel `panel0` itself for none.
+        arena: uint8, B's panels from byte `at`; rank, column: multiples of 4; s, out: Places of row 0, of `out` of its
+        panel0; s is as shrink leaves it. prefetch_at: the byte from which on as many panels are likely to be read soon;
+        the address of panel0 itself for no prefetching.
         """
         panel = head + rank * PANEL * size
         first, count = at + panel0 * panel, panel1 - panel0
         m = 0
         # Rows in the outer loop: a row's part of `out` is contiguous, and B stays in caches. Only the first prefetch.
         while m < rows:
-            b = Panels(arena, first, count, panel, asked - first if m == 0 else 0)
-            s_m = Lines(s, s_at + m * s_stride, s_stride, PANEL)
-            out_m = Lines(out, out_at + m * out_stride, out_stride, panel_step)
+            b = Panels(arena, first, count, panel, prefetch_at - first if m == 0 else 0)
+            s_m, out_m = row_of(s, m), row_of(out, m)
             if rows - m >= several:
                 expand_some(several, b, rank, s_m, column, out_m)
                 m += several

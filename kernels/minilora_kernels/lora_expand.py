@@ -9,7 +9,7 @@ import numpy as np
 
 from . import cpu
 from .dot import start_wide, wide_first_unsigned, wide_second_unsigned
-from .jit import inlined
+from .jit import inlined, kernel
 from .lora_pack import head_bytes, number_bytes
 from .memory import CACHE_LINE
 from .pack import FLOAT16, FLOAT32, INT8, PANEL
@@ -48,13 +48,19 @@ class Panels(NamedTuple):
     ahead: int
 
 
-class Lines(NamedTuple):
+class Place(NamedTuple):
     """Rows of float32 `stride` apart, the first from `at` on; the panels of each are `step` apart."""
 
     array: np.ndarray
     at: int
     stride: int
     step: int
+
+
+@kernel
+def row_of(place, m):
+    """The Place of its rows from m on."""
+    return Place(place.array, place.at + m * place.stride, place.stride, place.step)
 
 
 def rows_at_once(fmt: int) -> int:
@@ -152,7 +158,7 @@ def _int8_rows():
     def expand_int8(rows, b, rank, s, column, out):
         word, end, first = column // 4, (column + rank) // 4, HEAD
         while word < end:
-            group, at = Lines(s.array, s.at + word // WORDS * PANEL, s.stride, s.step), word % WORDS
+            group, at = Place(s.array, s.at + word // WORDS * PANEL, s.stride, s.step), word % WORDS
             count = min(end - word, WORDS - at)
             if count == 4:
                 expand_words(rows, 4, b, first, group, at, out)

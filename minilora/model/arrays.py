@@ -82,12 +82,3 @@ class Context(NamedTuple):
     rows: StepRows
     adapters: AdapterArrays
     buffers: Buffers
-
-
-class Place(NamedTuple):
-    """Where a product's rows lie: the first at `at`, the next ones `stride` apart, and panels `step` apart."""
-
-    array: np.ndarray
-    at: int
-    stride: int
-    step: int

@@ -4,11 +4,11 @@ import numpy as np
 
 from minilora_kernels.batch import CHOICE_ROW, choose
 from minilora_kernels.jit import kernel
+from minilora_kernels.lora_expand import Place
 from minilora_kernels.pack import BLOCK, GROUP, PANEL, ROWS
 from minilora_kernels.sample import argmax
 from minilora_kernels.sync import barrier, claim
 
-from .arrays import Place
 from .rows import norm_row
 from .work import bytes_of, first_piece, next_piece, share_of, work_of
 

@@ -2,6 +2,7 @@
 
 from minilora_kernels.batch import SEGMENT_COLUMN, SEGMENT_END, SEGMENT_FIRST, SEGMENT_SLOT, token_at
 from minilora_kernels.jit import kernel
+from minilora_kernels.lora_expand import Place
 from minilora_kernels.lora_pack import head_bytes, number_bytes
 from minilora_kernels.pack import BLOCK, PANEL
 from minilora_kernels.pointwise import embed
@@ -47,16 +48,15 @@ def make_adapters(lora_format, shrink, gather, expand):
             at, panels = inputs[slot, layer, which, 0], inputs[slot, layer, which, 1] // PANEL
             next_slot, scale = segments[min(i + 1, len(segments) - 1), SEGMENT_SLOT], c.rows.scales[i]
             for row in range(first, end, BLOCK):
-                rows, to = min(BLOCK, end - row), row * b.s_stride + segments[i, SEGMENT_COLUMN]
+                rows, s_at = min(BLOCK, end - row), row * b.s_stride + segments[i, SEGMENT_COLUMN]
+                shrunk = Place(b.s, s_at, b.s_stride, PANEL)
                 then = at if row + BLOCK < end else inputs[next_slot, layer, which, 0]
                 for panel in range(panels):
                     if low <= unit < high:
                         following = then if panel + 1 == panels else at + (panel + 1) * (head + columns * size)
                         # What follows this thread's last unit is another's.
                         ahead = following if unit + 1 < high else first_out
-                        shrink(
-                            arena, at, ahead, columns, grouped, panel, x, x_row + row, rows, scale, b.s, to, b.s_stride
-                        )
+                        shrink(arena, at, ahead, columns, grouped, panel, x, x_row + row, rows, scale, shrunk)
                     unit += 1
         arrive(c.sync, c.thread)
 
@@ -82,23 +82,9 @@ def make_adapters(lora_format, shrink, gather, expand):
                 if j > last:
                     j, matrix, panel = (j - last - 1) % (last + 1), next_which, next_low
                 count, asked = end - first, panel_of(c, segments[j, SEGMENT_SLOT], layer, matrix, panel)
-                expand(
-                    arena,
-                    at,
-                    ranks,
-                    low,
-                    high,
-                    asked,
-                    b.s,
-                    s_at,
-                    column,
-                    b.s_stride,
-                    count,
-                    to.array,
-                    out_at,
-                    to.stride,
-                    to.step,
-                )
+                shrunk = Place(b.s, s_at, b.s_stride, PANEL)
+                out = Place(to.array, out_at, to.stride, to.step)
+                expand(arena, at, ranks, low, high, asked, shrunk, column, count, out)
 
     @kernel
     def embed_rows(c):
@@ -116,7 +102,8 @@ def make_adapters(lora_format, shrink, gather, expand):
                 s_at = r * b.s_stride + segments[i, SEGMENT_COLUMN]
                 token = token_at(c.batch, c.rows, c.turn, r)
                 gather(arena, a_at, c.shape.vocabulary, panels, token, c.rows.scales[i], b.s, s_at)
-                expand(arena, b_at, ranks, 0, width // PANEL, b_at, b.s, s_at, 0, 0, 1, b.x, r * width, 0, PANEL)
+                shrunk, out = Place(b.s, s_at, 0, PANEL), Place(b.x, r * width, 0, PANEL)
+                expand(arena, b_at, ranks, 0, width // PANEL, b_at, shrunk, 0, 1, out)
         barrier(c.sync, c.threads)
 
     return shrink_all, expand_all, embed_rows

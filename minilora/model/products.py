@@ -1,13 +1,13 @@
 """The products of the residual stream: o and down, which add to it, and gate up between them."""
 
 from minilora_kernels.jit import kernel
+from minilora_kernels.lora_expand import Place
 from minilora_kernels.pack import BLOCK, COLUMNS, GROUP, PANEL
 from minilora_kernels.pointwise import add_row, silu_mul
 from minilora_kernels.sync import barrier
 
 from ..adapters import GATE_OUT, UP_OUT
 from ..plan import DOWN, GATE_UP, GATE_UP_BIAS
-from .arrays import Place
 from .rows import input_group, place_of_values, quantize_if_read
 from .work import CHUNK_BLOCKS, MOST_ROWS, bytes_of, first_piece, next_piece, rows_at_once, span_of, work_of
 

@@ -1,13 +1,13 @@
 """Queries, keys and values: q k v of all rows, rotated, keys and values in their pages."""
 
 from minilora_kernels.jit import kernel
+from minilora_kernels.lora_expand import Place
 from minilora_kernels.pack import BLOCK, PANEL, ROWS
 from minilora_kernels.pointwise import add_row, rms_norm, rope
 from minilora_kernels.sync import barrier, share
 
 from ..adapters import Q_OUT
 from ..plan import K_NORM, Q_NORM, QKV, QKV_BIAS, QKV_PARTS, ROTARY
-from .arrays import Place
 from .work import TILE_ROWS, bytes_of, first_piece, is_helped, next_piece, rows_at_once, share_of, span_of, work_of
 
 # From so many rows per thread on they share q k v by rows: reading all weights then takes little.

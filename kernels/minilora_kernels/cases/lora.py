@@ -1,11 +1,10 @@
 """Cases of adapters' kernels."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from .. import lora, lora_pack, reference
 from ..linear import Rows
+from ..lora_expand import Place
 from ..pack import FLOAT16, FLOAT32, FORMAT_NAMES, INT8, padded_rows
 from .case import Arguments, Case, normal
 from .linear import empty_rows
@@ -35,7 +34,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             np.zeros(count * padded, np.float32),
             np.float32(0.5),
         )
-        return a, 0, 0, columns, s["group"], padded // 16 - 1, x, 1, count, scale, shrunk, 0, padded
+        return a, 0, 0, columns, s["group"], padded // 16 - 1, x, 1, count, scale, Place(shrunk, 0, padded, 16)
 
     def make_expand(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         rank, rows, count, step, column = (
@@ -50,16 +49,17 @@ def _lora_cases(fmt: int) -> list[Case]:
         shrunk, out = normal(rng, count * stride), normal(rng, count * out_stride)
         if quantized:
             shrunk = reference.to_wide(shrunk)
-        return b, 0, rank, 1, rows // 16, 0, shrunk, 0, column, stride, count, out, 0, out_stride, step
+        from_place, to_place = Place(shrunk, 0, stride, 16), Place(out, 0, out_stride, step)
+        return b, 0, rank, 1, rows // 16, 0, from_place, column, count, to_place
 
     def make_gather(rng: np.random.Generator, s: dict[str, int]) -> Arguments:
         ranks, tokens, panels = s["R"], s["V"], -(-s["R"] // 16)
         a = lora_pack.pack_gather(normal(rng, ranks * tokens).reshape(ranks, tokens), fmt)
         return a, 0, tokens, panels, tokens - 1, np.float32(2), np.zeros(16 * panels, np.float32), 0
 
-    def shrunk(at: int) -> Callable[[Arguments], list[np.ndarray]]:
-        """How to read the shrunk numbers in argument `at`: from words: integers may differ by one, numbers hardly."""
-        return lambda arguments: [reference.from_wide(arguments[at]) if quantized else arguments[at]]
+    def numbers(shrunk: np.ndarray) -> list[np.ndarray]:
+        """Shrunk numbers, from their words: two integers may differ by one, the numbers hardly."""
+        return [reference.from_wide(shrunk) if quantized else shrunk]
 
     name = FORMAT_NAMES[fmt]
     shrinks = tuple(
@@ -88,7 +88,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             ({"R": 16, "K": 2048, "M": 1, "group": 32}, {"R": 16, "K": 2048, "M": 256, "group": 32}),
             lambda s: lora_pack.panel_bytes(s["K"], fmt),
             lambda s: s["M"] * 16 * s["K"],
-            read=shrunk(10),
+            read=lambda arguments: numbers(arguments[10].array),
         ),
         Case(
             f"expand {name}",
@@ -100,7 +100,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             ({"R": 16, "N": 2048, "M": 1}, {"R": 16, "N": 2048, "M": 256}),
             lambda s: s["N"] // 16 * lora_pack.panel_bytes(s["R"], fmt),
             lambda s: s["M"] * s["R"] * s["N"],
-            read=lambda arguments: [arguments[11]],
+            read=lambda arguments: [arguments[9].array],
         ),
         Case(
             f"gather {name}",
@@ -111,7 +111,7 @@ def _lora_cases(fmt: int) -> list[Case]:
             ({"R": 5, "V": 40}, {"R": 16, "V": 3}, {"R": 40, "V": 7}),
             ({"R": 16, "V": 4096},),
             lambda s: s["R"] * 4,
-            read=shrunk(6),
+            read=lambda arguments: numbers(arguments[6]),
         ),
     ]
 

@@ -70,22 +70,20 @@ def make_lora(fmt):
     """(shrink, gather, expand) for adapters stored as FLOAT32, FLOAT16 or INT8."""
     leave = to_wide if fmt == INT8 else lambda numbers: numbers
 
-    def shrink(arena, at, following, columns, group, panel, x, x_row, rows, scale, s, s_at, s_stride):
+    def shrink(arena, at, following, columns, group, panel, x, x_row, rows, scale, s):
         a = _panels(arena, at, panel + 1, columns, fmt, 2)[panel]
         product = scale * (_inputs(x, x_row, rows, columns, group, fmt) @ a)
-        grid(s, s_at + panel * PANEL, s_stride, rows, PANEL)[:] = leave(product)
+        grid(s.array, s.at + panel * PANEL, s.stride, rows, PANEL)[:] = leave(product)
 
     def gather(arena, at, columns, panels, token, scale, s, s_at):
         numbers = scale * _panels(arena, at, panels, columns, fmt)[:, token]
         s[s_at : s_at + panels * PANEL] = leave(numbers).reshape(-1)
 
-    def expand(
-        arena, at, rank, panel0, panel1, asked, s, s_at, column, s_stride, rows, out, out_at, out_stride, panel_step
-    ):
+    def expand(arena, at, rank, panel0, panel1, prefetch_at, s, column, rows, out):
         b, whole = _panels(arena, at, panel1, rank, fmt, 4, 128), -(-(column + rank) // PANEL) * PANEL
-        shrunk = grid(s, s_at, s_stride, rows, whole)
+        shrunk = grid(s.array, s.at, s.stride, rows, whole)
         shrunk = (from_wide(shrunk) if fmt == INT8 else shrunk)[:, column : column + rank]
         for p in range(panel0, panel1):
-            grid(out, out_at + (p - panel0) * panel_step, out_stride, rows, PANEL)[:] += shrunk @ b[p]
+            grid(out.array, out.at + (p - panel0) * out.step, out.stride, rows, PANEL)[:] += shrunk @ b[p]
 
     return shrink, gather, expand
