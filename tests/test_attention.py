@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from minilora_kernels import reference
-from minilora_kernels.asking import Ask
 from minilora_kernels.attention_int8 import LATE, first_keys, late_values
 from minilora_kernels.attention_span import Span, keys_beside
 from minilora_kernels.cases import CASES
 from minilora_kernels.jit import kernel, program
 from minilora_kernels.pages import KV_INT8, NOBODY, RUN, SPLIT, SUBPAGE, Query, advance, empty_pool
+from minilora_kernels.prefetching import Prefetch
 from minilora_kernels.wide import LARGEST, make_to_wide
 
 [INT8] = [case for case in CASES if case.name == "attend int8"]
@@ -21,7 +21,7 @@ def test_wide_integers_are_the_rounded_numbers():
     row = np.random.default_rng(1).standard_normal(112, dtype=np.float32)
     row[40:44] = 3.5, -3.5, 0, 1e-9
     before = row.copy()
-    to_wide(row, 0, 16, 96, 48, np.abs(row[16:96]).max(), Ask(np.zeros(640, np.uint8), 0, 128))
+    to_wide(row, 0, 16, 96, 48, np.abs(row[16:96]).max(), Prefetch(np.zeros(640, np.uint8), 0, 128))
     scale = row[48]
     got = reference.wide_integers(row[8:48].reshape(5, 8)).reshape(-1)
     assert scale == np.abs(before[16:96]).max() / LARGEST and np.abs(got).max() == LARGEST

@@ -7,7 +7,7 @@ from .attention_span import key_at, keys_beside, value_at
 from .jit import inlined, kernel
 from .pages import KV_FLOAT16, KV_FLOAT32, SPLIT, SUBPAGE, advance, cursor_at
 from .simd import f32x16, fma, splat_f32, tile
-from .simd_memory import compiler_barrier, load_f16, load_f32, load_scalar_f32, prefetch_beside, store_f32
+from .simd_memory import compiler_barrier, load_f16, load_f32, load_scalar_f32, prefetch_soon, store_f32
 
 _LOAD = {KV_FLOAT32: load_f32, KV_FLOAT16: load_f16}
 # Numbers in a cache line.
@@ -27,14 +27,14 @@ def score_tile(kv_format: int):
     """scores[r, t] = q[r] . key[t] for 1 to MOST_ROWS rows and the 32 tokens of a subpage.
 
     part: (token, values, keys): the subpage's first token, and where in kv.numbers the values and keys lie, a subpage
-    of each, that the tile prefetches if it asks; -1 where there are none.
+    of each, which the tile prefetches if `prefetches`; -1 where there are none.
     """
     dots = _dots(kv_format)
 
     @inlined
-    def score(rows, kv, part, asks, scratch, q_at, scores_at):
+    def score(rows, kv, part, prefetches, scratch, q_at, scores_at):
         token, values, keys = part
-        if not asks:
+        if not prefetches:
             values, keys = -1, -1
         dots(rows, kv, kv.numbers, token * kv.size, values, keys, scratch, q_at, scores_at)
 
@@ -52,9 +52,9 @@ def many_scores(kv_format: int):
     def scores(kv, token, values, keys, rows, scratch, q_at, keys_at, scores_at):
         for row in range(0, kv.size * SUBPAGE, SUBPAGE):
             for n in range(0, SUBPAGE, line):
-                prefetch_beside(kv.numbers, values + row + n)
+                prefetch_soon(kv.numbers, values + row + n)
                 if keys >= 0:
-                    prefetch_beside(kv.numbers, keys + row + n)
+                    prefetch_soon(kv.numbers, keys + row + n)
             for n in range(0, SUBPAGE, 16):
                 store_f32(scratch, keys_at + row + n, load(kv.numbers, token * kv.size + row + n))
             compiler_barrier()
@@ -81,9 +81,9 @@ def _dots(kv_format: int):
                 row = (d + c) * SUBPAGE
                 for n in range(0, SUBPAGE, line):
                     if values >= 0:
-                        prefetch_beside(kv.numbers, values + row + n)
+                        prefetch_soon(kv.numbers, values + row + n)
                     if keys >= 0:
-                        prefetch_beside(kv.numbers, keys + row + n)
+                        prefetch_soon(kv.numbers, keys + row + n)
                 for n in range(AT_ONCE):
                     key[n] = load(numbers, at + row + 16 * n)
                 for r in range(rows):
@@ -108,13 +108,13 @@ def _dots(kv_format: int):
 def value_tile(width: int, kv_format: int):
     """sums[r] = sum over t of weight[r, t] * value[t] for 1 to VALUE_ROWS rows, 16 * width columns from d on.
 
-    part: (span, d). If the tile asks, keys are prefetched, see attention_span.
+    part: (span, d). With `prefetches` keys come nearer meanwhile, see attention_span.
     """
     load, line = _LOAD[kv_format], _LINE[kv_format]
     new_acc, new_value = tile(f32x16, VALUE_ROWS, width), tile(f32x16, width)
 
     @inlined
-    def accumulate(rows, kv, part, asks, scratch, weights_at, sums_at):
+    def accumulate(rows, kv, part, prefetches, scratch, weights_at, sums_at):
         span, d = part
         acc, value = new_acc(), new_value()
         for r in range(rows):
@@ -123,18 +123,18 @@ def value_tile(width: int, kv_format: int):
         cursor, ahead = cursor_at(kv, span.first), keys_beside(kv, span, 0, d)
         for p in range(span.first, span.end, SUBPAGE):
             at, weights = value_at(kv, span, cursor) * kv.size + d, weights_at + p % SPLIT
-            keys = key_at(kv, span, ahead) if asks else -1
+            keys = key_at(kv, span, ahead) if prefetches else -1
             asked = keys * kv.size + ahead.column * SUBPAGE
             for t in range(min(SUBPAGE, span.end - p)):
                 for j in range(width):
                     if keys >= 0 and (t * width + j) * 16 % line == 0:
-                        prefetch_beside(kv.numbers, asked + (t * width + j) * 16)
+                        prefetch_soon(kv.numbers, asked + (t * width + j) * 16)
                     value[j] = load(kv.numbers, at + t * kv.size + 16 * j)
                 for r in range(rows):
                     weight = splat_f32(load_scalar_f32(scratch, weights + r * SPLIT + t))
                     for j in range(width):
                         acc[r, j] = fma(value[j], weight, acc[r, j])
-                if asks:
+                if prefetches:
                     compiler_barrier()
             cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, 16 * width)
         for r in range(rows):

@@ -5,16 +5,16 @@ Queries and the weights of values are wide integers, see `wide`; queries have th
 
 import numpy as np
 
-from .asking import Ask, nothing
 from .attention_float import AT_ONCE, MOST_ROWS
-from .attention_span import ask_scales, key_at, keys_beside, subpages_of, value_at
+from .attention_span import key_at, keys_beside, prefetch_scales, subpages_of, value_at
 from .dot import start_wide, wide_first_signed, wide_first_unsigned, wide_second_signed, wide_second_unsigned
 from .jit import inlined, kernel
 from .memory import CACHE_LINE
 from .pages import SPLIT, SUBPAGE, advance, cursor_at
+from .prefetching import Prefetch, no_prefetch
 from .simd import i32x16, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
 from .simd_lanes import keep_lanes
-from .simd_memory import compiler_barrier, load_f32, load_scalar_f32, load_u8, load_word, prefetch_beside, store_f32
+from .simd_memory import compiler_barrier, load_f32, load_scalar_f32, load_u8, load_word, prefetch_soon, store_f32
 from .wide import SECOND, SECOND_SUM, join_sums, largest, make_to_wide
 
 # Prefetches are spread evenly. While scores become weights, each of the first LATE rows prefetches one of the split's
@@ -33,7 +33,7 @@ def widen_queries(kv, rows, scratch, at):
     """Turn rows of queries into wide integers, as score tiles read them."""
     for row in range(at, at + rows * kv.size, kv.size):
         most = largest(scratch, row, kv.size)
-        _widen_query(scratch, row, 0, kv.size, kv.size // 2, most, nothing(kv.numbers))
+        _widen_query(scratch, row, 0, kv.size, kv.size // 2, most, no_prefetch(kv.numbers))
 
 
 @kernel
@@ -63,7 +63,7 @@ def late_values(kv, span, rows, r):
     """The values to prefetch while scores of row r, of so many rows, become weights."""
     position = span.first + (max(subpages_of(span) - LATE, 0) + r) * SUBPAGE
     if rows < LATE or r >= LATE or position >= span.end:
-        return nothing(kv.numbers)
+        return no_prefetch(kv.numbers)
     return _beside_row(kv, value_at(kv, span, cursor_at(kv, position)))
 
 
@@ -71,32 +71,32 @@ def late_values(kv, span, rows, r):
 def first_keys(kv, span, rows, r):
     """The keys to prefetch while weights of row r become integers."""
     if rows < LATE or r >= LATE:
-        return nothing(kv.numbers)
+        return no_prefetch(kv.numbers)
     token = key_at(kv, span, cursor_at(kv, span.ahead + r * SUBPAGE))
-    return _beside_row(kv, token) if token >= 0 else nothing(kv.numbers)
+    return _beside_row(kv, token) if token >= 0 else no_prefetch(kv.numbers)
 
 
 @kernel
 def _beside_row(kv, token):
     """A subpage, to be prefetched along a row of SPLIT numbers; its scales are prefetched at once."""
-    ask_scales(kv, token)
-    return Ask(kv.numbers, token * kv.size, kv.size * 16 // SUBPAGES)
+    prefetch_scales(kv, token)
+    return Prefetch(kv.numbers, token * kv.size, kv.size * 16 // SUBPAGES)
 
 
 @kernel
-def widen_weights(scratch, at, first, end, most, ask):
-    """Turn a row's weights times scales, `most` at most, into wide integers. Meanwhile `ask` is prefetched."""
-    _widen_weights(scratch, at, first, end, SPLIT // 2, most, ask)
+def widen_weights(scratch, at, first, end, most, prefetch):
+    """Turn a row's weights times scales, `most` at most, into wide integers. Meanwhile it runs `prefetch`."""
+    _widen_weights(scratch, at, first, end, SPLIT // 2, most, prefetch)
 
 
 @inlined
-def score_tile(rows, kv, part, asks, scratch, q_at, scores_at):
+def score_tile(rows, kv, part, prefetches, scratch, q_at, scores_at):
     """scores[r, t] = q[r] . key[t], as in attention_float.score_tile.
 
     Only as much of the values is prefetched as `beside` says.
     """
     token, values, keys = part
-    if not asks:
+    if not prefetches:
         values, keys = -1, -1
     _scores(rows, kv, token, 0, values, keys, scratch, q_at, scores_at)
     if AT_ONCE == 1:
@@ -118,9 +118,9 @@ def _scores(rows, kv, token, first, values, keys, scratch, q_at, scores_at):
                 # Among the 8 lines of 16 columns.
                 line = 2 * i + n // CACHE_LINE
                 if values >= 0 and line < beside(rows, 8):
-                    prefetch_beside(kv.numbers, values + (d // 16 * beside(rows, 8) + line) * CACHE_LINE)
+                    prefetch_soon(kv.numbers, values + (d // 16 * beside(rows, 8) + line) * CACHE_LINE)
                 if keys >= 0:
-                    prefetch_beside(kv.numbers, keys + row + n)
+                    prefetch_soon(kv.numbers, keys + row + n)
             for n in range(AT_ONCE):
                 key[n] = load_u8(kv.numbers, at + row + 64 * n)
             for r in range(rows):
@@ -144,7 +144,7 @@ def value_tile(width: int):
     new_acc, new_value = tile(i32x16, 2 * MOST_ROWS, width), tile(u8x64, width)
 
     @inlined
-    def accumulate(rows, kv, part, asks, scratch, weights_at, sums_at):
+    def accumulate(rows, kv, part, prefetches, scratch, weights_at, sums_at):
         span, d = part
         acc, value = new_acc(), new_value()
         # Lines of keys prefetched with 4 * width lines of 16 values, and their columns with a subpage of values.
@@ -159,16 +159,16 @@ def value_tile(width: int):
         )
         for p in range(span.first, span.end, SUBPAGE):
             at, weights = value_at(kv, span, cursor) * kv.size + 4 * d, weights_at + p % SPLIT // 2
-            keys = key_at(kv, span, ahead) if asks else -1
+            keys = key_at(kv, span, ahead) if prefetches else -1
             asked = keys * kv.size + ahead.column * SUBPAGE
             if keys >= 0 and ahead.column < columns:
-                ask_scales(kv, keys)
+                prefetch_scales(kv, keys)
             for t in range(0, min(SUBPAGE, span.end - p), 16):
                 for i in range(4):
                     for j in range(width):
                         line = i * width + j
                         if keys >= 0 and line < lines:
-                            prefetch_beside(kv.numbers, asked + (t // 16 * lines + line) * CACHE_LINE)
+                            prefetch_soon(kv.numbers, asked + (t // 16 * lines + line) * CACHE_LINE)
                         value[j] = load_u8(kv.numbers, at + (t + 4 * i) * kv.size + 64 * j)
                     for r in range(rows):
                         word, s = weights + r * SPLIT + t // 2 + i, 2 * r + SECOND_SUM

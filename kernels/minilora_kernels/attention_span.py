@@ -12,7 +12,7 @@ import numpy as np
 from .jit import kernel
 from .memory import CACHE_LINE
 from .pages import SUBPAGE, Cursor, Query, cursor_at, token_at, values_behind
-from .simd_memory import prefetch_beside
+from .simd_memory import prefetch_soon
 
 
 class Span(NamedTuple):
@@ -56,7 +56,7 @@ def key_at(kv, span, cursor):
 
 
 @kernel
-def ask_scales(kv, token):
+def prefetch_scales(kv, token):
     """Prefetch the scales of a subpage of int8 numbers."""
     for n in range(0, SUBPAGE, CACHE_LINE // 4):
-        prefetch_beside(kv.scales, token + n)
+        prefetch_soon(kv.scales, token + n)

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from . import attention_float, attention_int8, cpu
-from .asking import nothing
 from .attention_float import AT_ONCE, MOST_ROWS, VALUE_ROWS
-from .attention_span import Span, ask_scales, value_at
+from .attention_span import Span, prefetch_scales, value_at
 from .jit import kernel
 from .pages import KV_FLOAT16, KV_INT8, SPLIT, SUBPAGE, advance, cursor_at, first_seen, token_at
+from .prefetching import no_prefetch
 from .softmax import make_weigh_row, mask_row
 
 # From so many rows on it pays to widen float16 keys once for all of them.
@@ -77,13 +77,13 @@ def _in_tiles(tile, most=MOST_ROWS):
         while rows - r >= most:
             tile(most, kv, part, False, scratch, source + r * step, target + r * target_step)
             r += most
-        source, target, asks = source + r * step, target + r * target_step, r == 0
+        source, target, prefetches = source + r * step, target + r * target_step, r == 0
         if most > 3 and rows - r == 3:
-            tile(3, kv, part, asks, scratch, source, target)
+            tile(3, kv, part, prefetches, scratch, source, target)
         elif most > 2 and rows - r == 2:
-            tile(2, kv, part, asks, scratch, source, target)
+            tile(2, kv, part, prefetches, scratch, source, target)
         elif rows - r == 1:
-            tile(1, kv, part, asks, scratch, source, target)
+            tile(1, kv, part, prefetches, scratch, source, target)
 
     return tiles
 
@@ -143,8 +143,8 @@ def _seen(query, r, start, end):
 def widen_weights(kv, span, rows, room, first, end):
     """Weights of lanes first .. end to wide integers, after all rows are weighed: none waits for its largest."""
     for r in range(rows):
-        most, ask = room.scratch[room.state + STATE * r + 2], attention_int8.first_keys(kv, span, rows, r)
-        attention_int8.widen_weights(room.scratch, room.weights + r * SPLIT, first, end, most, ask)
+        most, prefetch = room.scratch[room.state + STATE * r + 2], attention_int8.first_keys(kv, span, rows, r)
+        attention_int8.widen_weights(room.scratch, room.weights + r * SPLIT, first, end, most, prefetch)
 
 
 def make_split(kv_format, head_unit):
@@ -165,17 +165,17 @@ def make_split(kv_format, head_unit):
         for p in range(span.first, span.end, SUBPAGE):
             token, keys = token_at(kv, query, span.pages, cursor), -1
             if ahead.position < span.end:
-                keys = asked_place(kv, token_at(kv, query, span.pages, ahead))
-            values = asked_place(kv, value_at(kv, span, asked)) + asked.column * SUBPAGE
+                keys = prefetch_place(kv, token_at(kv, query, span.pages, ahead))
+            values = prefetch_place(kv, value_at(kv, span, asked)) + asked.column * SUBPAGE
             score_subpage(kv, token, values, keys, rows, room, q_at, room.weights + p - start)
             cursor, ahead = advance(kv, cursor, kv.size), advance(kv, ahead, kv.size)
             asked = advance(kv, asked, attention_int8.beside(rows, kv.size) if quantized else kv.size)
 
     @kernel
-    def asked_place(kv, token):
+    def prefetch_place(kv, token):
         """Where in kv.numbers a token lies whose subpage is prefetched; its scales are prefetched at once."""
         if quantized:
-            ask_scales(kv, token)
+            prefetch_scales(kv, token)
         return token * kv.size
 
     @kernel
@@ -190,8 +190,8 @@ def make_split(kv_format, head_unit):
             attention_int8.load_scales(kv, span, scratch, room.loaded)
         for r in range(rows):
             at, row, scales = state + STATE * r, room.weights + r * SPLIT, room.loaded - first
-            ask = attention_int8.late_values(kv, span, rows, r) if quantized else nothing(kv.numbers)
-            scratch[at + 1], scratch[at + 2] = weigh_row(scratch, row, first, end, scratch[at], scales, ask)
+            prefetch = attention_int8.late_values(kv, span, rows, r) if quantized else no_prefetch(kv.numbers)
+            scratch[at + 1], scratch[at + 2] = weigh_row(scratch, row, first, end, scratch[at], scales, prefetch)
         if quantized:
             widen_weights(kv, span, rows, room, first, end)
 

@@ -54,8 +54,8 @@ from .simd_memory import (
     load_u8,
     load_word,
     prefetch,
-    prefetch_beside,
     prefetch_once,
+    prefetch_soon,
     store_f32,
 )
 from .unit import unit
@@ -68,7 +68,7 @@ FINE_STEP = np.float32(1 / 256)
 AHEAD = 6144
 # Rows of the tile for many rows, where the CPU runs it best, and how many such tiles together prefetch the next block.
 # Registers hold all its sums, unlike those of 8 rows, but weights are read from the caches more often.
-MANY, ASKERS = 5, 4
+MANY, SHARERS = 5, 4
 
 
 class Rows(NamedTuple):
@@ -96,9 +96,9 @@ def _shapes() -> tuple[tuple[int, int], ...]:
     return ((8, 2), (4, 2), (2, 2), (1, 2)) if cpu.vectors() >= 32 else ((4, 1), (2, 2), (1, 2))
 
 
-def _asker(rows: int):
+def _prefetcher_of(rows: int):
     """How a tile prefetches: the largest ones compute as long as they read."""
-    return prefetch_beside if rows in (MANY, _shapes()[0][0]) else prefetch_once
+    return prefetch_soon if rows in (MANY, _shapes()[0][0]) else prefetch_once
 
 
 def _quantized_tile(rows: int, width: int, fmt: int):
@@ -112,16 +112,21 @@ def _quantized_tile(rows: int, width: int, fmt: int):
 
     The kernel takes `linear`'s arguments and: at: the block's first byte; half: with width 1 which half of the rows,
     0 or 1; ahead: how many bytes beyond what is read it prefetches, 0 for no prefetching: as much as the block takes,
-    the tile of MANY one of ASKERS parts of it; columns, group: the matrix's.
+    the tile of MANY one of SHARERS parts of it; columns, group: the matrix's.
     """
-    askers = ASKERS if rows == MANY else 1
+    sharers = SHARERS if rows == MANY else 1
     nibbles, minimum, header = fmt in (INT4, INT4_MIN), has_minimum(fmt), header_bytes(fmt)
     # A step's weights are one line, or two. Of each two steps the second one's line is prefetched first: single rows on
     # Zen 4 are slower at an even stride, perhaps because the hardware prefetcher then joins in.
     step, swapped = (64, 1) if nibbles else (128, 0)
     dot, start_at = (dot4_short, times8) if nibbles else (dot4_bytes, start_unsigned if minimum else start_bytes)
     at_once = SHORT_COLUMNS if nibbles else 0
-    ask, new_acc, new_scale, new_weights = _asker(rows), tile(f32x16, rows, width), tile(f32x16, 2, 2), tile(u8x64, 2)
+    fetch, new_acc, new_scale, new_weights = (
+        _prefetcher_of(rows),
+        tile(f32x16, rows, width),
+        tile(f32x16, 2, 2),
+        tile(u8x64, 2),
+    )
     new_dots, new_sums = tile(i32x16, rows, width), tile(short_sums if nibbles else i32x16, rows, width)
 
     @kernel
@@ -138,11 +143,11 @@ def _quantized_tile(rows: int, width: int, fmt: int):
                 prefetch(out, out_at + m * out_stride + 16 * (first + n))
         begin = at
         for _ in range(columns // group):
-            soon = begin + ahead + (at - begin) // askers
+            soon = begin + ahead + (at - begin) // sharers
             # A share of the header is less than a line, and is prefetched with its neighbours.
-            if ahead > 0 and askers == 1:
+            if ahead > 0 and sharers == 1:
                 for i in range(0, header, 64):
-                    ask(weights, soon + i)
+                    fetch(weights, soon + i)
             for m in range(rows):
                 if nibbles and minimum:
                     start = splat_i32(np.int32(0))
@@ -163,8 +168,8 @@ def _quantized_tile(rows: int, width: int, fmt: int):
                         sums[m, n] = begin_short(dots[m, n]) if nibbles else dots[m, n]
                 for k in range(part * steps, (part + 1) * steps):
                     if ahead > 0:
-                        for i in range(0, step // askers, 64):
-                            ask(weights, soon + header // askers + step // askers * (k ^ swapped) + i)
+                        for i in range(0, step // sharers, 64):
+                            fetch(weights, soon + header // sharers + step // sharers * (k ^ swapped) + i)
                         if rows != MANY:
                             compiler_barrier()
                     for n in range(width):
@@ -206,7 +211,7 @@ def _quantized_tile(rows: int, width: int, fmt: int):
 def _float_tile(rows: int, width: int, fmt: int):
     """rows x 1 block of a floating-point format; arguments as in _quantized_tile."""
     load, size = {FLOAT32: (load_f32, 4), FLOAT16: (load_f16, 2), BFLOAT16: (load_bf16, 2)}[fmt]
-    ask, new_acc, new_weights = _asker(rows), tile(f32x16, rows, width), tile(f32x16, width)
+    fetch, new_acc, new_weights = _prefetcher_of(rows), tile(f32x16, rows, width), tile(f32x16, width)
 
     @kernel
     def float_tile(weights, at, half, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
@@ -217,7 +222,7 @@ def _float_tile(rows: int, width: int, fmt: int):
         for k in range(columns):
             if ahead > 0:
                 for i in range(0, BLOCK * size, 64):
-                    ask(weights, at + ahead + i)
+                    fetch(weights, at + ahead + i)
                 compiler_barrier()
             for n in range(width):
                 w[n] = load(weights, at + 16 * size * (first + n))
@@ -265,11 +270,11 @@ def _whole_block(fmt: int):
     @kernel
     def whole_block(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         m, soon, to = 0, ahead, out_at
-        if rows >= ASKERS * MANY:
+        if rows >= SHARERS * MANY:
             # As many as leave a multiple of 4 rows.
             tiles = (rows - 4 * (-rows % MANY)) // MANY
-            for i in range(tiles if tiles >= ASKERS else 0):
-                share = ahead + ahead // ASKERS * i if i < ASKERS else 0
+            for i in range(tiles if tiles >= SHARERS else 0):
+                share = ahead + ahead // SHARERS * i if i < SHARERS else 0
                 tile_of_many(weights, at, 0, share, columns, group, x, x_row + m, out, to, out_stride, add)
                 m, soon, to = m + MANY, 0, to + MANY * out_stride
         if m < rows:

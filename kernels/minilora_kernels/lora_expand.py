@@ -21,7 +21,7 @@ from .simd_memory import (
     load_scalar_f32,
     load_u8,
     load_word,
-    prefetch_beside,
+    prefetch_soon,
     store_f32,
 )
 from .wide import MINUS, SCALE, SECOND, SECOND_SUM, join_sums
@@ -91,7 +91,7 @@ def _float_rows(fmt: int):
             for p in range(panels):
                 place = at + p * b.size + r * numbers
                 if b.ahead != 0 and r * numbers % CACHE_LINE == 0:
-                    prefetch_beside(b.arena, place + b.ahead)
+                    prefetch_soon(b.arena, place + b.ahead)
                 numbers_of[p] = load(b.arena, place)
             for m in range(rows):
                 x = splat_f32(load_scalar_f32(s.array, s.at + m * s.stride + column + r))
@@ -136,13 +136,13 @@ def _int8_rows():
             starts[m], scales[m] = start_wide(minus), splat_f32(load_scalar_f32(group.array, s + SCALE))
         for _ in range(b.number):
             if b.ahead != 0:
-                prefetch_beside(b.arena, at + b.ahead)
+                prefetch_soon(b.arena, at + b.ahead)
             for m in range(rows):
                 dots[m, 0], dots[m, 1] = splat_i32(NOTHING), splat_i32(NOTHING)
             for w in range(count):
                 place = at + first + w * STEP
                 if b.ahead != 0:
-                    prefetch_beside(b.arena, place + b.ahead)
+                    prefetch_soon(b.arena, place + b.ahead)
                 four = load_u8(b.arena, place)
                 for m in range(rows):
                     dots[m, 0] = wide_first_unsigned(dots[m, 0], four, words[m, w])

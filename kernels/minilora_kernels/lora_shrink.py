@@ -21,7 +21,7 @@ from .simd_memory import (
     load_i16_of_i8,
     load_scalar_f32,
     load_word,
-    prefetch_beside,
+    prefetch_soon,
     store_f32,
 )
 from .wide import store_sixteen
@@ -65,7 +65,7 @@ def _float_tile(fmt: int):
         for k in range(0, columns, CHAINS):
             for i in range(0, CHAINS * PANEL * size, 64):
                 ahead = k * PANEL * size + AHEAD + i
-                prefetch_beside(arena, at + ahead if ahead < length else following + ahead - length)
+                prefetch_soon(arena, at + ahead if ahead < length else following + ahead - length)
             for c in range(CHAINS):
                 a[c] = load(arena, at + (k + c) * PANEL * size)
             for m in range(rows):
@@ -102,9 +102,9 @@ def _int8_tile():
                 for k in range(0, PART, 2):
                     # A cache line holds four columns.
                     if k % 4 == 0:
-                        prefetch_beside(arena, soon + k * PANEL)
+                        prefetch_soon(arena, soon + k * PANEL)
                     else:
-                        prefetch_beside(arena, place + AGAIN + (k - 2) * PANEL)
+                        prefetch_soon(arena, place + AGAIN + (k - 2) * PANEL)
                     a = load_i16_of_i8(arena, place + k * PANEL)
                     for m in range(rows):
                         two = load_word(x.fine, x_at + m * x.stride + part + k)

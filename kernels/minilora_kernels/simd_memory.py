@@ -200,10 +200,10 @@ scatter_u8x4 = _scatterer(i32x16, _narrow_u8x4)
 
 
 def _prefetcher(locality):
-    """An intrinsic ask(array, offset) for a cache line; harmless beyond the array's end. locality() as in LLVM."""
+    """An intrinsic prefetch(array, offset) for a cache line; harmless beyond the array's end. locality() as in LLVM."""
 
     @intrinsic
-    def ask(typing_context, array, offset):
+    def emit(typing_context, array, offset):
         def codegen(context, builder, sig, args):
             place = _pointer(context, builder, sig, args, ir.IntType(8))
             kind = ir.FunctionType(ir.VoidType(), [place.type, _WORD, _WORD, _WORD])
@@ -213,14 +213,14 @@ def _prefetcher(locality):
 
         return types.void(array, types.intp), codegen
 
-    return ask
+    return emit
 
 
 prefetch = _prefetcher(lambda: 3)
 """Prefetch the cache line at array[offset] into all caches."""
 prefetch_once = _prefetcher(lambda: 0)
 """Prefetch a line of what is read once in a step: it should not evict what is read again."""
-prefetch_beside = _prefetcher(lambda: 0 if cpu.streams_past_caches() else 2)
+prefetch_soon = _prefetcher(lambda: 0 if cpu.streams_past_caches() else 2)
 """Likewise for kernels that compute as long as they read: on most CPUs into the second-level cache."""
 
 

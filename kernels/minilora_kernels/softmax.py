@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from .asking import ask_beside
 from .jit import kernel
+from .prefetching import prefetch_share
 from .simd import exp, fma, magnitude, number_of, splat_f32, splat_i32, vmax, vmax_i32
 from .simd_lanes import first_lane, hmax, hmax_i32, hsum, keep_lanes
 from .simd_memory import load_f32, store_f32
@@ -32,10 +32,10 @@ def make_weigh_row(scaled: bool):
     """A kernel that turns scores into weights, or into weights times scales."""
 
     @kernel
-    def weigh_row(scratch, at, start, stop, maximum, scales, ask):
+    def weigh_row(scratch, at, start, stop, maximum, scales, prefetch):
         """Scores of lanes start .. stop, multiples of 16, become weights exp(score - maximum).
 
-        If `scaled`, each is then multiplied by the scale at `scales` + lane. Meanwhile `ask` is prefetched.
+        If `scaled`, each is then multiplied by the scale at `scales` + lane. Meanwhile it runs `prefetch`.
 
         Returns (sum of the weights, if `scaled` the largest of what they became, else 0); NaN where one of them is NaN.
         """
@@ -49,7 +49,7 @@ def make_weigh_row(scaled: bool):
                 weight = weight * load_f32(scratch, scales + t)
                 largest = vmax_i32(magnitude(weight), largest)
             store_f32(scratch, at + t, weight)
-            ask_beside(ask, t - start)
+            prefetch_share(prefetch, t - start)
         return hsum(total), number_of(hmax_i32(largest))
 
     return weigh_row

@@ -12,9 +12,9 @@ Among sixteen numbers the four first words precede the four second ones. The sca
 
 import numpy as np
 
-from .asking import ask_beside
 from .dot import PAIRS
 from .jit import kernel
+from .prefetching import prefetch_share
 from .simd import (
     i32x16,
     inverse,
@@ -63,19 +63,19 @@ def make_to_wide(minus: bool):
     """A kernel that turns numbers into wide integers; minus: it stores their negated sum, too."""
 
     @kernel
-    def to_wide(scratch, at, first, end, behind, most, ask):
+    def to_wide(scratch, at, first, end, behind, most, prefetch):
         """Numbers first .. end (multiples of 16) of the row at `at` become words, in place.
 
         The scale goes to at + behind; if `minus`, the negated sum of the integers follows it. most: the largest |x|,
-        see `largest`; where it is not finite neither is the scale, as integers would hide that. ask: what is prefetched
-        meanwhile.
+        see `largest`; where it is not finite neither is the scale, as integers would hide that. prefetch: what to
+        prefetch meanwhile.
         """
         scale = most / LARGEST
         factor, total = inverse(splat_f32(scale)), splat_i32(NOTHING)
         for i in range(first, end, 16):
             v = round_i32(load_f32(scratch, at + i) * factor)
             _store_words(scratch, at + i // 2, v)
-            ask_beside(ask, i - first)
+            prefetch_share(prefetch, i - first)
             if minus:
                 total = total - v
         scratch[at + behind] = scale

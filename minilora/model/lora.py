@@ -81,10 +81,10 @@ def make_adapters(lora_format, shrink, gather, expand):
                 j, matrix, panel = i + max(1, PANELS_AHEAD // (high - low)), which, low
                 if j > last:
                     j, matrix, panel = (j - last - 1) % (last + 1), next_which, next_low
-                count, asked = end - first, panel_of(c, segments[j, SEGMENT_SLOT], layer, matrix, panel)
+                count, prefetch_at = end - first, panel_of(c, segments[j, SEGMENT_SLOT], layer, matrix, panel)
                 shrunk = Place(b.s, s_at, b.s_stride, PANEL)
                 out = Place(to.array, out_at, to.stride, to.step)
-                expand(arena, at, ranks, low, high, asked, shrunk, column, count, out)
+                expand(arena, at, ranks, low, high, prefetch_at, shrunk, column, count, out)
 
     @kernel
     def embed_rows(c):

@@ -9,10 +9,10 @@ import numpy as np
 
 from .jit import kernel
 from .memory import CACHE_LINE
-from .simd_memory import prefetch_beside
+from .simd_memory import prefetch_soon
 
 
-class Ask(NamedTuple):
+class Prefetch(NamedTuple):
     """What to prefetch: from bytes[at] on, `each` bytes for every 16 elements of the work."""
 
     bytes: np.ndarray
@@ -21,14 +21,14 @@ class Ask(NamedTuple):
 
 
 @kernel
-def nothing(array):
-    """To prefetch nothing of this array."""
-    return Ask(array, 0, 0)
+def no_prefetch(array):
+    """A Prefetch of nothing: of this array, for the type's sake."""
+    return Prefetch(array, 0, 0)
 
 
 @kernel
-def ask_beside(ask, i):
+def prefetch_share(plan, i):
     """Prefetch the share that goes with elements i .. i + 16 of the work."""
-    at = ask.at + i // 16 * ask.each
-    for n in range(0, ask.each, CACHE_LINE):
-        prefetch_beside(ask.bytes, at + n)
+    at = plan.at + i // 16 * plan.each
+    for n in range(0, plan.each, CACHE_LINE):
+        prefetch_soon(plan.bytes, at + n)
