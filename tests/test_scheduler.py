@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from minilora.cache import PagePool
 from minilora.errors import AdapterError
+from minilora.fairness import GENERATED_COST, KEPT
 from minilora.pace import BURST, SMALLEST, Pace
 from minilora.params import SamplingParams
 from minilora.registry import AdapterVersion
@@ -138,8 +139,11 @@ def test_shares_follow_weights(weight):
     assert world.given["a1"] / world.given["a0"] == pytest.approx(weight, rel=0.2)
 
 
-def test_idleness_is_no_credit():
+@pytest.mark.parametrize("known", [False, True])
+def test_idleness_is_no_credit(known):
     world = World(running=2)
+    if known:
+        world.submit(adapter=1)
     for _ in range(50):
         world.submit(adapter=0)
     for _ in range(60):
@@ -150,6 +154,46 @@ def test_idleness_is_no_credit():
     for _ in range(60):
         world.step()
     assert world.given["a0"] >= 0.35 * sum(world.given.values())
+
+
+def test_idleness_forgives_nothing():
+    """Who was given more comes after who is new, however many others came and went meanwhile."""
+    world = World(running=1, budget=64)
+    world.shelf.missing = {world.versions[0]}
+    world.submit(adapter=0)
+    world.submit(prompt=60, generate=1, tenant="rich")
+    for i in range(2 * KEPT):
+        world.submit(prompt=1, generate=1, tenant=f"t{i}")
+        world.step()
+    again, new = world.submit(tenant="rich"), world.submit(tenant="new")
+    world.shelf.missing.clear()
+    world.run()
+    assert world.finished.index(new) < world.finished.index(again)
+
+
+def test_what_a_step_gives_a_tenant_counts_in_that_step():
+    world = World(running=2)
+    urgent, later = world.submit(tenant="a"), world.submit(tenant="a", priority=1)
+    other = world.submit(tenant="b", priority=1)
+    world.step()
+    assert world.scheduler.running == [urgent, other] and later.state is State.WAITING
+
+
+def test_tokens_are_paid_for_once():
+    """Not again after a preemption, and not at all where pages hold them already."""
+    world = World()
+    served = world.scheduler.waiting._served
+    text = world.submit(prompt=9, tenant="a", first=0)
+    world.step()
+    assert served["a"] == 9 + GENERATED_COST
+    world.scheduler.preempt(text)
+    world.pool.forget_all()
+    world.step()
+    assert text.generated == 2 and served["a"] == 9 + 2 * GENERATED_COST
+    world.submit(prompt=9, tenant="b", first=0)
+    before = served["b"]
+    world.step()
+    assert served["b"] == before + 1 + GENERATED_COST
 
 
 def test_tenants_that_are_gone_are_forgotten():
@@ -211,6 +255,26 @@ def test_tiny_budgets_serve_everybody(budget):
     assert len(world.finished) == 6
 
 
+def test_whoever_was_passed_over_comes_first():
+    """Three rows for four texts: each grows at least every other step."""
+    world = World(running=4, budget=3)
+    texts = [world.submit(prompt=1, generate=40) for _ in range(4)]
+    for _ in range(30):
+        world.step()
+    assert all(text.generated >= 14 for text in texts)
+
+
+@pytest.mark.parametrize(("budget", "guesses", "rows"), [(16, 5, [6, 1, 1]), (9, 4, [5, 1, 1])], ids=["logits", "rows"])
+def test_guesses_share_the_rows_of_a_step_and_its_logits(budget, guesses, rows):
+    world = World(budget=budget)
+    texts = [world.submit(prompt=1) for _ in range(3)]
+    world.step()
+    for text in texts:
+        text.tokens += [7] * guesses
+        text.proposed = guesses
+    assert [work.length for work in world.scheduler.schedule()] == rows
+
+
 # ---------------------------------------------------------------- adapters that are not there
 
 
@@ -266,6 +330,27 @@ def test_a_long_queue_for_adapters_room_lets_those_without_pass():
         world.step()
     assert other.state is State.FINISHED
     world.run(400)
+
+
+def test_adapters_are_urgent_for_as_many_as_may_start():
+    world = World(running=2)
+    world.shelf.missing = set(world.versions[:4])
+    for i in range(4):
+        world.submit(adapter=i)
+    world.step()
+    assert sum(world.shelf.orders.values()) == 2
+
+
+def test_a_broken_adapter_is_told_to_those_who_wait():
+    """Adapters are read ahead while all places are taken."""
+    world = World(running=1)
+    world.shelf.broken = {world.versions[0]}
+    good = world.submit()
+    world.step()
+    bad = world.submit(adapter=0)
+    world.step()
+    assert good.state is State.RUNNING and isinstance(bad.error, AdapterError)
+    world.run()
 
 
 def test_a_broken_adapter_fails_its_requests_only():
@@ -353,6 +438,27 @@ def test_siblings_keep_their_places():
         world.submit(prompt=40, n=3)
     world.run()
     assert len(world.finished) == 9
+
+
+def test_pages_found_and_asked_for_are_counted():
+    """Of a prompt of two pages the second one is computed in any case."""
+    world = World()
+    for hits, lookups in ((0, 1), (1, 2)):
+        world.submit(prompt=2 * PAGE, first=0)
+        world.run()
+        assert (world.pool.hits, world.pool.lookups) == (hits, lookups)
+
+
+def test_what_was_cached_at_first_is_remembered():
+    world = World()
+    world.submit(prompt=9, first=0)
+    world.run()
+    text = world.submit(prompt=9, first=0)
+    world.step()
+    world.scheduler.preempt(text)
+    world.pool.forget_all()
+    world.run()
+    assert text.cached == 8
 
 
 def test_pages_ahead_are_taken_as_far_as_they_are_free():
@@ -444,6 +550,9 @@ TestScheduler.settings = settings(max_examples=250, stateful_step_count=50, dead
 def test_pace_learns_how_long_rows_take():
     pace = Pace(0.1, 512, 8)
     assert pace.chunk() == 512, "nothing is known yet"
+    pace.observe(4, 0, 0.02)
+    pace.observe(0, 100, 0.1)
+    assert pace.chunk() == 80, "the first steps count in full"
     for _ in range(50):
         pace.observe(4, 0, 0.004)
         pace.observe(4, 100, 0.004 + 0.05)
