@@ -232,6 +232,18 @@ def test_all_texts_that_wait_for_an_adapter_are_counted(weights, tmp_path, monke
     engine.close()
 
 
+def test_adapters_are_read_while_their_requests_wait_for_a_place(weights, tmp_path):
+    engine = make_engine(weights, max_num_seqs=1)
+    engine.submit([5], SamplingParams(max_tokens=20, **GREEDY))
+    engine.step()
+    version = engine.add_adapter(save_adapter(tmp_path, weights.config), "next")
+    engine.submit([5], SamplingParams(max_tokens=1), (AdapterUse(version, 1.0),))
+    engine.step()
+    assert engine.stats().waiting_for_adapters == 1
+    run(engine)
+    engine.close()
+
+
 def test_an_interrupt_while_an_adapter_is_waited_for(weights, tmp_path, monkeypatch):
     """At any line of `wait` and of what it uses, one after the other: the thread that reads can still say so."""
     engine, gate = make_engine(weights), threading.Event()
@@ -289,8 +301,10 @@ def test_eos_stop_tokens_and_min_tokens(weights):
     stopped = text_of(weights, SamplingParams(max_tokens=12, temperature=0, stop_token_ids=[end]))
     assert generated(stopped) == free[: first + 1] and stopped.stop_token == end
     assert generated(text_of(weights, SamplingParams(max_tokens=12, **GREEDY), eos=[end])) == free
-    longer = text_of(weights, SamplingParams(max_tokens=12, temperature=0, min_tokens=9), eos=[end])
-    assert end not in generated(longer)[:9] and len(generated(longer)) >= 9
+    for stops, eos in (((), [end]), ((end,), ())):
+        params = SamplingParams(max_tokens=12, temperature=0, min_tokens=9, stop_token_ids=stops)
+        longer = text_of(weights, params, eos=eos)
+        assert end not in generated(longer)[:9] and len(generated(longer)) >= 9
 
 
 # ---------------------------------------------------------------- choices
@@ -306,8 +320,10 @@ def test_seeds(weights):
     )
 
 
-def test_n_texts_differ_and_equal_their_own_seeds(weights):
-    engine = make_engine(weights)
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_n_texts_differ_and_equal_their_own_seeds(weights, kind):
+    """Each has a copy of the prompt's last page, with the scales of its numbers where they have some."""
+    engine = make_engine(weights, kv_cache_dtype=kind)
     several = engine.submit(
         PROMPT, SamplingParams(n=4, seed=5, max_tokens=10, ignore_eos=True, logprobs=1, prompt_logprobs=0)
     )
@@ -315,7 +331,8 @@ def test_n_texts_differ_and_equal_their_own_seeds(weights):
     texts = [generated(sequence) for sequence in several]
     assert len({tuple(text) for text in texts}) == 4
     for i, text in enumerate(texts):
-        assert text == generated(text_of(weights, SamplingParams(seed=5 + i, max_tokens=10, ignore_eos=True)))
+        own = SamplingParams(seed=5 + i, max_tokens=10, ignore_eos=True)
+        assert text == generated(text_of(weights, own, kv_cache_dtype=kind))
         assert len(outputs[several[i]]) == 10 and len(several[i].prompt_logprobs) == len(PROMPT) - 1
     assert engine.pool.held == 0
 
@@ -328,6 +345,23 @@ def test_n_texts_share_the_start_and_the_cached_part_of_their_prompt(weights):
         assert [sequence.cached for sequence in several] == [found] * 4
         assert {sequence.times.started for sequence in several} == {several[0].times.started}
     assert engine.stats().total.cached_tokens == 4 * 64 and engine.stats().total.prompt_tokens == 8 * 70
+
+
+def test_n_texts_have_places_before_they_start(weights):
+    engine = make_engine(weights, max_num_seqs=3)
+    for _ in range(3):
+        engine.submit(PROMPT, SamplingParams(n=2, max_tokens=20, **GREEDY))
+    while engine.busy:
+        engine.step()
+        assert engine.stats().running <= 3
+
+
+def test_of_n_texts_a_cancelled_one_stays_empty(weights):
+    engine = make_engine(weights)
+    first, second, third = engine.submit(PROMPT, SamplingParams(n=3, max_tokens=4, **GREEDY))
+    engine.cancel(second)
+    run(engine)
+    assert (first.generated, second.generated, third.generated) == (4, 0, 4)
 
 
 def test_n_texts_with_hardly_any_pages(weights):
@@ -420,6 +454,17 @@ def test_many_prompt_logprobs_at_once(weights):
     for prompt, sequence in zip(prompts, together, strict=True):
         assert len(sequence.prompt_logprobs) == 99
         assert sequence.prompt_logprobs == text_of(weights, params, prompt).prompt_logprobs
+
+
+def test_prompt_logprobs_of_a_cached_prompt(weights):
+    """The pages that are known hold no logits: all of it is computed again."""
+    engine, params = make_engine(weights), SamplingParams(max_tokens=1, prompt_logprobs=2, **GREEDY)
+    found = []
+    for _ in range(2):
+        [sequence] = engine.submit(PROMPT, params)
+        run(engine)
+        found.append(sequence.prompt_logprobs)
+    assert found[0] == found[1] and len(found[0]) == len(PROMPT) - 1
 
 
 def test_prompt_logprobs_of_a_preempted_prompt(weights):
