@@ -321,7 +321,7 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         adapters = [
-            make_adapter(CONFIG, rank=rank, seed=rank, modules=("q_proj", "up_proj")[: 1 + rank % 2])
+            make_adapter(CONFIG, rank=rank, seed=rank, modules=("q_proj", "embed_tokens")[: 1 + rank % 2])
             for rank in (1, 4, 8, 20, 33)
         ]
         packed = [pack_adapter(adapter, CONFIG, FLOAT16) for adapter in adapters]
@@ -373,6 +373,8 @@ class PoolMachine(RuleBasedStateMachine):
                 assert np.array_equal(
                     arrays.outputs[n][..., 0], np.where(packed.outputs[..., 1] > 0, packed.outputs[..., 0] + first, 0)
                 )
+                moved = [first, first, 0] if packed.embed[2] else [0, 0, 0]
+                assert (arrays.embed[n] - packed.embed).tolist() == moved
 
 
 TestPool = PoolMachine.TestCase

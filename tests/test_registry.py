@@ -20,7 +20,7 @@ from minilora.peft import load_adapter
 from minilora.registry import AHEAD, AdapterRegistry
 from minilora_kernels.pack import FLOAT16
 
-from .support import BASE_CONFIG, make_adapter, save_adapter
+from .support import BASE_CONFIG, make_adapter, peft_tensors, save_adapter
 
 CONFIG = ModelConfig.from_dict(BASE_CONFIG)
 SIZE = len(pack_adapter(make_adapter(CONFIG, rank=4, modules=("q_proj", "v_proj")), CONFIG, FLOAT16).data)
@@ -90,6 +90,7 @@ def test_read_once_used_often(store, folders):
         store.end(version)
     assert store.reads == ["a0"] and store.registry.pool.hits == 4
     assert store.registry.counts.loads == 1 and store.registry.counts.load_seconds > 0
+    assert store.registry.counts.swap_seconds > 0
     assert version.packed is None, "the pool's copy is the only one"
 
 
@@ -103,17 +104,30 @@ def test_names_of_one_content_keep_one_copy(store, folders):
         store.end(version)
 
 
-def test_evicted_by_bytes_least_recently_used(folders):
+@pytest.mark.parametrize(("used", "evicted"), [((0, 1, 0, 2), 1), ((0, 0, 1, 2), 0)])
+def test_evicted_by_bytes_least_recently_used(folders, used, evicted):
     store = Store(room=2)
     versions = [store.registry.add(f"a{i}", folders[i]) for i in range(3)]
-    for i in (0, 1, 0, 2):
+    for i in used:
         store.start(versions[i])
         store.end(versions[i])
-    assert [v.digest in store.registry.pool for v in versions] == [True, False, True]
+    assert [v for v in versions if v.digest not in store.registry.pool] == [versions[evicted]]
     assert store.registry.pool.evictions == 1
-    store.start(versions[1])
-    assert store.reads == ["a0", "a1", "a2", "a1"]
-    store.end(versions[1])
+    store.start(versions[evicted])
+    assert store.reads == ["a0", "a1", "a2", f"a{evicted}"]
+    store.end(versions[evicted])
+    store.registry.close()
+
+
+def test_resident_adapters_count_when_they_are_used(folders):
+    store = Store(used=1)
+    one, other = (store.registry.add(f"a{i}", folders[i]) for i in range(2))
+    for version in (one, other):
+        store.start(version)
+        store.end(version)
+    store.start(one)
+    store.registry.enter([other])
+    assert store.registry.is_ready([other]) and not store.registry.acquire([other]), "one may be used at once"
     store.registry.close()
 
 
@@ -308,7 +322,7 @@ def test_an_error_that_nobody_waited_for_is_not_the_next_requests(store, folders
     store.end(version)
 
 
-@pytest.mark.parametrize("damage", ["missing", "no config", "rank", "weight"])
+@pytest.mark.parametrize("damage", ["missing", "no config", "rank", 0.0, float("inf")])
 def test_what_cannot_be_registered_changes_nothing(store, folders, damage):
     known = store.registry.add("a", folders[1])
     weight = 1.0
@@ -320,11 +334,21 @@ def test_what_cannot_be_registered_changes_nothing(store, folders, damage):
         content = json.loads((folders[0] / "adapter_config.json").read_text())
         (folders[0] / "adapter_config.json").write_text(json.dumps(content | {"r": 64}))
     else:
-        weight = 0.0
+        weight = damage
     with pytest.raises((NotFoundError, UsageError)):
         store.registry.add("a", folders[0], weight)
     assert store.registry.get("a") is known
     store.registry.check_integrity()
+
+
+def test_a_rank_that_only_the_tensors_show_is_refused_when_they_are_read(store, tmp_path):
+    tensors = peft_tensors(CONFIG, 4, ("v_proj",), 1) | peft_tensors(CONFIG, 20, ("q_proj",), 1)
+    version = store.registry.add("a", save_adapter(tmp_path, CONFIG, tensors=tensors, rank_pattern={"q_proj": 20}))
+    store.registry.enter([version])
+    with pytest.raises(UsageError, match="rank 20, but max_lora_rank is 16"):
+        while not store.registry.is_ready([version]):
+            store.settle()
+    store.registry.leave([version])
 
 
 def test_files_that_change_without_a_word_are_noticed(folders):
@@ -356,7 +380,8 @@ def test_too_large_and_too_many(folders):
     with pytest.raises(ResourceError, match="of one request"):
         store.registry.acquire(pair)
     store.registry.leave(pair)
-    store.registry.check_integrity()
+    store.start(pair[0], pair[0])
+    store.end(pair[0], pair[0])
     store.registry.close()
 
 
