@@ -172,6 +172,23 @@ def test_the_last_row_of_a_long_prompt_is_shared_by_all_threads():
     assert len(rows.tiles) == 3 and rows.long == []
 
 
+def test_neighbours_with_equal_adapters_are_one_run():
+    packer = Packer(group=3, kv_heads=3, part=10, most_parts=0, workers=1)
+    packer.ranks = 96
+    one, half, other = Use(1, 1.0), Use(1, 0.5), Use(2, 1.0)
+    chunks = [Chunk([7], 0, 1, [0], uses, 0) for uses in ((one,), (one, other), (one, other), (), (half,))]
+    rows, _, _ = map(lists, parts_of(packer.pack(chunks, [])))
+    assert rows.segments == [[0, 1, 1, 0], [1, 3, 1, 0], [1, 3, 2, 96], [4, 5, 1, 0]]
+    assert rows.scales == [1.0, 1.0, 1.0, 0.5]
+
+
+def test_long_texts_are_shared_as_far_as_there_is_room_for_parts():
+    packer = Packer(group=3, kv_heads=1, part=10, most_parts=50, workers=8)
+    chunks = [Chunk([0] * 613, 612, 1, [i], (), 612) for i in range(2)]
+    rows, _, _ = map(lists, parts_of(packer.pack(chunks, [])))
+    assert rows.long == [[0, 612, 0, 0]] and rows.tiles == [[1, 1, 612, 1]], "three parts of ten numbers for each"
+
+
 @kernel
 def _follow(packed, turn, tokens):
     """The tokens of a round's rows; then whether all texts end in it, and the number of rounds."""
