@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from minilora import LLM, memory
+from minilora.batch import Draw
 from minilora.errors import EngineClosedError, ResourceError, UnloadedError, UsageError
 from minilora.params import EngineConfig, SamplingParams
+from minilora.sampler import alter
 from minilora.sequence import AdapterUse
 from minilora_kernels import limits
 
@@ -180,6 +182,15 @@ def test_who_can_not_be_put_in_order_is_refused(weights, order):
     assert engine.stats().total.requests == 2
 
 
+def test_the_first_adapter_says_who_shares_and_how_much(weights):
+    engine = make_engine(weights)
+    uses = [AdapterUse(engine.add_adapter(make_adapter(weights.config, seed=i), f"a{i}", 2.0 + i), 1.0) for i in (0, 1)]
+    for some, tenant, expected in (((), None, ("", 1.0)), (uses, None, ("a0", 2.0)), (uses[1:], "me", ("me", 3.0))):
+        [sequence] = engine.submit(PROMPT, SamplingParams(max_tokens=1), tuple(some), tenant=tenant)
+        assert (sequence.tenant, sequence.weight) == expected
+    run(engine)
+
+
 def test_a_closed_engine_takes_nothing(weights):
     engine = make_engine(weights, threads=2)
     engine.close()
@@ -272,7 +283,7 @@ def test_a_request_that_can_never_fit_is_refused(weights):
     engine = make_engine(weights, kv_cache_memory=3 * 2 * 2 * 2 * 32 * 16 * 4)
     with pytest.raises(UsageError, match="do not fit"):
         engine.submit(PROMPT, SamplingParams(max_tokens=100))
-    engine.submit(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True))
+    engine.submit(PROMPT, SamplingParams(max_tokens=3 * 32 - len(PROMPT), ignore_eos=True))
     run(engine)
 
 
@@ -281,8 +292,9 @@ def test_a_request_that_can_never_fit_is_refused(weights):
 
 def test_length_and_model_length(weights):
     assert len(generated(text_of(weights, SamplingParams(max_tokens=7, **GREEDY)))) == 7
-    sequence = text_of(weights, SamplingParams(max_tokens=None, **GREEDY), max_model_len=64)
-    assert len(sequence.tokens) == 64 and sequence.finish_reason == "length"
+    for most in (None, 25, 1000):
+        sequence = text_of(weights, SamplingParams(max_tokens=most, **GREEDY), max_model_len=64)
+        assert len(sequence.tokens) == 64 and sequence.finish_reason == "length"
 
 
 def test_a_length_beyond_the_models_positions_is_refused(weights):
@@ -301,6 +313,8 @@ def test_eos_stop_tokens_and_min_tokens(weights):
     stopped = text_of(weights, SamplingParams(max_tokens=12, temperature=0, stop_token_ids=[end]))
     assert generated(stopped) == free[: first + 1] and stopped.stop_token == end
     assert generated(text_of(weights, SamplingParams(max_tokens=12, **GREEDY), eos=[end])) == free
+    least = text_of(weights, SamplingParams(max_tokens=12, temperature=0, min_tokens=first), eos=[end])
+    assert generated(least) == free[: first + 1], "it may come after so many"
     for stops, eos in (((), [end]), ((end,), ())):
         params = SamplingParams(max_tokens=12, temperature=0, min_tokens=9, stop_token_ids=stops)
         longer = text_of(weights, params, eos=eos)
@@ -417,6 +431,16 @@ def test_biases_and_penalties(weights):
     assert generated(no_repeat) != generated(text_of(weights, SamplingParams(max_tokens=10, **GREEDY)))
 
 
+def test_penalties_in_numbers():
+    """Repetition: of tokens in prompt or text, away from what is likely; the others: of those in the text."""
+    logits = np.array([1, -1, 2, -2, 3, 4], np.float32)
+    params = SamplingParams(
+        repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias={5: 1}, min_tokens=4
+    )
+    alter(logits, Draw(0, params, 0, 5, [0, 1], [2, 2, 3], (4,)))
+    assert logits.tolist() == [0.5, -2.0, 1.0 - 1.25, -4.0 - 0.75, -np.inf, 5.0]
+
+
 def test_warming_up_compiles_all_that_requests_may_need(weights):
     engine = make_engine(weights, max_num_seqs=1)
     engine.warm_up()
@@ -454,6 +478,22 @@ def test_many_prompt_logprobs_at_once(weights):
     for prompt, sequence in zip(prompts, together, strict=True):
         assert len(sequence.prompt_logprobs) == 99
         assert sequence.prompt_logprobs == text_of(weights, params, prompt).prompt_logprobs
+
+
+def test_prompt_logprobs_of_a_prompt_in_pieces(weights):
+    """Its rows come before those of a text with an adapter: both get what they get alone."""
+    asking, params = SamplingParams(max_tokens=1, prompt_logprobs=2, **GREEDY), SamplingParams(max_tokens=9, **GREEDY)
+    found = []
+    for together in (False, True):
+        engine = make_engine(weights, max_num_batched_tokens=24, num_scheduler_steps=1)
+        use = AdapterUse(engine.add_adapter(make_adapter(weights.config)), 1.0)
+        [text] = engine.submit(PROMPT[:5], params, (use,))
+        while not (text.generated if together else text.finish_reason):
+            engine.step()
+        [asker] = engine.submit(PROMPT * 2, asking)
+        run(engine)
+        found.append((text.tokens, asker.prompt_logprobs))
+    assert found[0] == found[1]
 
 
 def test_prompt_logprobs_of_a_cached_prompt(weights):
@@ -570,6 +610,8 @@ def test_a_request_uses_so_many_adapters_and_no_more(weights):
     with pytest.raises(UsageError, match="3 different adapters in one request, but max_loras is 2") as caught:
         small.submit(PROMPT, SamplingParams(), tuple(AdapterUse(version, 0.1) for version in different))
     assert caught.value.remedy == "Raise max_loras."
+    small.submit(PROMPT, SamplingParams(max_tokens=1), (AdapterUse(different[0], 0.1),) * 3)
+    run(small)
 
 
 def test_nothing_ends_within_a_step(weights):
