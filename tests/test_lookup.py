@@ -228,6 +228,38 @@ def test_pages_that_run_out(weights):
     assert found == plain and stats.preemptions > 0 and stats.drafts > 0
 
 
+def test_guesses_count_for_penalties(weights):
+    """Each is checked as if those before it were in the text."""
+    choice = {"logit_bias": dict.fromkeys((5, 6, 7), 100), "frequency_penalty": 2.0}
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, **choice)
+    texts = []
+    for guessed in (False, True):
+        engine = free_guesses(weights, num_speculative_tokens=0)
+        [sequence] = engine.submit(LINE, params)
+        engine.step()
+        if guessed:
+            engine.propose(sequence, texts[0][13:19])
+        while engine.busy:
+            engine.step()
+        texts.append(sequence.tokens)
+        assert engine.stats().accepted_tokens == 6 * guessed
+        engine.close()
+    assert texts[0] == texts[1] and set(texts[0][12:]) == {5, 6, 7}
+
+
+def test_guesses_that_proved_wrong_leave_no_pages_behind(weights):
+    engine = free_guesses(weights, num_speculative_tokens=0)
+    [sequence] = engine.submit(LINE * 2, SamplingParams(max_tokens=20, **LOOP))
+    engine.step()
+    engine.propose(sequence, [6] * 8)
+    engine.step()
+    assert sequence.generated == 2 and engine.pool.held == 1
+    engine.propose(sequence, [6] * 8)
+    engine.cancel(sequence)
+    assert sequence.tokens == [*LINE * 2, 5, 5]
+    engine.close()
+
+
 def test_logits_processors_see_the_text_only(weights):
     """Guesses would call them with what may not come."""
     seen = []
