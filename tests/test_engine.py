@@ -630,11 +630,12 @@ def test_nothing_ends_within_a_step(weights):
 
 
 def test_forced_removal_ends_requests_of_all_versions(weights):
+    """And of those that use it beside others."""
     engine = make_engine(weights)
-    sequences = []
+    first, sequences = AdapterUse(engine.add_adapter(make_adapter(weights.config, seed=9)), 1.0), []
     for seed in range(2):
         version = engine.add_adapter(make_adapter(weights.config, seed=seed), "x")
-        sequences += engine.submit(PROMPT, SamplingParams(max_tokens=40, **GREEDY), (AdapterUse(version, 1.0),))
+        sequences += engine.submit(PROMPT, SamplingParams(max_tokens=40, **GREEDY), (first, AdapterUse(version, 1.0)))
         engine.step()
     [other] = engine.submit(PROMPT, SamplingParams(max_tokens=4, **GREEDY))
     engine.remove_adapter("x", force=True)

@@ -228,6 +228,18 @@ def test_pages_that_run_out(weights):
     assert found == plain and stats.preemptions > 0 and stats.drafts > 0
 
 
+def test_guesses_that_come_twice_are_dropped(weights):
+    engine = free_guesses(weights)
+    [sequence] = engine.submit(LINE, SamplingParams(max_tokens=20, **LOOP))
+    engine.step()
+    for guess in (6, 5):
+        engine.propose(sequence, [guess] * 3)
+    while engine.busy:
+        engine.step()
+    engine.close()
+    assert sequence.tokens == LINE + [5] * 20
+
+
 def test_guesses_count_for_penalties(weights):
     """Each is checked as if those before it were in the text."""
     choice = {"logit_bias": dict.fromkeys((5, 6, 7), 100), "frequency_penalty": 2.0}

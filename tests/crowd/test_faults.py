@@ -8,6 +8,7 @@ import pytest
 
 from minilora.errors import RequestError
 from minilora.params import SamplingParams
+from minilora.sequence import State
 
 from ..support import VOCABULARY, make_adapter
 from .driver import PARAMS, PROMPT, SHORT, Driver, alone, with_adapters
@@ -48,6 +49,18 @@ def test_logits_processors_see_and_change_what_they_should(weights):
     driver.run()
     assert one.tokens[150:] == [40, 41, 42] and two.tokens[150:] == [99, 99]
     assert (PROMPT, [40, 41], (weights.config.vocab_size,)) in seen
+    driver.idle()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_logits_processor_that_leaves_no_number_is_told(weights, bad):
+    def spoil(prompt, text, logits):
+        logits[9] = bad
+
+    driver = Driver(weights)
+    one = driver.submit(params=replace(SHORT, logits_processors=[spoil]))
+    driver.run()
+    assert isinstance(one.error, RequestError) and f"the logit of token 9 is {bad}" in str(one.error)
     driver.idle()
 
 
@@ -93,6 +106,23 @@ def test_a_failure_after_the_step_is_told_to_everybody(weights, monkeypatch):
     for sequence in sequences:
         assert sequence.finish_reason == "error" and isinstance(sequence.error.__cause__, MemoryError)
         assert driver.outputs[sequence][-1] == (None, None), "its end is told"
+    driver.idle()
+
+
+def test_a_failure_once_copies_have_started_ends_them_too(weights, monkeypatch):
+    driver = Driver(weights)
+    sequences = driver.engine.submit(PROMPT, replace(SHORT, n=3, prompt_logprobs=1))
+    look_up = driver.engine.runner.sampler.look_up
+
+    def fail(wanted):
+        if sequences[1].state is State.RUNNING:
+            raise MemoryError("on purpose")
+        return look_up(wanted)
+
+    monkeypatch.setattr(driver.engine.runner.sampler, "look_up", fail)
+    driver.run(sequences[0])
+    assert all(sequence.finish_reason == "error" for sequence in sequences)
+    assert all(isinstance(sequence.error.__cause__, MemoryError) for sequence in sequences)
     driver.idle()
 
 
