@@ -243,12 +243,24 @@ def test_all_texts_that_wait_for_an_adapter_are_counted(weights, tmp_path, monke
     engine.close()
 
 
+def test_steps_without_work_between_others_are_in_order(weights):
+    """With one row in a step, every other one is kept for a text that waits, here for the only place of an adapter."""
+    engine = make_engine(weights, max_num_batched_tokens=1, max_loras=1, num_scheduler_steps=1)
+    texts = []
+    for seed in range(2):
+        use = AdapterUse(engine.add_adapter(make_adapter(weights.config, seed=seed)), 1.0)
+        texts += engine.submit([5], SamplingParams(max_tokens=40, **GREEDY), (use,))
+    run(engine)
+    assert [text.generated for text in texts] == [40, 40]
+
+
 def test_adapters_are_read_while_their_requests_wait_for_a_place(weights, tmp_path):
     engine = make_engine(weights, max_num_seqs=1)
     engine.submit([5], SamplingParams(max_tokens=20, **GREEDY))
     engine.step()
+    known = engine.add_adapter(make_adapter(weights.config), "known")
     version = engine.add_adapter(save_adapter(tmp_path, weights.config), "next")
-    engine.submit([5], SamplingParams(max_tokens=1), (AdapterUse(version, 1.0),))
+    engine.submit([5], SamplingParams(max_tokens=1), (AdapterUse(known, 0.5), AdapterUse(version, 0.5)))
     engine.step()
     assert engine.stats().waiting_for_adapters == 1
     run(engine)
@@ -378,12 +390,14 @@ def test_of_n_texts_a_cancelled_one_stays_empty(weights):
     assert (first.generated, second.generated, third.generated) == (4, 0, 4)
 
 
-def test_n_texts_with_hardly_any_pages(weights):
+@pytest.mark.parametrize("pages", [3, 4])
+def test_n_texts_with_hardly_any_pages(weights, pages):
+    """With three there is room for one copy of the prompt's last page, and another one is wanted."""
     params = SamplingParams(n=3, seed=5, max_tokens=30, ignore_eos=True)
     plenty = make_engine(weights)
     expected = plenty.submit(PROMPT, params)
     run(plenty)
-    engine = make_engine(weights, kv_cache_memory=4 * 2 * 2 * 2 * 32 * 16 * 4)
+    engine = make_engine(weights, kv_cache_memory=pages * 2 * 2 * 2 * 32 * 16 * 4)
     found = engine.submit(PROMPT, params)
     run(engine)
     assert [s.tokens for s in found] == [s.tokens for s in expected] and engine.scheduler.preemptions > 0

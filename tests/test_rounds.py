@@ -135,6 +135,16 @@ def test_threads_share_a_long_text_by_positions(first, last, threads):
     assert all(abs(positions(part) - fair) <= SPLIT for part in parts)
 
 
+def test_pages_that_fill_up_in_a_burst_are_found_again(weights):
+    texts = Texts(weights, 30)
+    first = texts.submit(PROMPTS[0], PARAMS[0])
+    while texts.engine.busy:
+        texts.step()
+    again = texts.submit(first.tokens, PARAMS[4])
+    texts.run()
+    assert len(first.tokens) == 70 and again.cached == 64
+
+
 def test_texts_that_come_meanwhile(weights):
     def texts_of(rounds):
         texts, rng = Texts(weights, rounds, max_num_seqs=3), np.random.default_rng(3)
