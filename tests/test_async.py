@@ -96,17 +96,30 @@ def test_deltas_join_to_the_whole(serve):
     async def main(engine):
         params = SamplingParams(n=3, max_tokens=15, seed=1, logprobs=2, prompt_logprobs=1, ignore_eos=True, stop=["q"])
         whole = await engine.complete(PROMPT, params)
-        texts, tokens, logprobs, last = ["", "", ""], [[], [], []], [[], [], []], None
+        texts, tokens, logprobs, first, last = ["", "", ""], [[], [], []], [[], [], []], None, None
         async for delta in engine.generate(PROMPT, params, request_id="mine"):
             assert not (last and last.finished), "nothing follows the end"
             for output in delta.outputs:
                 texts[output.index] += output.text
                 tokens[output.index] += output.token_ids
                 logprobs[output.index] += output.logprobs
-            last = delta
-        assert last.request_id == "mine" and last.prompt_logprobs == whole.prompt_logprobs
+            first, last = first or delta, delta
+        assert last.request_id == "mine"
+        assert len(whole.prompt_logprobs) == len(PROMPT)
+        assert first.prompt_logprobs == last.prompt_logprobs == whole.prompt_logprobs
         assert [o.text for o in whole.outputs] == texts and [o.token_ids for o in whole.outputs] == tokens
         assert [o.logprobs for o in whole.outputs] == logprobs
+
+    serve(main)
+
+
+def test_what_was_cached_is_told(serve):
+    async def main(engine):
+        for cached in (0, 32):
+            assert (await engine.complete(PROMPT, GREEDY)).num_cached_tokens == cached
+        stream = engine.generate(PROMPT, GREEDY)
+        assert (await anext(stream)).num_cached_tokens == 32
+        await stream.aclose()
 
     serve(main)
 
@@ -374,12 +387,6 @@ def test_a_stop_string_in_the_middle_of_a_burst(model, expected):
     assert found[0] == found[1] and found[0][2] == stop and expected[None].startswith(found[0][0] + stop)
 
 
-def test_scales_that_are_no_numbers_are_refused(llm, shelf):
-    for scale in ("1", True, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="scale"):
-            llm.generate([PROMPT], GREEDY, lora_request=LoRARequest("a", lora_path=shelf[0], scale=scale))
-
-
 def test_callbacks_may_fail_submit_and_cancel(llm, expected):
     more = []
 
@@ -428,6 +435,7 @@ def test_adapters_as_arrays_replaced_in_place(llm, expected):
         ([[[1, 2, 3]]], "a prompt must be"),
         ([{"prompt": 7}], "a prompt must be .*, not {'prompt': 7}"),
         ([{"prompt_token_ids": [512]}], "token id 512 is outside the vocabulary of"),
+        ([{"prompt_token_ids": [5, True]}], "a prompt must be"),
         ([PROMPT, GREEDY, "a1"], "'a1', not a LoRARequest"),
         ([PROMPT, GREEDY, ["a1"]], "'a1', not a LoRARequest"),
         ([PROMPT, GREEDY, [LoRARequest("a1"), LoRARequest("a2")]], "2 entries of lora_request for 1 prompts"),
@@ -462,10 +470,15 @@ def test_paths_may_be_path_objects(model, shelf, expected):
     llm.close()
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e39, "1", True])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 1e39, "1", True])
 def test_scales_that_are_no_scales_are_refused(llm, shelf, scale):
     with pytest.raises(UsageError, match="scale"):
         llm.generate(PROMPT, GREEDY, LoRARequest("a1", 0, shelf[1], scale))
+
+
+def test_a_negative_scale_takes_away_what_an_adapter_adds(llm, shelf, expected):
+    both = [LoRARequest("a1", 0, shelf[1], scale) for scale in (0.5, -0.5)]
+    assert llm.generate([PROMPT], GREEDY, [both])[0].outputs[0].text == expected[None]
 
 
 def test_what_comes_after_a_stop_string_counts_nowhere(model):
@@ -587,3 +600,11 @@ def test_a_path_in_the_request_registers(llm, shelf, expected):
         [answer] = llm.generate(PROMPT, GREEDY, LoRARequest("by-path", lora_path=shelf[i]))
         assert answer.outputs[0].text == expected[f"a{i}"]
     llm.remove_lora("by-path")
+
+
+def test_a_path_in_the_request_registers_again_what_its_name_meant_before(llm, shelf, expected):
+    lora = LoRARequest("by-path", lora_path=shelf[0])
+    arrays = peft_tensors(CONFIG, 5, LINEAR[:7], 1), {"r": 5, "lora_alpha": 10}
+    for forget in (llm.remove_lora, lambda name: llm.add_lora(name, *arrays), llm.remove_lora):
+        assert llm.generate(PROMPT, GREEDY, lora)[0].outputs[0].text == expected["a0"]
+        forget("by-path")

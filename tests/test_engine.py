@@ -628,19 +628,24 @@ def test_a_request_uses_so_many_adapters_and_no_more(weights):
     run(small)
 
 
-def test_nothing_ends_within_a_step(weights):
+@pytest.mark.parametrize("act", ["cancel", "remove"])
+def test_nothing_ends_within_a_step(weights, act):
     """A logits processor that cancels a text is told so; its own ends, and nobody else's is touched."""
 
     def meddle(prompt, text, logits):
-        engine.cancel(other)
+        if act == "cancel":
+            engine.cancel(other)
+        engine.remove_adapter("a", force=True)
 
     engine = make_engine(weights)
+    engine.add_adapter(make_adapter(weights.config), "a")
     [other] = engine.submit(PROMPT, SamplingParams(max_tokens=4, **GREEDY))
     [bad] = engine.submit(PROMPT, SamplingParams(max_tokens=4, logits_processors=[meddle], **GREEDY))
     run(engine)
     assert isinstance(bad.error, UsageError) and "logits processor" in str(bad.error)
     assert other.tokens == text_of(weights, SamplingParams(max_tokens=4, **GREEDY)).tokens
     engine.cancel(other)
+    engine.remove_adapter("a", force=True)
 
 
 def test_forced_removal_ends_requests_of_all_versions(weights):

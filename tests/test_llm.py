@@ -1,6 +1,8 @@
 """LLM in the caller's thread: streams and callbacks beside other calls, and calls where none can be."""
 
+import gc
 import threading
+import weakref
 from functools import partial
 
 import numpy as np
@@ -95,6 +97,16 @@ def test_an_interrupted_step_is_told(llm, monkeypatch):
     monkeypatch.undo()
     llm.run()
     assert calls == [True] and request.output.outputs[0].token_ids == tokens_of(llm, "hello", 1)
+
+
+def test_a_cancelled_request_is_forgotten(llm):
+    """One too whose prompt's log-probabilities would have been told."""
+    request = llm.submit("hello", None, greedy(5, prompt_logprobs=1))
+    llm.cancel(request)
+    left = weakref.ref(request)
+    del request
+    gc.collect()
+    assert left() is None
 
 
 # ---------------------------------------------------------------- steps within steps
