@@ -109,6 +109,9 @@ def test_deltas_join_to_the_whole(serve):
         assert first.prompt_logprobs == last.prompt_logprobs == whole.prompt_logprobs
         assert [o.text for o in whole.outputs] == texts and [o.token_ids for o in whole.outputs] == tokens
         assert [o.logprobs for o in whole.outputs] == logprobs
+        for o in whole.outputs:
+            likely = sum(found[token].logprob for found, token in zip(o.logprobs, o.token_ids, strict=True))
+            assert o.cumulative_logprob == pytest.approx(likely)
 
     serve(main)
 
@@ -254,19 +257,55 @@ def test_one_requests_error_is_nobody_elses(serve, expected):
     serve(main)
 
 
+async def _comes(event):
+    while not event.is_set():
+        await asyncio.sleep(0.001)
+
+
+def test_a_question_that_nobody_waits_for_any_more(serve, expected):
+    async def main(engine):
+        entered, go = threading.Event(), threading.Event()
+
+        def hold(prompt, text, logits):
+            entered.set()
+            go.wait(30)
+
+        held = asyncio.create_task(engine.complete(PROMPT, SamplingParams(max_tokens=2, logits_processors=[hold])))
+        await _comes(entered)
+        asking = asyncio.create_task(engine.stats())
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        await held
+        assert (await engine.complete(PROMPT, GREEDY)).outputs[0].text == expected[None]
+
+    serve(main)
+
+
 def test_a_dead_engine_says_so(serve, monkeypatch):
+    """To those whose texts it was at work on, to who asks it something just then, and to all who come later."""
+
     async def main(engine):
         endless = SamplingParams(max_tokens=400, ignore_eos=True)
         running = asyncio.create_task(engine.complete(PROMPT, endless))
         while not (await engine.stats()).running:
             await asyncio.sleep(0.001)
+        entered, go = threading.Event(), threading.Event()
 
         def fail():
+            entered.set()
+            go.wait(30)
             raise AssertionError("a bug")
 
         monkeypatch.setattr(engine._llm.engine.scheduler, "schedule", fail)
-        with pytest.raises(EngineDeadError, match="a bug"):
-            await running
+        await _comes(entered)
+        asking = asyncio.create_task(engine.stats())
+        await asyncio.sleep(0)
+        go.set()
+        for told in (running, asking):
+            with pytest.raises(EngineDeadError, match="a bug"):
+                await told
         with pytest.raises(EngineDeadError, match="a bug"):
             await engine.complete(PROMPT, GREEDY)
         assert engine.dead is not None
@@ -336,6 +375,28 @@ def test_two_event_loops_share_an_engine(model, expected):
         thread.join(60)
     engine.close()
     assert texts == [expected[None]] * 3
+
+
+def test_an_event_loop_that_is_closed_is_nobody_elses_trouble(model, expected):
+    engine, loop = AsyncEngine(model, **SIZES), asyncio.new_event_loop()
+    stream = engine.generate(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True))
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    assert asyncio.run(engine.complete(PROMPT, GREEDY)).outputs[0].text == expected[None]
+    engine.close()
+
+
+def test_weights_of_adapters_arrive(model, shelf):
+    async def main():
+        await engine.add_lora("a0", shelf[0], weight=2.0)
+
+    engine, llm = AsyncEngine(model, **SIZES), LLM(model, **SIZES)
+    asyncio.run(main())
+    llm.add_lora("a0", shelf[0], weight=3.0)
+    for one, weight in ((engine._llm, 2.0), (llm.llm_engine, 3.0)):
+        assert one.engine.adapters.get("a0").weight == weight
+    engine.close()
+    llm.close()
 
 
 # ---------------------------------------------------------------- LLM's queue
