@@ -1,6 +1,8 @@
 """The crew: fewer threads while others want the cores, all of them again afterwards."""
 
-from minilora.crew import FIRST_WAIT, LONGEST_WAIT, TOO_MUCH, WINDOW, Crew
+import pytest
+
+from minilora.crew import LONGEST_WAIT, TOO_MUCH, WINDOW, Crew
 
 
 def work(crew, seconds, free, step=0.004):
@@ -26,6 +28,10 @@ def test_threads_that_cannot_run_are_left_out_at_once():
     assert sizes.index(2) * 0.004 <= 2 * WINDOW
 
 
+def test_less_than_half_a_core_is_worth_a_thread():
+    assert min(work(Crew(4), 0.3, free=4 - 1.5 * TOO_MUCH)) == 3
+
+
 def test_one_thread_always_remains():
     assert min(work(Crew(2), 3, free=0.3)) == 1
 
@@ -37,10 +43,11 @@ def test_trying_more_costs_less_and_less():
     assert late.count(4) * 0.004 <= (10 / LONGEST_WAIT + 1) * 2 * WINDOW
 
 
-def test_all_threads_return_when_the_others_have_gone():
+@pytest.mark.parametrize("before", [1, 60])
+def test_all_threads_return_when_the_others_have_gone(before):
     crew = Crew(4)
-    work(crew, 1, free=1)
-    sizes = work(crew, 2 * LONGEST_WAIT + 3 * FIRST_WAIT + 1, free=4)
+    work(crew, before, free=1)
+    sizes = work(crew, 3 * LONGEST_WAIT + 1, free=4)
     assert sizes[-1] == 4
 
 

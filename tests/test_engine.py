@@ -1,6 +1,7 @@
 """The engine: sampling parameters, ends of texts, pages, prefix cache, copies, cancellation."""
 
 import math
+import struct
 import threading
 from collections import Counter
 
@@ -556,6 +557,8 @@ def test_prefix_cache_keys(weights):
     assert cached(use) == 0 and cached(use) == 96
     assert cached((AdapterUse(digest, 0.5),)) == 0
     assert cached(salt=b"x") == 0 and cached(salt=b"x") == 96
+    forged = bytes.fromhex(digest.digest) + struct.pack("<d", 1.0)
+    assert cached(salt=forged) == 0, "a salt stands for no adapter"
     assert cached(tokens=[prompt[0] + 1, *prompt[1:]]) == 0
     assert cached(tokens=prompt[:64]) == 32, "the last token is always computed"
 
