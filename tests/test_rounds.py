@@ -145,6 +145,13 @@ def test_pages_that_fill_up_in_a_burst_are_found_again(weights):
     assert len(first.tokens) == 70 and again.cached == 64
 
 
+def test_rows_of_all_rounds_are_counted(weights):
+    texts = Texts(weights, 30)
+    texts.submit(PROMPTS[0], PARAMS[0])
+    texts.run()
+    assert texts.engine.stats().course.step_tokens.total == 40 + 29
+
+
 def test_texts_that_come_meanwhile(weights):
     def texts_of(rounds):
         texts, rng = Texts(weights, rounds, max_num_seqs=3), np.random.default_rng(3)
