@@ -74,7 +74,7 @@ class Scheduler:
         # Of the waiting, those that have run before; of these, those that lost their pages in this step.
         self._preempted: set[Sequence] = set()
         self._lost: set[Sequence] = set()
-        self._step = 0
+        self._step = self._grants = 0
         self._changed = False
         # Rows of logits that this step may still compute.
         self._logits_left = prompt_logits
@@ -165,7 +165,8 @@ class Scheduler:
         needed = self._missing(sequence, count)
         if needed > 0 and not self._take_pages(sequence, needed):
             return 0
-        sequence.served = self._step
+        self._grants += 1
+        sequence.served = self._grants
         return count
 
     def _has_room_for_guesses(self, sequence: Sequence, budget: int) -> bool:
@@ -381,7 +382,7 @@ def _rows(plan: list[Work]) -> int:
 
 
 def _turn(sequence: Sequence) -> tuple[int, int, int]:
-    """The order in which texts that decode are served: whoever was passed over last time comes first."""
+    """The order in which texts that decode are served: in turn, whoever had a token longest ago comes first."""
     return sequence.served, sequence.priority, sequence.number
 
 

@@ -60,8 +60,8 @@ class Sequence:
     tenant, weight, priority: for the order of waiting; lower priorities go first. computed: tokens whose keys and
     values are in `pages`; cached: how many of them were found, not computed. proposed: how many of the last tokens
     are guesses that the next step checks. siblings: other texts of the same prompt that start as copies of this one
-    when the prompt is done. holds_adapters: from the first start on. served: number of the last step that it took
-    part in; charged: tokens that its tenant was charged for. lookup: what may follow, from what it holds.
+    when the prompt is done. holds_adapters: from the first start on. served: number of the last grant of
+    rows, of all, that was its own; charged: tokens that its tenant was charged for. lookup: what may follow, from what it holds.
     """
 
     number: int

@@ -255,13 +255,16 @@ def test_tiny_budgets_serve_everybody(budget):
     assert len(world.finished) == 6
 
 
-def test_whoever_was_passed_over_comes_first():
-    """Three rows for four texts: each grows at least every other step."""
-    world = World(running=4, budget=3)
-    texts = [world.submit(prompt=1, generate=40) for _ in range(4)]
-    for _ in range(30):
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_more_texts_than_rows_grow_in_turn(budget):
+    world = World(budget=16)
+    texts = [world.submit(prompt=2, generate=100) for _ in range(4)]
+    world.step()
+    world.scheduler.budget = budget
+    before = [text.generated for text in texts]
+    for _ in range(12):
         world.step()
-    assert all(text.generated >= 14 for text in texts)
+    assert [text.generated for text in texts] == [count + 3 * budget for count in before]
 
 
 @pytest.mark.parametrize(("budget", "guesses", "rows"), [(16, 5, [6, 1, 1]), (9, 4, [5, 1, 1])], ids=["logits", "rows"])
