@@ -9,11 +9,11 @@ from .sequence import AdapterUse, Sequence, State
 
 
 class Answer(NamedTuple):
-    """A row of logits from which a sequence's next token comes, if its guesses up to here are right."""
+    """A row of logits from which a sequence's next token comes, if its draft tokens up to here are right."""
 
     sequence: Sequence
     row: int
-    guesses: list[int]
+    draft_tokens: list[int]
 
 
 class Question(NamedTuple):
@@ -30,7 +30,7 @@ def chunk_of(work: Work, number: Callable[[AdapterUse], int]) -> Chunk:
     start = sequence.computed
     end = start + length
     uses = tuple([Use(number(use), use.scale) for use in sequence.uses])
-    first = end - 1 - sequence.proposed if end == len(sequence.tokens) else end
+    first = end - 1 - sequence.drafted if end == len(sequence.tokens) else end
     if sequence.wants_prompt_logprobs:
         first = start
     return Chunk(sequence.tokens, start, length, sequence.pages, uses, first)
@@ -51,27 +51,27 @@ def expected(plan: Iterable[Work]) -> tuple[list[Answer], list[Question]]:
             questions += [Question(sequence, row + place - start, place + 1) for place in new]
             row += length - done
         if done:
-            guesses = sequence.guesses
-            answers.append(Answer(sequence, row, guesses))
+            drafts = sequence.draft_tokens
+            answers.append(Answer(sequence, row, drafts))
             answers += [Answer(s, row, []) for s in sequence.siblings if s.state is not State.FINISHED]
-            row += 1 + len(guesses)
+            row += 1 + len(drafts)
     return answers, questions
 
 
 def draws_of(answer: Answer, eos: Set[int]) -> list[Draw]:
-    """What the draw of the next token depends on, and those after each guess."""
-    return [_draw(answer, i, eos) for i in range(1 + len(answer.guesses))]
+    """What the draw of the next token depends on, and those after each draft token."""
+    return [_draw(answer, i, eos) for i in range(1 + len(answer.draft_tokens))]
 
 
 def _draw(answer: Answer, i: int, eos: Set[int]) -> Draw:
-    """What the draw after the first i guesses depends on."""
+    """What the draw after the first i draft tokens depends on."""
     sequence = answer.sequence
-    cut, params, guessed = sequence.prompt_length, sequence.params, answer.guesses[:i]
-    end = len(sequence.tokens) - sequence.proposed
+    cut, params, drafts = sequence.prompt_length, sequence.params, answer.draft_tokens[:i]
+    end = len(sequence.tokens) - sequence.drafted
     barred = (*eos, *(params.stop_token_ids or ())) if params.min_tokens else ()
     if not params.changes_logits:
         return Draw(answer.row + i, params, sequence.seed, end + i, [], [], barred)
-    text = sequence.tokens[cut:end] + guessed
+    text = sequence.tokens[cut:end] + drafts
     return Draw(answer.row + i, params, sequence.seed, end + i, sequence.tokens[:cut], text, barred)
 
 

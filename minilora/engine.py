@@ -176,17 +176,17 @@ class Engine:
             self._recorder.finished(sequence, time.perf_counter())
 
     def propose(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Guess how a text that decodes goes on: one step checks all guesses, keeps the right ones and one token more.
+        """Draft tokens for a text that decodes: one step checks all of them, keeps the right ones and one token more.
 
-        The text is the same, token for token, as without. Guesses for a text that can't take them are dropped.
+        The text is the same, token for token, as without. They are dropped if the text can't take any.
         """
         room = self.bounds.final_length(sequence.prompt_length, sequence.params) - len(sequence.tokens) - 1
-        guesses = tokens[: max(0, min(room, PROMPT_LOGITS))]
-        if any(not 0 <= token < self.model.vocab_size for token in guesses):
-            raise UsageError("a guessed token is not in the vocabulary")
-        if sequence.state is State.RUNNING and sequence.decodes and not sequence.proposed:
-            sequence.tokens += guesses
-            sequence.proposed = len(guesses)
+        drafts = tokens[: max(0, min(room, PROMPT_LOGITS))]
+        if any(not 0 <= token < self.model.vocab_size for token in drafts):
+            raise UsageError("a draft token is not in the vocabulary")
+        if sequence.state is State.RUNNING and sequence.decodes and not sequence.drafted:
+            sequence.tokens += drafts
+            sequence.drafted = len(drafts)
 
     @property
     def busy(self) -> bool:
@@ -251,13 +251,13 @@ class Engine:
         # Half of a step's rows and logits are for others.
         rows = min(self.config.max_num_batched_tokens, PROMPT_LOGITS) // 2
         most = min(self.config.num_speculative_tokens, rows // max(1, len(texts)))
-        price = self._pace.guess_price(len(texts))
+        price = self._pace.draft_price(len(texts))
         if most < 1 or price >= 1:
             return
         for sequence in texts:
-            # Logits processors may remember what they are called with: it must be the text, not guesses.
-            if not sequence.proposed and not sequence.params.logits_processors:
-                self.propose(sequence, sequence.lookup.guesses(sequence.tokens, most, price))
+            # Logits processors may remember what they are called with: it must be the text, without drafts.
+            if not sequence.drafted and not sequence.params.logits_processors:
+                self.propose(sequence, sequence.lookup.propose(sequence.tokens, most, price))
 
     def _note_stall(self, plan: list[Work]) -> None:
         self.stalled = not plan and not self.scheduler.running
@@ -269,13 +269,13 @@ class Engine:
 
     def _run(self, plan: list[Work]) -> list[Output]:
         plan.sort(key=lambda work: ([use.content for use in work.sequence.uses], work.sequence.number))
-        decodes = guesses = prompt_rows = 0
+        decodes = drafted = prompt_rows = 0
         started = time.perf_counter()
         for sequence, length in plan:
             self._recorder.started(sequence, started)
             if sequence.decodes:
                 decodes += 1
-                guesses += sequence.proposed
+                drafted += sequence.drafted
             else:
                 prompt_rows += length
         self._guard.computing = True
@@ -299,8 +299,8 @@ class Engine:
         finally:
             self._guard.computing = False
         seconds = time.perf_counter() - started
-        self._recorder.step(seconds, decodes * len(tokens) + guesses, prompt_rows)
-        self._pace.observe(decodes, prompt_rows, seconds / len(tokens), guesses)
+        self._recorder.step(seconds, decodes * len(tokens) + drafted, prompt_rows)
+        self._pace.observe(decodes, prompt_rows, seconds / len(tokens), drafted)
         return outputs
 
     def _number(self, use: AdapterUse) -> int:
@@ -329,7 +329,7 @@ class Engine:
         """Note what was computed, log-probabilities of prompts too, and start copies."""
         for sequence, length in plan:
             done = sequence.computed + length == len(sequence.tokens)
-            self.scheduler.computed(sequence, length - len(sequence.withdraw()))
+            self.scheduler.computed(sequence, length - len(sequence.drop_drafts()))
             if done and sequence.siblings:
                 self._start_copies(sequence)
         wanted = [(row, asker.tokens[place], asker.params.prompt_logprobs or 0) for asker, row, place in questions]
@@ -343,7 +343,7 @@ class Engine:
         outputs: list[Output] = []
         first, (once, *again) = 0, tokens
         for answer in answers:
-            end = first + 1 + len(answer.guesses)
+            end = first + 1 + len(answer.draft_tokens)
             drawn = [*once[first:end], *(later[first] for later in again)]
             self._keep(answer, drawn, [*logprobs[first:end], *(None for _ in again)], outputs)
             first = end
@@ -363,7 +363,7 @@ class Engine:
     def _keep(
         self, answer: Answer, tokens: list[int | Exception], logprobs: list[TokenLogprobs | None], outputs: list[Output]
     ) -> None:
-        """Append the drawn tokens that count, up to the text's end or the first wrong guess, to text and outputs."""
+        """Append the drawn tokens that count, up to the text's end or the first wrong draft, to text and outputs."""
         sequence = answer.sequence
         for i, token in enumerate(tokens):
             if isinstance(token, Exception):
@@ -373,12 +373,12 @@ class Engine:
             self._append(sequence, token)
             last = sequence.state is State.FINISHED
             outputs.append(Output(sequence, token, logprobs[i], last))
-            if last or i + 1 == len(tokens) or (answer.guesses and token != answer.guesses[i]):
+            if last or i + 1 == len(tokens) or (answer.draft_tokens and token != answer.draft_tokens[i]):
                 break
             # The step went on with this token, so it is computed already.
             self.scheduler.computed(sequence, 1)
-        if answer.guesses:
-            self._recorder.drafted(len(answer.guesses), i)
+        if answer.draft_tokens:
+            self._recorder.drafted(len(answer.draft_tokens), i)
             if sequence.state is State.RUNNING:
                 self.scheduler.roll_back(sequence)
 

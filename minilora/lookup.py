@@ -1,20 +1,20 @@
-"""Prompt lookup: guesses of how a text goes on, from what it already holds.
+"""Prompt lookup: drafts of how a text goes on, from what it already holds.
 
 What a model is asked to quote, edit, sum up or continue stands further up: where the last tokens occurred before, those
-that followed are likely to follow again. One step checks all guesses (`Engine.propose`), so they cost the time of their
+that followed are likely to follow again. One step checks all drafts (`Engine.propose`), so they cost the time of their
 rows. Speculative decoding (arXiv:2211.17192) without a second model; vLLM calls it ngram.
 """
 
 from array import array
 
-# How many of the last tokens must agree, longest first, and how often the next guess is right then: a first estimate,
-# which each text corrects with this weight.
+# How many of the last tokens must agree, longest first, and how often the next draft token is right then: a first
+# estimate, which each text corrects with this weight.
 SHARES = {8: 0.9, 4: 0.8, 2: 0.6, 1: 0.3}
 NEWEST = 1 / 16
 
 
 class PromptLookup:
-    """The tokens of one text, to be searched, and how good its guesses have been, used or not."""
+    """The tokens of one text, to be searched, and how good its drafts have been, used or not."""
 
     def __init__(self) -> None:
         # Four bytes for each token: bytes are searched faster than lists.
@@ -23,10 +23,10 @@ class PromptLookup:
         self._expected: list[int] = []
         self._agreed = 0
 
-    def guesses(self, tokens: list[int], most: int, price: float) -> list[int]:
+    def propose(self, tokens: list[int], most: int, price: float) -> list[int]:
         """Up to `most` tokens that may follow, as long as each is likelier to be right than `price`.
 
-        tokens: the text, which only grows from call to call. price: what a guess's row costs, in tokens that the same
+        tokens: the text, which only grows from call to call. price: what a draft's row costs, in tokens that the same
         time would bring without it. Empty where the text's end never occurred before.
         """
         known = len(self._bytes) // 4

@@ -214,7 +214,7 @@ class EngineConfig:
     was trained on. max_num_seqs: sequences that run at once; max_num_batched_tokens: rows of a step; max_step_ms:
     milliseconds that a step with prompts in it should take at most while texts decode, None for any.
     num_scheduler_steps: tokens that a step may give each text while all of them only decode, as far as they fit into
-    20 ms. num_speculative_tokens: draft tokens per text and step, guessed from what the text holds already where that
+    20 ms. num_speculative_tokens: draft tokens per text and step, from what the text holds already, where that
     pays; the text is the same. kv_cache_dtype: "auto" is float32 for float32 weights, else float16. kv_cache_memory:
     bytes of KV pages, None for enough for max_num_seqs full-length texts, at most half of the free memory. block_size:
     tokens of a page. max_loras: adapters in use at once; max_cpu_loras: adapters in memory, None: 256, or max_loras if

@@ -96,7 +96,7 @@ class Scheduler:
             self._stop(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        sequence.withdraw()
+        sequence.drop_drafts()
         self._preempted.discard(sequence)
         sequence.state, sequence.finish_reason, sequence.error = State.FINISHED, reason, error
         if sequence.holds_adapters:
@@ -155,13 +155,13 @@ class Scheduler:
 
     def _grant(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of a running sequence the step takes, with pages for them; 0 if it must pause or go."""
-        if sequence.proposed and not self._has_room_for_guesses(sequence, budget):
-            sequence.withdraw()
+        if sequence.drafted and not self._has_room_for_drafts(sequence, budget):
+            sequence.drop_drafts()
         count = min(sequence.pending, budget)
         if sequence.wants_prompt_logprobs:
             count = min(count, self._logits_left)
             self._logits_left -= count
-        self._logits_left -= sequence.proposed
+        self._logits_left -= sequence.drafted
         needed = self._missing(sequence, count)
         if needed > 0 and not self._take_pages(sequence, needed):
             return 0
@@ -169,10 +169,10 @@ class Scheduler:
         sequence.served = self._grants
         return count
 
-    def _has_room_for_guesses(self, sequence: Sequence, budget: int) -> bool:
-        """Whether rows, logits and pages are left for them: nobody loses any for guesses."""
+    def _has_room_for_drafts(self, sequence: Sequence, budget: int) -> bool:
+        """Whether rows, logits and pages are left for them: nobody loses any for drafts."""
         pages = self._missing(sequence, sequence.pending) <= self.pool.available
-        return pages and sequence.pending <= budget and sequence.proposed <= self._logits_left
+        return pages and sequence.pending <= budget and sequence.drafted <= self._logits_left
 
     def _missing(self, sequence: Sequence, count: int) -> int:
         """Pages that it lacks for the next `count` tokens."""
@@ -326,7 +326,7 @@ class Scheduler:
             self.pool.unpublish(page)
 
     def roll_back(self, sequence: Sequence) -> None:
-        """Give back the pages that hold no computed token: guesses that proved wrong were there."""
+        """Give back the pages that hold no computed token: drafts that proved wrong were there."""
         keep = -(-sequence.computed // self.page)
         for page in sequence.pages[keep:]:
             self.pool.drop(page)
@@ -340,7 +340,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it will be computed again. Its adapters stay with it."""
         self._stop(sequence)
-        sequence.withdraw()
+        sequence.drop_drafts()
         sequence.state = State.WAITING
         sequence.preemptions += 1
         self.preemptions += 1

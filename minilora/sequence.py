@@ -58,10 +58,10 @@ class Sequence:
     """One text: the prompt's tokens, then those generated.
 
     tenant, weight, priority: for the order of waiting; lower priorities go first. computed: tokens whose keys and
-    values are in `pages`; cached: how many of them were found, not computed. proposed: how many of the last tokens
-    are guesses that the next step checks. siblings: other texts of the same prompt that start as copies of this one
-    when the prompt is done. holds_adapters: from the first start on. served: number of the last grant of
-    rows, of all, that was its own; charged: tokens that its tenant was charged for. lookup: what may follow, from what it holds.
+    values are in `pages`; cached: how many of them were found, not computed. drafted: how many of the last tokens are
+    drafts that the next step checks. siblings: other texts of the same prompt that start as copies of this one when the
+    prompt is done. holds_adapters: from the first start on. served: number of the last grant of rows, of all, that was
+    its own; charged: tokens that its tenant was charged for. lookup: what may follow, from what it holds.
     """
 
     number: int
@@ -84,7 +84,7 @@ class Sequence:
     error: Exception | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     preemptions: int = 0
-    proposed: int = 0
+    drafted: int = 0
     holds_adapters: bool = False
     served: int = 0
     charged: int = 0
@@ -104,14 +104,14 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether only its last token, and guesses after it, are to be computed."""
-        return self.pending - self.proposed == 1
+        """Whether only its last token, and draft tokens after it, are to be computed."""
+        return self.pending - self.drafted == 1
 
     @property
     def repeats(self) -> bool:
         """Whether its next steps are known: one token each, chosen by nothing but the logits, of which nothing else is
         wanted."""
-        if self.proposed or self.siblings or not self.decodes:
+        if self.drafted or self.siblings or not self.decodes:
             return False
         return self.params.logprobs is None and not self.params.changes_logits
 
@@ -126,9 +126,9 @@ class Sequence:
         return [use.adapter for use in self.uses]
 
     @property
-    def guesses(self) -> list[int]:
-        """The proposed tokens."""
-        return self.tokens[len(self.tokens) - self.proposed :] if self.proposed else []
+    def draft_tokens(self) -> list[int]:
+        """Those of the last tokens that the next step checks."""
+        return self.tokens[len(self.tokens) - self.drafted :] if self.drafted else []
 
     def append(self, token: int, eos: Container[int], most: int) -> str | None:
         """Add a token to the text; returns why the text ends with it, "stop" or "length", or None where it goes on.
@@ -144,13 +144,13 @@ class Sequence:
                 return "stop"
         return "length" if len(self.tokens) >= most else None
 
-    def withdraw(self) -> list[int]:
-        """Take back the guesses; returns them."""
-        guesses = self.guesses
-        if guesses:
-            del self.tokens[-len(guesses) :]
-            self.proposed = 0
-        return guesses
+    def drop_drafts(self) -> list[int]:
+        """Take the draft tokens back; returns them."""
+        drafts = self.draft_tokens
+        if drafts:
+            del self.tokens[-len(drafts) :]
+            self.drafted = 0
+        return drafts
 
     def page_keys(self, page: int) -> list[bytes]:
         """The key of each full page: a digest of the adapters, the salt and all tokens up to its end.

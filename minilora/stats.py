@@ -156,7 +156,7 @@ class Stats:
     """An engine at one moment; counters since its start.
 
     waiting_for_adapters: of those waiting, whose adapters are being read. pages_cached: not held, kept for texts that
-    begin alike. drafts: how often a text's next tokens were guessed; draft_tokens, accepted_tokens: how many were, and
+    begin alike. drafts: how often tokens of a text were drafted; draft_tokens, accepted_tokens: how many were, and
     how many of them were right. by_adapter, load_by_adapter: by name, "" for requests without one; load_by_adapter has
     those that run or wait only. step_times: by STEP_KINDS.
     """
@@ -269,11 +269,11 @@ class Recorder:
         kind = "decode" if not prompt_rows else "mixed" if decodes else "prefill"
         self.step_times[kind].add(seconds)
 
-    def drafted(self, guesses: int, right: int) -> None:
-        """Note that a text's next tokens were guessed, and how many of the guesses were right."""
+    def drafted(self, proposed: int, accepted: int) -> None:
+        """Note how many tokens of a text were drafted, and how many of them were right."""
         self.drafts += 1
-        self.draft_tokens += guesses
-        self.accepted_tokens += right
+        self.draft_tokens += proposed
+        self.accepted_tokens += accepted
 
     def forget(self, name: str) -> None:
         """Drop an adapter's own counters: its name is gone."""

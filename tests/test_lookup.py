@@ -33,67 +33,67 @@ def test_what_followed_before_is_expected_again(tokens, more, most):
     lookup = PromptLookup()
     for end in range(len(tokens), len(tokens) + len(more) + 1):
         text = (tokens + more)[:end]
-        assert lookup.guesses(text, most, 0) == naive(text, most)
+        assert lookup.propose(text, most, 0) == naive(text, most)
 
 
 def test_a_loop_goes_on():
-    assert PromptLookup().guesses([9, 1, 2, 3, 1, 2, 3, 1], 7, 0) == [2, 3, 1, 2, 3, 1, 2]
+    assert PromptLookup().propose([9, 1, 2, 3, 1, 2, 3, 1], 7, 0) == [2, 3, 1, 2, 3, 1, 2]
 
 
 def test_as_many_as_pay():
-    """Four tokens agree: each further guess is 0.8 times as likely as the one before."""
+    """Four tokens agree: each further draft is 0.8 times as likely as the one before."""
     text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
     for price, count in ((0.0, 6), (0.5, 3), (0.63, 2), (0.65, 1), (0.81, 0)):
-        assert PromptLookup().guesses(text, 6, price) == [5, 6, 7, 8, 9, 0][:count]
+        assert PromptLookup().propose(text, 6, price) == [5, 6, 7, 8, 9, 0][:count]
 
 
 @pytest.mark.parametrize("price", [0.3, 0.99], ids=["used", "not used"])
-def test_a_text_that_goes_its_own_way_is_guessed_less(price):
-    """Whether its guesses were checked or only compared with what came."""
+def test_a_text_that_goes_its_own_way_is_drafted_less(price):
+    """Whether its drafts were checked or only compared with what came."""
     rng, lookup, text = np.random.default_rng(2), PromptLookup(), [1, 2, 3, 1, 2]
-    assert PromptLookup().guesses(text, 8, 0.3)
+    assert PromptLookup().propose(text, 8, 0.3)
     for _ in range(20):
-        lookup.guesses(text, 8, price)
+        lookup.propose(text, 8, price)
         text += [int(rng.integers(3, 1000)), 1, 2]
-    assert not lookup.guesses(text, 8, 0.3)
+    assert not lookup.propose(text, 8, 0.3)
 
 
-def test_a_text_that_repeats_itself_is_guessed_more():
+def test_a_text_that_repeats_itself_is_drafted_more():
     lookup, text = PromptLookup(), [1, 2, 3, 4, 5, 6]
-    first = len(lookup.guesses(text + text[:3], 64, 0.4))
+    first = len(lookup.propose(text + text[:3], 64, 0.4))
     for _ in range(30):
         text += [1, 2, 3, 4, 5, 6]
-        lookup.guesses(text, 64, 0.4)
-    assert len(lookup.guesses(text + text[:3], 64, 0.4)) > 4 * first
+        lookup.propose(text, 64, 0.4)
+    assert len(lookup.propose(text + text[:3], 64, 0.4)) > 4 * first
 
 
-def test_what_a_guess_costs_is_learned():
+def test_what_a_draft_costs_is_learned():
     pace = Pace(None, 512, 8)
-    assert pace.guess_price(1) == FIRST_PRICE
+    assert pace.draft_price(1) == FIRST_PRICE
     pace.observe(2, 0, 0.010)
-    assert pace.guess_price(2) == FIRST_PRICE
+    assert pace.draft_price(2) == FIRST_PRICE
     for _ in range(30):
-        pace.observe(2, 0, 0.014, guesses=4)
+        pace.observe(2, 0, 0.014, drafted=4)
     # A millisecond each, in which two texts get a fifth of a token.
-    assert pace.guess_price(2) == pytest.approx(MARGIN * 0.2)
-    assert pace.guess_price(1) == pytest.approx(MARGIN * 0.1)
+    assert pace.draft_price(2) == pytest.approx(MARGIN * 0.2)
+    assert pace.draft_price(1) == pytest.approx(MARGIN * 0.1)
 
 
-def test_one_slow_step_does_not_end_guesses_for_good():
+def test_one_slow_step_does_not_end_drafts_for_good():
     pace = Pace(None, 512, 8)
     pace.observe(1, 0, 0.01)
-    pace.observe(1, 0, 5.0, guesses=1)
-    assert pace.guess_price(1) >= 1
+    pace.observe(1, 0, 5.0, drafted=1)
+    assert pace.draft_price(1) >= 1
     for _ in range(1000):
         pace.observe(1, 0, 0.01)
-    assert pace.guess_price(1) < 1
+    assert pace.draft_price(1) < 1
 
 
-def test_steps_with_prompts_say_nothing_of_guesses():
+def test_steps_with_prompts_say_nothing_of_drafts():
     pace = Pace(None, 512, 8)
     pace.observe(1, 0, 0.01)
-    pace.observe(1, 100, 0.2, guesses=3)
-    assert pace.guess_price(1) == FIRST_PRICE
+    pace.observe(1, 100, 0.2, drafted=3)
+    assert pace.draft_price(1) == FIRST_PRICE
 
 
 # ---------------------------------------------------------------- in the engine
@@ -120,18 +120,18 @@ def weights(tiny):
     return load_weights(tiny("llama"), "int4")
 
 
-def free_guesses(weights, **config):
-    """An engine on a machine where checking a guess costs nothing, and that is fast enough for all rounds."""
+def free_drafts(weights, **config):
+    """An engine on a machine where checking a draft costs nothing, and that is fast enough for all rounds."""
     config = {"num_scheduler_steps": 1, "debug_checks": True, **config}
     engine = make_engine(weights, **config)
-    engine._pace.guess_price = lambda texts: 0.0
+    engine._pace.draft_price = lambda texts: 0.0
     engine._pace.rounds = lambda: config["num_scheduler_steps"]
     return engine
 
 
-def texts(weights, guesses, params=PARAMS, **config):
+def texts(weights, drafts, params=PARAMS, **config):
     """(all that the texts are, the engine's counters)."""
-    engine = free_guesses(weights, eos=[7], num_speculative_tokens=guesses, **config)
+    engine = free_drafts(weights, eos=[7], num_speculative_tokens=drafts, **config)
     use = AdapterUse(engine.add_adapter(make_adapter(weights.config, rank=4)), 0.5)
     sequences, outputs = [], {}
     for i, (prompt, one) in enumerate(zip(PROMPTS, params, strict=True)):
@@ -165,7 +165,7 @@ def test_the_texts_are_the_same(weights, config):
 
 
 def test_a_text_that_repeats_itself_takes_few_steps(weights):
-    engine = free_guesses(weights)
+    engine = free_drafts(weights)
     [sequence] = engine.submit(LINE, SamplingParams(max_tokens=60, **LOOP))
     while engine.busy:
         engine.step()
@@ -179,25 +179,25 @@ def test_a_text_that_repeats_itself_takes_few_steps(weights):
 def test_a_sliding_window(tiny):
     weights, found = load_weights(tiny("mistral"), "int4"), []
     params = SamplingParams(max_tokens=150, temperature=0.5, seed=1, ignore_eos=True)
-    for guesses in (0, 8):
-        engine = free_guesses(weights, num_speculative_tokens=guesses)
+    for drafts in (0, 8):
+        engine = free_drafts(weights, num_speculative_tokens=drafts)
         sequences = [engine.submit(LINE * count, params)[0] for count in (1, 4, 12)]
         while engine.busy:
             engine.step()
         found.append([sequence.tokens for sequence in sequences])
-        assert (engine.stats().accepted_tokens > 0) == (guesses > 0)
+        assert (engine.stats().accepted_tokens > 0) == (drafts > 0)
         engine.close()
     assert found[0] == found[1]
 
 
-def test_nobody_loses_pages_for_guesses(weights):
-    engine = free_guesses(weights, num_speculative_tokens=0, kv_cache_memory=3 * PAGE)
+def test_nobody_loses_pages_for_drafts(weights):
+    engine = free_drafts(weights, num_speculative_tokens=0, kv_cache_memory=3 * PAGE)
     [longest] = engine.submit(random_tokens(RNG, 29), SamplingParams(max_tokens=6, **LOOP))
     others = [engine.submit(random_tokens(RNG, 20), SamplingParams(max_tokens=2, **LOOP))[0] for _ in range(2)]
     engine.step()
     engine.propose(longest, [5, 5, 5, 5])
     engine.step()
-    # The guesses wanted a second page while each text had one of three.
+    # The drafts wanted a second page while each text had one of three.
     assert longest.generated == 2 and all(other.finish_reason == "length" for other in others)
     while engine.busy:
         engine.step()
@@ -205,9 +205,9 @@ def test_nobody_loses_pages_for_guesses(weights):
     assert engine.scheduler.preemptions == 0
 
 
-def test_guesses_leave_rows_and_logits_to_others(weights):
-    """A prompt whose log-probabilities are wanted goes on beside texts that could be guessed far ahead."""
-    engine = free_guesses(weights, num_speculative_tokens=64, max_num_seqs=10, max_num_batched_tokens=64)
+def test_drafts_leave_rows_and_logits_to_others(weights):
+    """A prompt whose log-probabilities are wanted goes on beside texts that could be drafted far ahead."""
+    engine = free_drafts(weights, num_speculative_tokens=64, max_num_seqs=10, max_num_batched_tokens=64)
     loops = [engine.submit(LINE * 2, SamplingParams(max_tokens=400, **LOOP))[0] for _ in range(8)]
     while not all(sequence.generated > 10 for sequence in loops):
         engine.step()
@@ -228,39 +228,39 @@ def test_pages_that_run_out(weights):
     assert found == plain and stats.preemptions > 0 and stats.drafts > 0
 
 
-def test_guesses_that_come_twice_are_dropped(weights):
-    engine = free_guesses(weights)
+def test_drafts_that_come_twice_are_dropped(weights):
+    engine = free_drafts(weights)
     [sequence] = engine.submit(LINE, SamplingParams(max_tokens=20, **LOOP))
     engine.step()
-    for guess in (6, 5):
-        engine.propose(sequence, [guess] * 3)
+    for draft in (6, 5):
+        engine.propose(sequence, [draft] * 3)
     while engine.busy:
         engine.step()
     engine.close()
     assert sequence.tokens == LINE + [5] * 20
 
 
-def test_guesses_count_for_penalties(weights):
+def test_drafts_count_for_penalties(weights):
     """Each is checked as if those before it were in the text."""
     choice = {"logit_bias": dict.fromkeys((5, 6, 7), 100), "frequency_penalty": 2.0}
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, **choice)
     texts = []
-    for guessed in (False, True):
-        engine = free_guesses(weights, num_speculative_tokens=0)
+    for drafted in (False, True):
+        engine = free_drafts(weights, num_speculative_tokens=0)
         [sequence] = engine.submit(LINE, params)
         engine.step()
-        if guessed:
+        if drafted:
             engine.propose(sequence, texts[0][13:19])
         while engine.busy:
             engine.step()
         texts.append(sequence.tokens)
-        assert engine.stats().accepted_tokens == 6 * guessed
+        assert engine.stats().accepted_tokens == 6 * drafted
         engine.close()
     assert texts[0] == texts[1] and set(texts[0][12:]) == {5, 6, 7}
 
 
-def test_guesses_that_proved_wrong_leave_no_pages_behind(weights):
-    engine = free_guesses(weights, num_speculative_tokens=0)
+def test_drafts_that_proved_wrong_leave_no_pages_behind(weights):
+    engine = free_drafts(weights, num_speculative_tokens=0)
     [sequence] = engine.submit(LINE * 2, SamplingParams(max_tokens=20, **LOOP))
     engine.step()
     engine.propose(sequence, [6] * 8)

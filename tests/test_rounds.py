@@ -36,7 +36,7 @@ class Texts:
     """An engine whose steps may give every text `rounds` tokens, and what its steps gave."""
 
     def __init__(self, weights, rounds, eos=EOS, **config):
-        # No guesses: where they pay, which is a matter of time, they take the place of rounds.
+        # No drafts: where they pay, which is a matter of time, they take the place of rounds.
         config |= {"eos": eos, "debug_checks": True, "num_scheduler_steps": rounds, "num_speculative_tokens": 0}
         self.engine = make_engine(weights, **config)
         # As on a machine that is fast enough for all of them.
@@ -277,7 +277,7 @@ def test_copies_start_before_a_burst(weights):
         assert found[0] == found[1] and len({tuple(tokens) for tokens, _, _ in found[0]}) == 3
 
 
-def test_a_guess_comes_before_a_burst(weights):
+def test_a_draft_comes_before_a_burst(weights):
     """Guesses are checked in a step of one round; afterwards bursts go on."""
     alone = Texts(weights, 1)
     alone.submit(PROMPTS[0], PARAMS[0])

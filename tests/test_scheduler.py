@@ -267,14 +267,14 @@ def test_more_texts_than_rows_grow_in_turn(budget):
     assert [text.generated for text in texts] == [count + 3 * budget for count in before]
 
 
-@pytest.mark.parametrize(("budget", "guesses", "rows"), [(16, 5, [6, 1, 1]), (9, 4, [5, 1, 1])], ids=["logits", "rows"])
-def test_guesses_share_the_rows_of_a_step_and_its_logits(budget, guesses, rows):
+@pytest.mark.parametrize(("budget", "drafts", "rows"), [(16, 5, [6, 1, 1]), (9, 4, [5, 1, 1])], ids=["logits", "rows"])
+def test_drafts_share_the_rows_of_a_step_and_its_logits(budget, drafts, rows):
     world = World(budget=budget)
     texts = [world.submit(prompt=1) for _ in range(3)]
     world.step()
     for text in texts:
-        text.tokens += [7] * guesses
-        text.proposed = guesses
+        text.tokens += [7] * drafts
+        text.drafted = drafts
     assert [work.length for work in world.scheduler.schedule()] == rows
 
 

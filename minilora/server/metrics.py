@@ -55,7 +55,7 @@ COUNTERS = (
     Row("vllm:prompt_tokens", "Tokens of prompts.", lambda s: s.total.prompt_tokens),
     Row("vllm:prompt_tokens_cached", "Of these, found in the prefix cache.", lambda s: s.total.cached_tokens),
     Row("vllm:generation_tokens", "Generated tokens.", lambda s: s.total.generated_tokens),
-    Row("vllm:spec_decode_num_drafts", "How often a text's next tokens were guessed.", lambda s: s.drafts),
+    Row("vllm:spec_decode_num_drafts", "How often tokens of a text were drafted.", lambda s: s.drafts),
     Row("vllm:spec_decode_num_draft_tokens", "Guessed tokens.", lambda s: s.draft_tokens),
     Row("vllm:spec_decode_num_accepted_tokens", "Of these, right ones.", lambda s: s.accepted_tokens),
     Row("minilora:requests", "Texts asked for.", lambda s: s.total.requests),

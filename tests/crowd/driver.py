@@ -17,8 +17,8 @@ class Driver:
 
     def __init__(self, weights, **config):
         self.engine = make_engine(weights, **{"debug_checks": True, "max_lora_rank": 64, **config})
-        # As on a machine where checking a guess costs nothing.
-        self.engine._pace.guess_price = lambda texts: 0.0
+        # As on a machine where checking a draft costs nothing.
+        self.engine._pace.draft_price = lambda texts: 0.0
         self.outputs = {}
 
     def submit(self, name=None, prompt=PROMPT, params=PARAMS, scale=1.0, **order):

@@ -58,8 +58,8 @@ def test_l11_a_seed_gives_one_text_at_any_place(weights, shelf, needle):
     driver.idle()
 
 
-def test_guesses_change_nothing_but_the_number_of_steps(weights, shelf, needle):
-    """Several tokens of a text are checked in one step; wrong guesses are rolled back, pages and all."""
+def test_drafts_change_nothing_but_the_number_of_steps(weights, shelf, needle):
+    """Several tokens of a text are checked in one step; wrong drafts are rolled back, pages and all."""
     right = needle[0][len(PROMPT) :]
     for quality in (0.0, 0.7, 1.0):
         driver = with_adapters(weights, shelf)
@@ -70,8 +70,8 @@ def test_guesses_change_nothing_but_the_number_of_steps(weights, shelf, needle):
             steps += done > 0
             # By place: how many steps the prompt takes depends on how long they take.
             rng = np.random.default_rng(done)
-            guesses = [t if rng.random() < quality else (t + 1) % 200 for t in right[done : done + 5]]
-            driver.engine.propose(sequence, [*guesses, *([3] * 40)])
+            drafts = [t if rng.random() < quality else (t + 1) % 200 for t in right[done : done + 5]]
+            driver.engine.propose(sequence, [*drafts, *([3] * 40)])
             driver.step()
         assert driver.trace(sequence) == needle
         assert (steps <= 3) == (quality == 1.0)
