@@ -1,10 +1,10 @@
-"""The engine's speed: prompts, and texts growing side by side, with and without adapters.
+"""The engine's speed: prefill and decoding of several texts side by side, with and without adapters.
 
     python bench/engine.py --model M --prompt 512 --generate 64 --batch 1,8 --adapters 0,8 --rank 16 [--json]
 
-ppN: a prompt of N tokens, prompt tokens per second. tgN: `batch` texts of N new tokens each after 128 prompt tokens,
-new tokens per second, the i-th text with the (i mod adapters)-th adapter, all of them on all linear layers.
-Medians of --repeats runs. Last line: one JSON document.
+ppN: one prompt of N tokens, prompt tokens per second. tgN: `batch` texts that decode N tokens each, after prompts of
+--depth tokens, which are not timed; the i-th text has the (i mod adapters)-th adapter, all linear layers of it.
+Medians of --repeats runs after one to warm up. Last line: one JSON document.
 """
 
 import argparse
@@ -37,11 +37,10 @@ class Bench:
         )
         self.config, self.options, self.weights = model.weights.config, options, model.weights
         engine = EngineConfig(
-            max_model_len=min(
-                self.config.max_position_embeddings, options.depth + options.prompt + options.generate + 1
-            ),
+            max_model_len=min(self.config.max_position_embeddings, longest(options)),
             max_num_seqs=max(options.batch),
             max_num_batched_tokens=options.budget,
+            max_step_ms=None,
             threads=options.threads,
             max_loras=max(*options.adapters, 1),
             max_lora_rank=options.rank,
@@ -77,18 +76,22 @@ class Bench:
         return self.options.prompt / (time.perf_counter() - started)
 
     def decode(self, batch: int, adapters: int) -> float:
-        """New tokens per second of `batch` texts, their prompts not counted."""
-        params = SamplingParams(max_tokens=self.options.generate + 1, temperature=0, ignore_eos=True)
+        """New tokens per second of `batch` texts while all of them decode; their prompts are done one after another."""
+        params = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
         sequences = []
         for i in range(batch):
             sequences += self.engine.submit(self.tokens(self.options.depth), params, self.uses(i, adapters))
         while any(sequence.generated == 0 for sequence in sequences):
             self.engine.step()
         before = sum(sequence.generated for sequence in sequences)
+        enough = before + batch * self.options.generate
         started = time.perf_counter()
-        while self.engine.busy:
+        while (tokens := sum(sequence.generated for sequence in sequences)) < enough and self.engine.busy:
             self.engine.step()
-        return (sum(sequence.generated for sequence in sequences) - before) / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        for sequence in sequences:
+            self.engine.cancel(sequence)
+        return (tokens - before) / seconds
 
     def rows(self):
         """(test, batch, adapters, what to run), in the order of the report."""
@@ -103,7 +106,14 @@ class Bench:
                 )
 
 
+def longest(options: argparse.Namespace) -> int:
+    """Tokens that a text may have: the first of a batch decode while the prompts of the others are still prefilled."""
+    prefill_steps = max(options.batch) * options.depth // options.budget
+    return options.depth + options.prompt + options.generate + prefill_steps + EngineConfig.num_scheduler_steps
+
+
 def numbers(text: str) -> list[int]:
+    """ "1,8" as numbers."""
     return [int(part) for part in text.split(",")]
 
 

@@ -1,9 +1,11 @@
 """The benchmark scripts run on a tiny model and end with one JSON document."""
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
+import engine  # noqa: E402
 from workload import draw_adapters, make_arrivals, read_trace, span  # noqa: E402
 
 
@@ -29,6 +32,18 @@ def test_engine(tiny):
     )  # fmt: skip
     rows = {(row["test"], row["batch"], row["adapters"]) for row in found["rows"]}
     assert rows == {("pp40", 1, a) for a in (0, 2)} | {("tg4", b, a) for b in (1, 2) for a in (0, 2)}
+
+
+def test_decoding_counts_while_all_texts_do(tiny, monkeypatch):
+    given = {
+        "model": tiny("llama"), "dtype": "auto", "group_size": 32, "prompt": 20, "generate": 6, "depth": 8, "batch": [4],
+        "adapters": [0], "rank": 4, "budget": 8, "threads": 1, "kv_cache_dtype": "auto", "lora_dtype": "auto",
+    }  # fmt: skip
+    bench = engine.Bench(argparse.Namespace(**given))
+    monkeypatch.setattr(engine, "time", types.SimpleNamespace(perf_counter=itertools.count().__next__))
+    tokens = bench.decode(4, 0)  # in one second of this clock
+    bench.engine.close()
+    assert tokens >= 4 * 6 and tokens % 4 == 0
 
 
 def test_kernels():
