@@ -1,4 +1,4 @@
-"""What benchmarks over HTTP put under load: `minilora serve`, and for comparison the engine alone and llama-server."""
+"""What HTTP benchmarks put under load: `minilora serve`, and for comparison the engine alone and llama-server."""
 
 import argparse
 import json
@@ -10,11 +10,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import IO
 
 import psutil
 from workload import Arrival
+
+from minilora.checkpoint.resolve import resolve_model
+from minilora_kernels.limits import usable_cores
 
 # Options that `minilora serve` and bench/serving.py have under the same names.
 ENGINE = (
@@ -28,8 +32,7 @@ ENGINE = (
 )
 WORKLOAD = ("requests", "concurrency", "rate", "burstiness", "trace", "adapters", "popularity", "seed")
 
-
-# A server that is told to end and still runs after so many seconds is killed: its exit code tells.
+# A server that still runs so many seconds after SIGTERM is killed, which its exit code shows.
 LONGEST_END = 60
 
 
@@ -79,7 +82,7 @@ class OwnServer:
 
 
 def flags(options: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
-    """Options that there are and that were given, as a command line."""
+    """Those of the options that were given, as a command line."""
     given = [(name, getattr(options, name, None)) for name in names]
     return [part for name, value in given if value is not None for part in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -116,18 +119,15 @@ def on_llama_server(options: argparse.Namespace, arrivals: list[Arrival], config
 
     theirs = argparse.Namespace(
         server=options.llama_server,
-        gguf=options.gguf or options.model,
+        gguf=str(resolve_model(options.gguf or options.model, print)),
         concurrency=options.concurrency,
         max_model_len=options.max_model_len,
-        threads=options.threads or psutil.cpu_count(),
+        threads=options.threads or usable_cores(),
         server_arguments=options.llama_server_arguments,
     )
     adapters = [
         write_gguf_adapter(folder / f"{i}.gguf", config, options.ranks[i % len(options.ranks)], i)
         for i in range(options.adapters)
     ]
-    server = LlamaServer(theirs, adapters)
-    try:
+    with closing(LlamaServer(theirs, adapters)) as server:
         return {"output_throughput": server.load(arrivals, options.concurrency)}
-    finally:
-        server.close()

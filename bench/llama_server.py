@@ -2,10 +2,10 @@
 
     python bench/llama_server.py --server llama-server --gguf model-q4_0.gguf --repeats 3
 
-Both serve the same GGUF file and the same random adapters (as PEFT folders here, as GGUF adapters there, chosen by each
-request). Closed loop; output tokens per second. minilora runs in a process of its own through bench/serving.py's
-code, without HTTP; llama-server is asked over HTTP on this machine. With --decode llama-server alone: --concurrency
-texts that grow side by side, their prompts left out. Last line: one JSON document, with the ratio.
+Both serve the same GGUF file and the same random adapters (PEFT folders here, GGUF adapters there), one for each
+request, in a closed loop; output tokens per second. minilora runs in a process of its own through bench/serving.py's
+code, without HTTP; llama-server is asked over HTTP on this machine. --decode measures llama-server alone: --concurrency
+texts that decode side by side, their prompts not timed. Last line: one JSON document, with the median of the ratios.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,7 @@ NAMES = {
 
 
 def write_gguf_adapter(path: Path, config, rank: int, seed: int) -> Path:
-    """The adapter of workload.save_random_adapter as llama.cpp reads it."""
+    """The adapter of workload.save_random_adapter as GGUF, for models of the architecture `llama`."""
     writer = GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
@@ -70,14 +72,8 @@ class LlamaServer:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [options.server, "-m", options.gguf, "--port", str(self.port), "-np", str(options.concurrency)]
-        command += [
-            "-c",
-            str(options.max_model_len * options.concurrency),
-            "--cache-ram",
-            "0",
-            "-t",
-            str(options.threads),
-        ]
+        command += ["-c", str(options.max_model_len * options.concurrency), "--cache-ram", "0"]
+        command += ["-t", str(options.threads)]
         for path in adapters:
             command += ["--lora", str(path)]
         if adapters:
@@ -91,13 +87,14 @@ class LlamaServer:
                 return
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.close()
                     raise SystemExit(
                         "llama-server does not start; try its command by hand: " + " ".join(command)
                     ) from None
                 time.sleep(0.1)
 
     def complete(self, arrival, slot: int = -1, generate: int | None = None) -> int:
-        """Tokens that an answer has. slot: which one computes it, -1 for any; generate: if not as many as it says."""
+        """How many tokens were generated. slot: which one computes them, -1 for any; generate: instead of the arrival's."""
         body = {
             "prompt": list(arrival.prompt),
             "id_slot": slot,
@@ -124,7 +121,8 @@ class LlamaServer:
                     return
                 tokens.append(self.complete(arrival))
 
-        self.complete(arrivals[0])
+        # Not one of the load's prompts: its slot would keep it.
+        self.complete(replace(arrivals[0], prompt=(3,) * 40), generate=4)
         clients = [threading.Thread(target=client) for _ in range(concurrency)]
         started = time.perf_counter()
         for one in clients:
@@ -134,7 +132,7 @@ class LlamaServer:
         return sum(tokens) / (time.perf_counter() - started)
 
     def decode(self, arrivals) -> float:
-        """New tokens per second of texts side by side, each in a slot that holds its prompt already."""
+        """New tokens per second of texts side by side, each in a slot that has its prompt in the cache."""
         slots = range(len(arrivals))
         for slot in slots:
             self.complete(arrivals[slot], slot, 1)
@@ -151,13 +149,15 @@ class LlamaServer:
 def ours(options: argparse.Namespace) -> float:
     """The load on minilora, in a fresh process."""
     settings = json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()})
-    done = subprocess.run([sys.executable, __file__, "--inner", settings], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--inner", settings], check=True, stdout=subprocess.PIPE, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])["output_tokens_per_s"]
 
 
 def inner(settings: str) -> None:
     options = argparse.Namespace(**json.loads(settings))
-    options.folder, options.preload, options.trace = Path(options.folder), True, None
+    options.folder, options.preload = Path(options.folder), True
     print(json.dumps(asyncio.run(measure(options))))
 
 
@@ -173,12 +173,16 @@ def main() -> None:
     parser.add_argument("--server-arguments", default="", help="more of llama-server's own arguments")
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--decode", action="store_true", help="llama-server alone, prompts left out")
+    parser.add_argument("--decode", action="store_true", help="llama-server alone, prompts not timed")
     options = parser.parse_args()
+    if options.rate or options.trace:
+        parser.error("the load is a closed loop here: leave out --rate and --trace")
+    if options.decode and options.requests < options.concurrency:
+        parser.error("--decode needs as many --requests as --concurrency")
     defaults = {
         "model": options.gguf,
         "dtype": "auto",
-        "max_num_seqs": 16,
+        "max_num_seqs": options.concurrency,
         "max_step_ms": 100,
         "num_speculative_tokens": 0,
         "kv_cache_dtype": "auto",
@@ -195,14 +199,15 @@ def main() -> None:
         rows = []
         for _ in range(options.repeats):
             mine = None if options.decode else ours(options)
-            server = LlamaServer(options, adapters)
             count = options.concurrency
-            theirs = server.decode(arrivals[:count]) if options.decode else server.load(arrivals, count)
-            server.close()
+            with closing(LlamaServer(options, adapters)) as server:
+                theirs = server.decode(arrivals[:count]) if options.decode else server.load(arrivals, count)
             rows.append({"llama_server": round(theirs, 1)})
+            line = f"llama-server {theirs:8.1f} tokens/s"
             if mine is not None:
                 rows[-1] |= {"minilora": mine, "ratio": round(mine / theirs, 2)}
-            print(rows[-1], flush=True)
+                line += f", minilora {mine:8.1f} tokens/s, ratio {mine / theirs:5.2f}"
+            print(line, flush=True)
     ratio = None if options.decode else statistics.median(row["ratio"] for row in rows)
     print(json.dumps({"rows": rows, "ratio": ratio}))
 

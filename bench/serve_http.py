@@ -209,6 +209,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.compare_engine or options.llama_server) and not options.start:
         parser.error("comparisons need --start: all sides are fresh then")
+    if options.llama_server and (options.rate or options.trace):
+        parser.error("llama-server gets its load in a closed loop: leave out --rate and --trace")
     options.lora_modules = options.lora_modules or [f"a{i}" for i in range(options.adapters)]
     if options.adapters > len(options.lora_modules):
         options.adapters = len(options.lora_modules)

@@ -12,6 +12,8 @@ sys.path.insert(0, str(BENCH))
 
 from http_client import Answer  # noqa: E402
 from http_report import Outcome, most_at_once, peak_rate, spread  # noqa: E402
+from llama_server import LlamaServer  # noqa: E402
+from workload import Arrival  # noqa: E402
 
 # What `vllm bench serve` writes.
 KEYS = {
@@ -56,6 +58,20 @@ def test_a_running_server_in_an_open_loop(server):
     assert (found["completed"], found["request_rate"], found["max_concurrency"]) == (8, 100.0, None)
     wrong = run(*common, "--lora-modules", "a0", "nobody")
     assert wrong["failed"] == 4 == wrong["completed"] and wrong["first_error"].startswith("404: ")
+
+
+def test_llama_server_never_sees_a_prompt_twice():
+    server, prompts = object.__new__(LlamaServer), []
+    server.complete = lambda arrival, **_: prompts.append(arrival.prompt) or 2
+    server.load([Arrival(0.0, (i, i), 2, None) for i in range(5)], 2)
+    assert len(prompts) == 6 == len(set(prompts))
+
+
+@pytest.mark.parametrize("script", ["serve_http.py --start --llama-server x", "llama_server.py --server x --gguf y"])
+def test_llama_server_has_no_open_loop(script):
+    command = [sys.executable, *script.split(), "--rate", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH)
+    assert done.returncode == 2 and "closed loop" in done.stderr
 
 
 def test_events_that_come_in_pieces():
