@@ -2,12 +2,14 @@
 
     python bench/serving.py --requests 24 --concurrency 8 --prompt 128 --generate 64 --adapters 8
     python bench/serving.py --requests 240 --adapters 200 --popularity zipf:1 --ranks 16
-    python bench/serving.py --rate 2 --burstiness 0.5 --trace trace.csv --requests 100
+    python bench/serving.py --requests 100 --rate 2 --burstiness 0.5
+    python bench/serving.py --requests 100 --trace trace.csv
 
-Closed loop: --concurrency requests under way at any time. Open loop (--rate or --trace): requests come when they come.
-Adapters are random ones in PEFT folders under --folder, registered by name and read when a request wants them.
---compare runs the same load with other settings in turn, --repeats times each, and reports the ratios of output
-tokens per second. Last line: one JSON document. TPOT is the mean time between the tokens of a request after its first.
+Closed loop: --concurrency requests in flight at any time. Open loop (--rate or --trace): requests come when they are
+due. Adapters are random PEFT folders under --folder, registered by name and read when a request first needs them.
+--compare runs the same load with other settings in turn, --repeats times each, and reports the median ratio of output
+tokens per second, the load as asked over the other. TPOT: the mean time between a request's tokens after its first.
+Last line: one JSON document.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 from workload import add_arguments, make_arrivals, save_random_adapter
 
@@ -29,7 +32,7 @@ from minilora_kernels import cpu
 
 
 class Measured:
-    """What one request saw. Seconds on one clock."""
+    """What one request saw, in seconds of perf_counter's clock."""
 
     def __init__(self, due: float):
         self.due, self.first, self.last, self.tokens = due, None, None, 0
@@ -43,7 +46,7 @@ class Memory:
     """Peak resident bytes of this process while it is open."""
 
     def __enter__(self):
-        self.peak, self._end = 0, threading.Event()
+        self.peak, self._end = psutil.Process().memory_info().rss, threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
@@ -82,7 +85,7 @@ async def open_loop(engine, arrivals) -> list[Measured]:
 
     async def one(arrival):
         await asyncio.sleep(max(0.0, start + arrival.at - time.perf_counter()))
-        # Time counts from when the request was due, or a slow engine would delay what it is measured by.
+        # From when the request was due: else a slow engine would delay the clock that it is measured by.
         measured = Measured(start + arrival.at)
         await send(engine, arrival, measured)
         return measured
@@ -91,12 +94,11 @@ async def open_loop(engine, arrivals) -> list[Measured]:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """Milliseconds."""
-    ordered = sorted(values)
-    if not ordered:
+    """Mean and percentiles in milliseconds."""
+    if not values:
         return {}
-    at = {f"p{p}": ordered[min(len(ordered) - 1, round(p / 100 * (len(ordered) - 1)))] for p in (50, 95, 99)}
-    return {name: round(1000 * value, 2) for name, value in {"mean": statistics.fmean(ordered), **at}.items()}
+    at = {f"p{p}": float(np.percentile(values, p)) for p in (50, 95, 99)}
+    return {name: round(1000 * value, 2) for name, value in {"mean": statistics.fmean(values), **at}.items()}
 
 
 async def measure(options: argparse.Namespace) -> dict:
@@ -119,7 +121,9 @@ async def measure(options: argparse.Namespace) -> dict:
         rank = options.ranks[number % len(options.ranks)]
         folder = save_random_adapter(options.folder / f"r{rank}-{number}", config, rank, number)
         await engine.add_lora(f"a{number}", str(folder), load=options.preload)
-    await engine.complete({"prompt_token_ids": [3] * 40}, SamplingParams(max_tokens=4, ignore_eos=True))
+    names = sorted({f"a{a.adapter}" for a in arrivals if a.adapter is not None}) if options.preload else []
+    for lora in (None, *map(LoRARequest, names)):
+        await engine.complete({"prompt_token_ids": [3] * 40}, SamplingParams(max_tokens=4, ignore_eos=True), lora)
     before, process = await engine.stats(), psutil.Process()
     used, started = sum(process.cpu_times()[:2]), time.perf_counter()
     with Memory() as memory:
@@ -158,8 +162,17 @@ def report(found: list[Measured], before, after, seconds: float, used: float, pe
     }
 
 
+def line(run: dict) -> str:
+    """A run's main figures."""
+    ttft, tpot = (run[name].get("p50", float("nan")) for name in ("ttft_ms", "tpot_ms"))
+    return (
+        f"{run['output_tokens_per_s']:9.1f} tokens/s, {run['requests_per_s']:7.2f} requests/s, "
+        f"median TTFT {ttft:8.1f} ms, TPOT {tpot:7.1f} ms"
+    )
+
+
 def variants(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
-    """(name, options) of each load: the one asked for, then those of --compare, whose words are options too."""
+    """(name, options) of each load: as asked, then with each --compare's words as further options."""
     found = [("asked", options)]
     for text in options.compare:
         words = [f"--{word}" for word in text.split()]
@@ -179,7 +192,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--lora-memory", type=int, help="bytes")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--preload", action="store_true", help="read all adapters before the load begins")
+    parser.add_argument("--preload", action="store_true", help="read and use each adapter once before the load begins")
     parser.add_argument("--folder", type=Path, help="where the random adapters are; a temporary folder if not given")
     parser.add_argument(
         "--compare",
@@ -199,7 +212,7 @@ def main() -> None:
             for name, load in zip(names, loads, strict=True):
                 runs[name].append(asyncio.run(measure(load)))
                 if not options.json:
-                    print(name, json.dumps(runs[name][-1]), flush=True)
+                    print(f"{line(runs[name][-1])}   {name}", flush=True)
     ratios = {
         name: statistics.median(
             first["output_tokens_per_s"] / other["output_tokens_per_s"]
@@ -207,6 +220,9 @@ def main() -> None:
         )
         for name in names[1:]
     }
+    if not options.json:
+        for name, ratio in ratios.items():
+            print(f"ratio {ratio:7.2f}, asked over {name}, median of {options.repeats}")
     machine = {"cpu": cpu.target()[1], "family": cpu.family(), "cores": os.cpu_count(), "platform": platform.platform()}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "json"}
     print(json.dumps({"settings": settings, "machine": machine, "runs": runs, "ratios": ratios}))

@@ -1,4 +1,4 @@
-"""What benchmarks feed to engines and servers: requests with seeded lengths, arrivals and adapters.
+"""What benchmarks feed engines and servers: requests with seeded lengths, arrival times and adapters.
 
 The same seed gives the same requests, whoever serves them.
 """
@@ -30,23 +30,27 @@ class Arrival:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that describe a workload; second names are those of `vllm bench serve`."""
-    parser.add_argument("--requests", "--num-prompts", type=int, default=24)
+    """Options that describe a workload; second names are `vllm bench serve`'s."""
+    parser.add_argument("--requests", "--num-prompts", type=int, default=24, help="at most, with --trace")
     parser.add_argument(
-        "--concurrency", "--max-concurrency", type=int, default=8, help="closed loop: requests under way at any time"
+        "--concurrency", "--max-concurrency", type=int, default=8, help="closed loop: requests in flight at any time"
     )
-    parser.add_argument("--rate", "--request-rate", type=float, help="open loop: requests per second")
+    arrival = parser.add_mutually_exclusive_group()
+    arrival.add_argument("--rate", "--request-rate", type=float, help="open loop: requests per second")
     parser.add_argument(
-        "--burstiness", type=float, default=1.0, help="open loop: gamma shape; 1 is Poisson, less is burstier"
+        "--burstiness",
+        type=float,
+        default=1.0,
+        help="with --rate: gamma shape of the gaps; 1 is Poisson, less is burstier",
     )
     parser.add_argument("--prompt", "--random-input-len", type=span, default=(128, 128), help="tokens, N or LOW-HIGH")
     parser.add_argument("--generate", "--random-output-len", type=span, default=(64, 64), help="tokens, N or LOW-HIGH")
-    parser.add_argument(
-        "--trace", type=Path, help="CSV of arrival time, prompt and output tokens, instead of the ranges"
+    arrival.add_argument(
+        "--trace", type=Path, help="open loop: CSV of arrival time, prompt and output tokens, instead of the ranges"
     )
     parser.add_argument("--adapters", type=int, default=8, help="registered adapters; 0 for the base model alone")
     parser.add_argument("--popularity", default="distinct", help="distinct, identical, uniform, zipf:S or power:ALPHA")
-    parser.add_argument("--ranks", type=ranks, default=[16], help="ranks that adapters have in turn, as 8,16,32,64")
+    parser.add_argument("--ranks", type=ranks, default=[16], help="ranks of the adapters in turn, e.g. 8,16,32,64")
     parser.add_argument("--seed", type=int, default=1)
 
 
@@ -64,8 +68,8 @@ def ranks(text: str) -> list[int]:
 def draw_adapters(popularity: str, adapters: int, requests: int, rng: np.random.Generator) -> list[int | None]:
     """Which adapter each request uses.
 
-    distinct: each in turn; zipf:S: the k-th with probability k^-S; power:ALPHA: S-LoRA's own way to draw
-    (arXiv:2311.03285), number n * U^(1 / ALPHA).
+    distinct: each in turn; identical: the first; zipf:S: the k-th with probability proportional to k^-S; power:ALPHA:
+    as S-LoRA draws (arXiv:2311.03285), number n * U^(1 / ALPHA).
     """
     if adapters == 0:
         return [None] * requests
@@ -81,11 +85,11 @@ def draw_adapters(popularity: str, adapters: int, requests: int, rng: np.random.
         return rng.choice(adapters, requests, p=weights / weights.sum()).tolist()
     if kind == "power":
         return (rng.power(float(value or 1), requests) * adapters).astype(int).tolist()
-    raise SystemExit(f"--popularity {popularity!r} is not known")
+    raise SystemExit(f"--popularity {popularity}: not one of distinct, identical, uniform, zipf:S, power:ALPHA")
 
 
 def read_trace(path: Path, requests: int) -> list[tuple[float, int, int]]:
-    """(seconds, prompt tokens, output tokens) of a trace's first requests."""
+    """(seconds, prompt tokens, output tokens) of a trace's first requests, of fewer where it is shorter."""
     rows = []
     with path.open(newline="") as file:
         for row in csv.reader(file):
@@ -94,6 +98,8 @@ def read_trace(path: Path, requests: int) -> list[tuple[float, int, int]]:
             if row and row[1].isdecimal():
                 at = datetime.fromisoformat(row[0][:26]).timestamp() if not _is_number(row[0]) else float(row[0])
                 rows.append((at, int(row[1]), int(row[2])))
+    if not rows:
+        raise SystemExit(f"{path} has no row of arrival time, prompt and output tokens")
     start = rows[0][0]
     return [(at - start, prompt, generate) for at, prompt, generate in rows]
 
@@ -109,11 +115,10 @@ def _is_number(text: str) -> bool:
 def make_arrivals(options: argparse.Namespace, vocabulary: int, most: int) -> list[Arrival]:
     """The requests, none longer than `most` tokens."""
     rng = np.random.default_rng(options.seed)
-    count = options.requests
+    sizes = read_trace(options.trace, options.requests) if options.trace else []
+    count = len(sizes) if options.trace else options.requests
     chosen = draw_adapters(options.popularity, options.adapters, count, rng)
-    if options.trace:
-        sizes = read_trace(options.trace, count)
-    else:
+    if not options.trace:
         prompts = rng.integers(options.prompt[0], options.prompt[1] + 1, count)
         texts = rng.integers(options.generate[0], options.generate[1] + 1, count)
         gaps = (
@@ -131,7 +136,7 @@ def make_arrivals(options: argparse.Namespace, vocabulary: int, most: int) -> li
 
 
 def adapter_tensors(config: ModelConfig, rank: int, seed: int) -> dict[str, np.ndarray]:
-    """Random float16 tensors under PEFT's names on all linear layers, the update about a tenth of the weights' size."""
+    """Random float16 tensors under PEFT's names for all linear layers; the update is small, 0.2% of SmolLM2's weights."""
     rng, tensors = np.random.default_rng(seed), {}
     for name, (rows, columns) in module_shapes(config).items():
         if name.endswith(LINEAR):

@@ -102,6 +102,7 @@ def test_workloads_are_what_they_say(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,Context,Generated\n2023-11-16 18:15:46.68059,374,44\n2023-11-16 18:15:48.18059,5,9\n")
     assert read_trace(trace, 5) == [(0.0, 374, 44), (1.5, 5, 9)]
+    assert [len(a.prompt) for a in make_arrivals(options(trace=trace), 100, 64)] == [62, 5], "shorter than --requests"
     assert span("3") == (3, 3) and span("3-5") == (3, 5)
 
 
