@@ -1,7 +1,7 @@
-"""What a load on an HTTP server measured, under the JSON keys of `vllm bench serve`.
+"""The figures of a load on an HTTP server, under the JSON keys of `vllm bench serve`.
 
-ttft: from when a request was sent (in an open loop: was due) to the first piece of its text; itl: between two pieces;
-tpot: (e2el - ttft) / (output tokens - 1); e2el: to the last piece. Milliseconds.
+ttft: from when a request was sent (in an open loop: was due) to the first piece of its text; e2el: to the last one;
+tpot: (e2el - ttft) / (output tokens - 1); itl: between two pieces, which may hold several tokens. Milliseconds.
 """
 
 import argparse
@@ -40,20 +40,36 @@ class Outcome:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say what is reported."""
+    """Options of the report, under the names of `vllm bench serve`."""
     parser.add_argument(
         "--goodput",
         nargs="+",
         default=[],
         type=bound,
         metavar="METRIC:MS",
-        help="bounds, as ttft:500 tpot:50 e2el:9000",
+        help="bounds that good requests keep, e.g. ttft:500 tpot:50 e2el:9000",
     )
-    parser.add_argument("--percentile-metrics", default=",".join(METRICS), help="of " + ", ".join(METRICS))
-    parser.add_argument("--metric-percentiles", default="50,95,99")
+    parser.add_argument(
+        "--percentile-metrics", type=metrics, default=",".join(METRICS), help="some of " + ",".join(METRICS)
+    )
+    parser.add_argument("--metric-percentiles", type=percentiles, default="50,95,99", help="of each metric")
     parser.add_argument("--save-result", help="a file for the JSON document")
-    parser.add_argument("--save-detailed", action="store_true", help="with the figures of each request")
-    parser.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="kept in the document")
+    parser.add_argument("--save-detailed", action="store_true", help="add the figures of each request")
+    parser.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="entries of the document")
+
+
+def metrics(text: str) -> str:
+    """Names of metrics, "ttft,itl", checked."""
+    if unknown := set(text.split(",")) - set(METRICS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not one of {', '.join(METRICS)}")
+    return text
+
+
+def percentiles(text: str) -> str:
+    """Percentiles, "50,99.9", checked."""
+    if not all(0 <= float(part) <= 100 for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: not from 0 to 100")
+    return text
 
 
 def bound(text: str) -> tuple[str, float]:
@@ -97,7 +113,7 @@ def values_of(name: str, outcomes: list[Outcome]) -> list[float]:
 
 
 def spread(name: str, values: list[float], percentiles: str) -> dict[str, float]:
-    """Mean, median, deviation and percentiles in milliseconds; zeros where there is nothing."""
+    """Mean, median, standard deviation and percentiles in milliseconds; zeros where there are no values."""
     ms = 1000 * np.array(values or [0.0])
     found = {f"mean_{name}_ms": ms.mean(), f"median_{name}_ms": np.median(ms), f"std_{name}_ms": ms.std()}
     found |= {f"p{p}_{name}_ms": np.percentile(ms, float(p)) for p in percentiles.split(",")}
@@ -105,13 +121,16 @@ def spread(name: str, values: list[float], percentiles: str) -> dict[str, float]
 
 
 def peak_rate(outcomes: list[Outcome]) -> float:
-    """Pieces in the best second."""
-    times = np.array(sorted(time for o in outcomes for time in o.times))
-    return float(np.bincount((times - times[0]).astype(int)).max()) if len(times) else 0.0
+    """Tokens in the best second after the first piece; a request's are spread evenly over its pieces."""
+    pieces = [(time, o.output_tokens / len(o.times)) for o in outcomes for time in o.times]
+    if not pieces:
+        return 0.0
+    times, tokens = np.array(pieces).T
+    return float(np.bincount((times - times.min()).astype(int), tokens).max())
 
 
 def most_at_once(outcomes: list[Outcome]) -> int:
-    """Requests under way at the same time."""
+    """The most requests in flight at the same time."""
     changes = sorted([(o.due, 1) for o in outcomes] + [(o.times[-1], -1) for o in outcomes])
     return int(np.cumsum([change for _, change in changes]).max()) if changes else 0
 

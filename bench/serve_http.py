@@ -5,10 +5,10 @@
     python bench/serve_http.py --start --compare-engine --repeats 5
     python bench/serve_http.py --start --model model.gguf --llama-server llama-server --repeats 3
 
-The requests are bench/workload.py's, sent to /v1/completions as token ids, streamed. --start begins `minilora serve`
-itself on a free port with random adapters a0, a1, ... --compare-engine runs the same load without HTTP, on AsyncEngine
-in a process of its own (bench/serving.py), in turn; --llama-server runs it on llama.cpp's server with the same
-adapters. Each run has a fresh server, so that nothing is cached from the one before. Last line: one JSON document
+The requests are bench/workload.py's, sent to /v1/completions as token ids, streamed. --start starts `minilora serve`
+on a free port with random adapters a0, a1, ... --compare-engine runs the same load without HTTP, on AsyncEngine in a
+process of its own (bench/serving.py), in turn; --llama-server runs it on llama.cpp's server with the same adapters.
+With --start each run has a fresh server, so that nothing is cached from the one before. Last line: one JSON document
 with the keys of `vllm bench serve`, of the run with the median output_throughput, and all runs with their ratios.
 """
 
@@ -101,15 +101,14 @@ async def measure(url: str, arrivals: list[Arrival], options: argparse.Namespace
     client = Client(url, os.environ.get("OPENAI_API_KEY"))
     listed = json.loads((await client.send(client.request("/v1/models"))).body)
     options.model_name = options.model_name or listed["data"][0]["id"]
-    adapters = {arrival.adapter: arrival for arrival in arrivals}
-    warm = [Arrival(0.0, (3,) * 40, 4, adapter) for adapter in adapters]
+    warm = [Arrival(0.0, (3,) * 40, 4, adapter) for adapter in {arrival.adapter for arrival in arrivals}]
     await run_load(client, warm, argparse.Namespace(**{**vars(options), "rate": None, "trace": None}))
     used, served = time.process_time(), server.cpu_seconds() if server else 0.0
     outcomes, seconds = await run_load(client, arrivals, options)
-    found = summarise(outcomes, seconds, options)
-    found["client_cores"] = round((time.process_time() - used) / seconds, 3)
+    used, served = time.process_time() - used, server.cpu_seconds() - served if server else 0.0
+    found = {**summarise(outcomes, seconds, options), "client_cores": round(used / seconds, 3)}
     if server:
-        found["server_cores"] = round((server.cpu_seconds() - served) / seconds, 3)
+        found["server_cores"] = round(served / seconds, 3)
     found["first_error"] = next((o.error for o in outcomes if o.error), None)
     client.close()
     return found
@@ -142,13 +141,15 @@ def run_all(options: argparse.Namespace, config, folder: Path) -> dict[str, list
             runs.setdefault("engine", []).append(on_engine(options))
         if options.llama_server:
             runs.setdefault("llama_server", []).append(on_llama_server(options, arrivals, config, folder))
-        print({name: round(found[-1]["output_throughput"], 1) for name, found in runs.items()}, flush=True)
+        for name, found in runs.items():
+            lost = f", {found[-1]['failed']} requests failed" if found[-1].get("failed") else ""
+            print(f"{name:12} {found[-1]['output_throughput']:9.1f} tokens/s{lost}", flush=True)
     return runs
 
 
 def document(options: argparse.Namespace, runs: dict[str, list[dict]]) -> dict:
-    """The JSON document. ratios: medians of http by the other, pair by pair."""
-    middle = sorted(runs["http"], key=lambda run: run["output_throughput"])[len(runs["http"]) // 2]
+    """The JSON document. ratios: http over the other, the median of all pairs."""
+    middle = sorted(runs["http"], key=lambda run: run["output_throughput"])[(len(runs["http"]) - 1) // 2]
     ratios = {
         name: statistics.median(
             mine["output_throughput"] / other["output_throughput"]
@@ -161,8 +162,8 @@ def document(options: argparse.Namespace, runs: dict[str, list[dict]]) -> dict:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": "openai",
         "model_id": options.model_name,
-        "num_prompts": options.requests,
-        "request_rate": options.rate or "inf",
+        "num_prompts": middle["completed"] + middle["failed"],
+        "request_rate": None if options.trace else options.rate or "inf",
         "burstiness": options.burstiness,
         "max_concurrency": None if options.rate or options.trace else options.concurrency,
         **middle,
@@ -179,17 +180,17 @@ def parse() -> argparse.Namespace:
     add_arguments(parser)
     add_report_arguments(parser)
     parser.add_argument(
-        "--base-url", default="http://127.0.0.1:8000", help="of a running server; OPENAI_API_KEY is used"
+        "--base-url", default="http://127.0.0.1:8000", help="a running server; its key in the variable OPENAI_API_KEY"
     )
     parser.add_argument("--endpoint", default="/v1/completions")
     parser.add_argument(
-        "--served-model-name", dest="model_name", help="the base model's name there; by default the first"
+        "--served-model-name", dest="model_name", help="the base model's name there; by default the first listed"
     )
-    parser.add_argument("--lora-modules", nargs="*", help="the adapters' names there; by default a0, a1, ...")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="with --base-url: token ids are below it")
+    parser.add_argument("--lora-modules", nargs="*", help="the adapters' names there, all used; by default a0, a1, ...")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="with --base-url: bound of the token ids")
     parser.add_argument("--ready-check-timeout-sec", type=float, default=60)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--start", action="store_true", help="begin `minilora serve` for each run")
+    parser.add_argument("--start", action="store_true", help="start `minilora serve` anew for each run")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="with --start")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=2048)
@@ -211,9 +212,10 @@ def parse() -> argparse.Namespace:
         parser.error("comparisons need --start: all sides are fresh then")
     if options.llama_server and (options.rate or options.trace):
         parser.error("llama-server gets its load in a closed loop: leave out --rate and --trace")
+    if options.start and options.lora_modules:
+        parser.error("--lora-modules names the adapters of a running server: leave it out with --start")
     options.lora_modules = options.lora_modules or [f"a{i}" for i in range(options.adapters)]
-    if options.adapters > len(options.lora_modules):
-        options.adapters = len(options.lora_modules)
+    options.adapters = len(options.lora_modules)
     return options
 
 
@@ -227,6 +229,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options.folder = options.folder or Path(folder) / "peft"
         found = document(options, run_all(options, config, Path(folder)))
+    for name, ratio in found["ratios"].items():
+        print(f"ratio {ratio:7.2f}, http over {name}, median of {options.repeats}")
     if options.save_result:
         Path(options.save_result).write_text(json.dumps(found))
     print(json.dumps(found))

@@ -56,6 +56,7 @@ def test_a_running_server_in_an_open_loop(server):
     common = ("--base-url", server.url, *LOAD, "--vocab-size", 200, "--request-rate", 100, "--adapters", 3)
     found = run(*common, "--lora-modules", *names)
     assert (found["completed"], found["request_rate"], found["max_concurrency"]) == (8, 100.0, None)
+    assert found["num_prompts"] == 8 and len(found["runs"]["http"]) == 1
     wrong = run(*common, "--lora-modules", "a0", "nobody")
     assert wrong["failed"] == 4 == wrong["completed"] and wrong["first_error"].startswith("404: ")
 
@@ -74,6 +75,12 @@ def test_llama_server_has_no_open_loop(script):
     assert done.returncode == 2 and "closed loop" in done.stderr
 
 
+@pytest.mark.parametrize("option", [("--percentile-metrics", "ttft,speed"), ("--metric-percentiles", "50,101")])
+def test_the_report_is_checked_before_the_load(option):
+    done = subprocess.run([sys.executable, "serve_http.py", *option], capture_output=True, text=True, cwd=BENCH)
+    assert done.returncode == 2 and option[0] in done.stderr
+
+
 def test_events_that_come_in_pieces():
     text = b'data: {"a": 1}\r\n\r\n: ping\n\ndata: {"a": "\xc3\xa9"}\n\ndata: [DONE]\n\n'
     whole = [({"a": 1}), ({"a": "é"})]
@@ -88,6 +95,7 @@ def test_figures():
     assert (one.ttft, one.e2el, one.tpot, other.tpot) == (0.5, 0.9, pytest.approx(0.2), None)
     assert one.itl == pytest.approx([0.1, 0.3])
     assert (most_at_once([one, other]), peak_rate([one, other])) == (2, 3.0)
+    assert peak_rate([Outcome(0.0, 5, 16, [0.5, 0.9])]) == 16.0, "pieces hold several tokens"
     assert spread("itl", [0.1, 0.3], "50") == {
         "mean_itl_ms": 200.0, "median_itl_ms": 200.0, "std_itl_ms": 100.0, "p50_itl_ms": 200.0,
     }  # fmt: skip
