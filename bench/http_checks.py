@@ -1,4 +1,4 @@
-"""What bench/soak_http.py asks for, and whether the answers are right. Nothing here opens a connection."""
+"""What bench/soak_http.py asks for, and whether the answers are right. Opens no connections."""
 
 import json
 import random
@@ -15,13 +15,13 @@ IDLE = (
     "vllm:kv_cache_usage_perc",
     "minilora:adapters_in_use",
 )
-# In which growth is looked for.
+# Spans of time whose lowest values are compared to find growth.
 WINDOWS = 20
 SHARED_PREFIX = list(range(100, 200))
 
 
 def draw_request(rng: random.Random, base: str, names: Sequence[str], options) -> dict:
-    """A random completion: on the base model, an adapter or up to three with scales; streamed or not.
+    """A random completion request: on the base model, one adapter or up to three with scales; streamed or not.
 
     options: prompt and generate, spans of tokens; vocab_size.
     """
@@ -64,7 +64,7 @@ def repetition(body: dict, base: str, versions: Sequence[str]) -> dict:
 
 @dataclass
 class Reply:
-    """What an answer says. error: "" or the code of its error; whole: nothing is missing at its end."""
+    """What an answer says. error: "" or the error's code; whole: its end is not missing."""
 
     model: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Reply:
 
 
 def read(answer: Answer) -> Reply:
-    """The reply in an answer, which may be a stream that its client left. Raises ValueError where it is no JSON."""
+    """The reply in an answer, which may be a stream that its client left. Raises ValueError where it is not JSON."""
     reply = Reply()
     if answer.headers.get("content-type", "").startswith("text/event-stream"):
         parts = [event for _, event in answer.events()]
@@ -94,14 +94,14 @@ def read(answer: Answer) -> Reply:
 
 
 def times_of(answer: Answer) -> list[float]:
-    """When each piece of an answer's text came: signs of life are none, and a document is one piece."""
+    """When each piece of an answer's text came; keep-alive comments are not pieces, a document is one."""
     if not answer.headers.get("content-type", "").startswith("text/event-stream"):
         return [answer.pieces[-1][0]]
     return [when for when, event in answer.events() if event.get("choices")]
 
 
 def waited_too_long(reply: Reply) -> bool:
-    """Whether the server said that the request's turn did not come in time, before anything of its text."""
+    """Whether the request timed out in the queue, before any of its text."""
     return reply.error == "queue_timeout" and not reply.tokens
 
 
@@ -109,7 +109,7 @@ def fault(body: dict, reply: Reply) -> str:
     """What is wrong with the reply to a request that was let in; "" for nothing."""
     count, asked = len(reply.tokens), len(body["prompt"])
     if reply.error:
-        return f"an error after its begin: {reply.error}"
+        return f"an error after it began: {reply.error}"
     if not reply.whole:
         return "its end is missing"
     if reply.model != body["model"]:
@@ -124,7 +124,7 @@ def fault(body: dict, reply: Reply) -> str:
 
 
 def is_clean_refusal(answer: Answer) -> bool:
-    """Whether an answer says in the agreed way that there is no room now."""
+    """Whether an answer says, in the documented form, that there is no room now."""
     if answer.status not in (429, 503) or not answer.headers.get("retry-after", "").isdecimal():
         return False
     try:
@@ -141,9 +141,9 @@ def held(metrics: str) -> dict[str, float]:
 
 
 def slope(samples: Sequence[tuple[float, float]], warm_up: float) -> float | None:
-    """Growth a minute of (seconds, value) after the first `warm_up` seconds; None where there is too little.
+    """Growth per minute of (seconds, value) after the first `warm_up` seconds; None where there are too few samples.
 
-    It is that of the lowest values in each of WINDOWS spans of time: what comes and goes is no growth.
+    It is the slope through the lowest values of WINDOWS spans of time: what comes and goes is not growth.
     """
     late = [(seconds, value) for seconds, value in samples if seconds >= warm_up]
     size = len(late) // WINDOWS

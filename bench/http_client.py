@@ -1,7 +1,7 @@
 """A lean HTTP/1.1 client for benchmarks: one answer at a time on a connection, with the time of each piece.
 
-It runs beside the server that it measures, so it does no more than it must: bytes are kept as they come, and looked
-at when the answer is whole.
+It shares the machine with the server that it measures, so it does little: bytes are kept as they come and parsed when
+the answer is whole.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import httptools
 
 @dataclass
 class Answer:
-    """What came back. pieces: (seconds on perf_counter's clock, bytes of the body); headers: names in lower case."""
+    """An answer. pieces: (seconds of perf_counter's clock, bytes of the body); headers: names in lower case."""
 
     status: int = 0
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         if not self.is_open:
-            # More of the same data, after which it left.
+            # More in the bytes with which the client left.
             return
         self._answer.pieces.append((self._now, body))
         if len(self._answer.pieces) == self._leave_after:
@@ -91,7 +91,7 @@ class Connection(asyncio.Protocol):
             self._done.set_result(None)
 
     async def send(self, request: bytes, leave_after: int | None = None) -> Answer:
-        """Send a whole request; its answer, whole or up to so many pieces. Raises ConnectionError."""
+        """Send a request; returns its answer, whole or up to `leave_after` pieces. Raises ConnectionError."""
         self._answer, self._parser = Answer(), httptools.HttpResponseParser(self)
         self._leave_after = leave_after
         self._done = asyncio.get_running_loop().create_future()
@@ -105,7 +105,7 @@ class Connection(asyncio.Protocol):
 
 
 class Client:
-    """A server's address and its connections, which are used again."""
+    """A server's address and the connections to it, which are reused."""
 
     def __init__(self, base_url: str, api_key: str | None = None):
         parts = urlsplit(base_url)

@@ -126,7 +126,7 @@ def peak_rate(outcomes: list[Outcome]) -> float:
     if not pieces:
         return 0.0
     times, tokens = np.array(pieces).T
-    return float(np.bincount((times - times.min()).astype(int), tokens).max())
+    return round(float(np.bincount((times - times.min()).astype(int), tokens).max()), 3)
 
 
 def most_at_once(outcomes: list[Outcome]) -> int:

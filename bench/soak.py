@@ -3,8 +3,8 @@
     python bench/soak.py --minutes 10 --users 20
     python bench/soak.py --requests 10000 --short
 
-Every --check-th finished answer is computed again by itself at the end and must be the same. Resident memory is
-sampled throughout; at the end all pages and adapters must be free. Exit code 1 where anything was wrong.
+One in --check finished answers is computed again at the end, by itself, and must be the same. Resident memory is
+sampled throughout; at the end all KV pages and adapters must be free. Exit code 1 where anything was wrong.
 Last line: one JSON document.
 """
 
@@ -18,11 +18,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import psutil
 from workload import ranks, save_random_adapter
 
 from minilora import AsyncEngine, LoRARequest, SamplingParams
 from minilora.errors import AdapterError, MiniloraError, NotFoundError, RequestError
+
+
+def by_tenth(values: list[float]) -> list[float]:
+    """The highest value in each tenth of a run; fewer where there are fewer values."""
+    return [round(float(part.max()), 1) for part in np.array_split(values, 10) if len(part)]
 
 
 class Soak:
@@ -42,7 +48,7 @@ class Soak:
             save_random_adapter(folder / f"r{rank}-{i}", self.config, rank, i)
             for i, rank in enumerate((options.ranks * options.adapters)[: options.adapters])
         ]
-        # What each name stands for, how often that has begun or ended to change, and the answers to be repeated.
+        # What each name stands for; how many changes of that have begun or ended; the answers to compute again.
         self.meaning: dict[str, Path] = {}
         self.changes: Counter[str] = Counter()
         self.repeats: list[tuple] = []
@@ -95,7 +101,7 @@ class Soak:
             await stream.aclose()
         self.counts["finished"] += 1
         self.counts["tokens"] += len(tokens)
-        # While a name changes nobody can say which version a request got.
+        # Which version a request got is known only if its name did not change meanwhile.
         settled = name is None or (changes % 2 == 0 and changes == self.changes[name])
         if self.counts["finished"] % self.options.check == 0 and settled:
             self.repeats.append((prompt, params, folder, tokens))
@@ -141,16 +147,12 @@ class Soak:
         await self.engine.check_integrity()
         left = stats.pages_held + stats.running + stats.waiting + stats.adapters.in_use
         self.engine.close()
-        tenth = max(len(self.memory) // 10, 1)
-        tenths = [
-            round(max(self.memory[i : i + tenth]), 1) for i in range(0, tenth * (len(self.memory) // tenth), tenth)
-        ]
         return {
             **self.counts,
             "repeated": len(self.repeats),
             "left_over": left,
             "seconds": round(seconds, 1),
-            "rss_mb_by_tenth": tenths[:10],
+            "rss_mb_by_tenth": by_tenth(self.memory),
             "preemptions": stats.preemptions,
             "prefix_hits": stats.prefix_hits,
             "adapter_loads": stats.adapters.loads,
@@ -159,7 +161,7 @@ class Soak:
         }
 
     async def repeat(self) -> None:
-        """The chosen answers again, one by one, without cached prefixes."""
+        """Compute the chosen answers again, one by one, without cached prefixes."""
         for prompt, params, folder, tokens in self.repeats:
             await self.engine.reset_prefix_cache()
             lora = None
@@ -174,16 +176,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--requests", type=int, help="stop after so many instead")
-    parser.add_argument("--short", action="store_true", help="a few tokens each")
+    parser.add_argument("--requests", type=int, help="stop after so many instead of --minutes")
+    parser.add_argument("--short", action="store_true", help="requests of a few tokens each")
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--adapters", type=int, default=24)
     parser.add_argument("--ranks", type=ranks, default=[8, 16, 32, 64])
     parser.add_argument("--check", type=int, default=50, help="one in so many answers is computed again")
+    parser.add_argument("--kv-cache-memory", type=int, default=64 << 20, help="bytes; so few that texts are preempted")
     parser.add_argument(
-        "--kv-cache-memory", type=int, default=64 << 20, help="bytes; little, so that texts are preempted"
+        "--checks", action="store_true", help="the engine's debug_checks: check its bookkeeping after each step"
     )
-    parser.add_argument("--checks", action="store_true", help="debug_checks: check all books after each step")
     parser.add_argument("--folder", type=Path, help="where the random adapters are; a temporary folder if not given")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

@@ -1,13 +1,13 @@
-"""Endurance of `minilora serve`: a crowd that is too large, and users whose adapters change under them.
+"""Endurance of `minilora serve`: more clients than it has room for, and users whose adapters change meanwhile.
 
     python bench/soak_http.py --overload 200 --queue 32
     python bench/soak_http.py --minutes 10 --users 20 --disconnects 0.05 --churn 0.5
 
 --overload: so many clients at the same moment, --bursts times; each gets a whole answer or a clean refusal with
-Retry-After. --minutes: users ask one thing after the other, some streams are left at a random token, and adapters are
-loaded, replaced and unloaded meanwhile. Every answer is checked, and one in --check is asked for again at the end, on
-the same version of its adapters: it must be the same. After each the server must hold nothing; at the end its files,
-memory and exit code are looked at. Exit code 1 where anything was wrong. Last line: one JSON document.
+Retry-After. --minutes: users send one request after the other, some leave their stream at a random piece, and adapters
+are loaded, replaced and unloaded meanwhile. Every answer is checked, and one in --check is asked for again at the end,
+on the same version of its adapters: it must be the same. After each test the server must hold nothing; its open files,
+growth of memory and exit code are checked. Exit code 1 where anything was wrong. Last line: one JSON document.
 """
 
 import argparse
@@ -38,14 +38,15 @@ from http_checks import (
 from http_client import Answer, Client
 from http_report import Outcome, spread, values_of
 from http_servers import OwnServer
+from soak import by_tenth
 from workload import ranks, save_random_adapter, span
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.packed import load_model
 
-# What a request may be told whose adapter is unloaded while it comes or runs.
+# Errors that a request may get whose adapter is unloaded while it arrives or runs.
 UNLOADED = ("model_not_found", "adapter_unloaded")
-# Seconds for the server to notice the last clients that left.
+# Seconds in which the server must notice that the last clients left.
 SETTLE = 10.0
 
 
@@ -57,7 +58,7 @@ class Soak:
         self.rng = random.Random(options.seed)
         self.client, self.admin = Client(server.url), Client(server.url, admin_key)
         self.process = psutil.Process(server.process.pid)
-        # What each name stands for, and how often that has begun or ended to change.
+        # What each name stands for; how many changes of that have begun or ended.
         self.meaning = {version: version for version in versions}
         self.changes: Counter[str] = Counter()
         self.repeats: list[tuple[dict, list[str], list[int]]] = []
@@ -90,7 +91,7 @@ class Soak:
         except (OSError, ValueError) as error:
             self.faults.append(repr(error))
             return
-        # While a name changes nobody can say which version a request got.
+        # Which version a request got is known only if its names did not change meanwhile.
         settled = all(n % 2 == 0 for n in changes) and changes == [self.changes[name] for name in names]
         if reply.error in UNLOADED and not settled:
             self.counts["unloaded"] += 1
@@ -112,7 +113,7 @@ class Soak:
         self.outcomes.append(outcome)
         self.counts["finished"] += 1
         self.counts["tokens"] += tokens
-        # A list that names one version twice can't be asked for by the versions' own names.
+        # A request can't list the same version twice by its own name.
         if repeat and self.counts["finished"] % self.options.check == 0 and len(set(repeat[1])) == len(repeat[1]):
             self.repeats.append(repeat)
 
@@ -155,7 +156,7 @@ class Soak:
     # ------------------------------------------------------------ the two tests
 
     async def overload(self) -> dict:
-        """All clients at once; then all is as before. As many as there is room for must be let in."""
+        """All clients at once: as many as there is room for must be let in. Then the server must hold nothing."""
         self.outcomes = []
         room = min(self.options.overload, self.options.max_num_seqs + self.options.queue)
         for _ in range(self.options.bursts):
@@ -168,20 +169,20 @@ class Soak:
         return self.latencies()
 
     async def endure(self) -> dict:
-        """Users, changes and samples until the time is over; then all is as before."""
+        """Users, changes and samples until the time is over. Then the server must hold nothing."""
         self.outcomes = []
         self.started = time.monotonic()
         await asyncio.gather(self.churn(), self.watch(), *(self.user() for _ in range(self.options.users)))
         await self.settle()
         growth = slope(self.memory, self.options.warm_up * 60 * self.options.minutes)
-        if growth is None or growth > self.options.most_growth:
-            self.faults.append(f"memory grows by {growth} MB a minute")
-        tenth = max(1, len(self.memory) // 10)
-        tenths = [max(mb for _, mb in self.memory[i : i + tenth]) for i in range(0, 10 * tenth, tenth)]
+        if growth is None:
+            self.faults.append("too few samples of memory to judge its growth: give more --minutes")
+        elif growth > self.options.most_growth:
+            self.faults.append(f"memory grows by {growth:.3f} MB a minute")
         return {
             **self.latencies(),
             "seconds": round(time.monotonic() - self.started, 1),
-            "rss_mb_by_tenth": [round(mb, 1) for mb in tenths],
+            "rss_mb_by_tenth": by_tenth([mb for _, mb in self.memory]),
             "rss_mb_per_minute": growth and round(growth, 3),
             "most_files": max(self.files),
         }
@@ -220,11 +221,11 @@ class Soak:
             self.counts["wrong"] += read(await self.client.send(again)).tokens != tokens
         await self.settle()
         if (left := await self.closed(files)) > files:
-            self.faults.append(f"{left} files are open, {files} were")
+            self.faults.append(f"{left} files are open at the end, {files} at the start")
         return {**self.counts, "repeated": len(self.repeats), **found, "files": [files, left]}
 
     async def warm_up(self) -> int:
-        """Open what is opened once; how many files that are."""
+        """Have the server open what it opens once; returns its number of open files."""
         for version in self.versions:
             await self.manage("load", {"lora_name": "warm", "lora_path": version, "load_inplace": True})
         await self.manage("unload", {"lora_name": "warm"})
@@ -233,7 +234,7 @@ class Soak:
         return await self.closed(0)
 
     async def closed(self, least: int) -> int:
-        """The server's open files soon after all connections to it are closed: when they are `least`, or no fewer."""
+        """The server's open files after all connections to it are closed: as soon as they are `least`, or after 2 s."""
         self.client.close()
         self.admin.close()
         end = time.monotonic() + 2.0
@@ -266,15 +267,19 @@ def run(options: argparse.Namespace, lora_dir: Path) -> dict:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--overload", type=int, default=0, metavar="CLIENTS")
-    parser.add_argument("--bursts", type=int, default=2)
+    parser.add_argument("--overload", type=int, default=0, metavar="CLIENTS", help="clients at once")
+    parser.add_argument("--bursts", type=int, default=2, help="how often, with --overload")
     parser.add_argument("--queue", type=int, default=32, help="the server's --max-num-queued-reqs")
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--users", type=int, default=20)
-    parser.add_argument("--disconnects", type=float, default=0.05, help="share of streams that are left")
+    parser.add_argument("--disconnects", type=float, default=0.05, help="share of streams that their clients leave")
     parser.add_argument("--churn", type=float, default=0.5, help="seconds between two changes of adapters")
-    parser.add_argument("--warm-up", type=float, default=0.3, help="share of the time before memory is judged")
-    parser.add_argument("--most-growth", type=float, default=3.0, help="MB of memory a minute, after that")
+    parser.add_argument(
+        "--warm-up", type=float, default=0.3, help="share of --minutes before growth of memory is measured"
+    )
+    parser.add_argument(
+        "--most-growth", type=float, default=3.0, help="MB of memory a minute that are allowed after that"
+    )
     parser.add_argument("--check", type=int, default=50, help="one in so many answers is asked for again")
     parser.add_argument("--prompt", type=span, default=(4, 200), help="tokens, N or LOW-HIGH")
     parser.add_argument("--generate", type=span, default=(1, 80), help="tokens, N or LOW-HIGH")
@@ -287,7 +292,9 @@ def parse() -> argparse.Namespace:
     for name in ("dtype", "kv-cache-dtype"):
         parser.add_argument(f"--{name}", default="auto")
     parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--lora-memory", type=int, default=128 << 20, help="bytes; too few for all adapters at once")
+    parser.add_argument(
+        "--lora-memory", type=int, default=128 << 20, help="bytes; too few for all default adapters at once"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--serve-arguments", default="", help="more arguments of `minilora serve`")
     options = parser.parse_args()

@@ -136,7 +136,7 @@ def make_arrivals(options: argparse.Namespace, vocabulary: int, most: int) -> li
 
 
 def adapter_tensors(config: ModelConfig, rank: int, seed: int) -> dict[str, np.ndarray]:
-    """Random float16 tensors under PEFT's names for all linear layers; the update is small, 0.2% of SmolLM2's weights."""
+    """Random float16 tensors under PEFT's names for all linear layers; the update is 0.2% of SmolLM2's weights."""
     rng, tensors = np.random.default_rng(seed), {}
     for name, (rows, columns) in module_shapes(config).items():
         if name.endswith(LINEAR):

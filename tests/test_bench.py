@@ -16,6 +16,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
 import engine  # noqa: E402
+from soak import by_tenth  # noqa: E402
 from workload import draw_adapters, make_arrivals, read_trace, span  # noqa: E402
 
 
@@ -82,6 +83,11 @@ def test_soak(tiny):
         "soak.py", "--model", tiny("llama"), "--requests", 60, "--short", "--checks", "--check", 5, "--adapters", 4
     )
     assert found["errors"] == found["wrong"] == found["left_over"] == 0 and found["repeated"] > 0
+
+
+def test_every_tenth_of_a_run_is_shown():
+    assert by_tenth([float(i) for i in range(19)]) == [1, 3, 5, 7, 9, 11, 13, 15, 17, 18], "up to the last"
+    assert by_tenth([5.0, 7.04]) == [5, 7]
 
 
 def options(**given):
