@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minilora.packed import load_model
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
 import engine  # noqa: E402
+import scaling  # noqa: E402
 from soak import by_tenth  # noqa: E402
 from workload import draw_adapters, make_arrivals, read_trace, span  # noqa: E402
 
@@ -83,6 +86,15 @@ def test_soak(tiny):
         "soak.py", "--model", tiny("llama"), "--requests", 60, "--short", "--checks", "--check", 5, "--adapters", 4
     )
     assert found["errors"] == found["wrong"] == found["left_over"] == 0 and found["repeated"] > 0
+
+
+def test_threads_share_long_prompts_by_rows_too(tiny):
+    path = tiny("llama")
+    weights = load_model(path, str(path)).weights
+    one, many = ({part.name: part.units for part in scaling.phases(weights, rows)} for rows in (1, 512))
+    assert {name: many[name] // units for name, units in one.items()} == {
+        "q k v": 4, "o": 4, "gate up": 4, "down": 4, "attention": 512, "head": 1,
+    }  # fmt: skip
 
 
 def test_every_tenth_of_a_run_is_shown():
