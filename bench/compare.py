@@ -1,18 +1,19 @@
-"""minilora beside llama.cpp: the same files, the same threads, in alternation.
+"""minilora beside llama.cpp: the same models on as many threads, in turn.
 
     python bench/compare.py --llama-bin DIR [--pairs 5] [--only decode] [--results bench/results/CPU.json]
 
-DIR holds llama.cpp's llama-bench, llama-batched-bench, llama-quantize and llama-server. Each case takes a model file for
-us and one for llama.cpp, with flash attention on or off, whichever a first run shows to be faster (on for int8 pages, which
-need it there); then both run in turn, --pairs times, and the ratio is the median of the pairs'. Prompts of decoding are left
-out on both sides. Beside our figure stands what this machine could do: bytes per
-token over the measured read bandwidth, or multiply-adds over the measured int8 peak. Random weights in larger shapes are
-made under --work. Last line: one JSON document, also written to --results.
+DIR holds llama.cpp's llama-bench, llama-batched-bench, llama-quantize and llama-server. Each case has a model file for
+us and one for llama.cpp, whose flash attention is on or off, whichever a first run shows to be faster (on for an int8
+KV cache, which needs it there). Then both run in turn, --pairs times; the ratio is the median of the pairs' ratios.
+Decoding is timed without its prompts on both sides. Beside our figure stands its share of this machine's ceiling:
+measured read bandwidth over the bytes of a token, or the measured int8 peak over its multiply-adds. Random weights in
+larger shapes are made under --work. Last line: one JSON document, also written to --results.
 """
 
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -33,6 +34,8 @@ from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "smollm2-135m-instruct"
 PROMPT = 512
+# From this load for each thread on the figures are not to be trusted.
+BUSY = 0.5
 PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
 # Random weights in these shapes, by the first word of a file's key.
 SHAPES = {"big": "tinyllama-1.1b", "wide": "llama-3.2-1b"}
@@ -40,9 +43,9 @@ SHAPES = {"big": "tinyllama-1.1b", "wide": "llama-3.2-1b"}
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table. ours, theirs: keys of Files; test: what Bench runs; target: the ratio that is asked for.
+    """A row of the table. ours, theirs: keys of Files; test: what Bench runs; target: the ratio to reach.
 
-    cache: both sides' page format; depth: tokens before the first new one.
+    cache: both sides' KV cache format; depth: tokens before the first new one.
     """
 
     name: str
@@ -76,6 +79,8 @@ CASES = [
     Case("decode batch 8, 8 adapters, against llama-server", "small", "small-q4_0", "decode", 8, batch=8, adapters=8),
 ]
 
+WIDTH = max(len(case.name) for case in CASES)
+
 
 class Files:
     """Model files by key, made or fetched when first asked for."""
@@ -99,7 +104,7 @@ class Files:
 
 
 def run(command: list) -> str:
-    """A program's stdout. Ends the benchmark where it fails."""
+    """A program's stdout. Raises SystemExit where it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
@@ -127,7 +132,7 @@ class Llama:
         command = [self.binaries / "llama-bench", "-m", self.file, "-t", self.threads, "-fa", flash, "-o", "json"]
         command += ["-p", PROMPT, "-n", 0] if case.test == "prefill" else ["-p", 0, "-n", 48, "-d", case.depth]
         command += ["-r", 3] + (["-ctk", "q8_0", "-ctv", "q8_0"] if case.cache == "int8" else [])
-        return json.loads(run(command))[0]["avg_ts"]
+        return statistics.median(json.loads(run(command))[0]["samples_ts"])
 
     def _batched(self, flash: int) -> float:
         case = self.case
@@ -148,7 +153,7 @@ class Llama:
 
 
 class Ours:
-    """Our speed in a case; the engine stays open between measurements, its threads asleep."""
+    """Our speed in a case, tokens per second; the engine stays open between measurements, its threads asleep."""
 
     def __init__(self, case: Case, file: Path, threads: int):
         self.case = case
@@ -178,15 +183,15 @@ class Ours:
         return self.bench.decode(self.case.batch, self.case.adapters)
 
     def ceiling(self, found: ceilings.Ceilings) -> float:
-        """The speed at which the machine's peak would be reached: bytes read, or for prompts multiply-adds.
+        """The speed that the machine's peak allows: of reading bytes, or for prompts of int8 multiply-adds.
 
-        Those of attention count, at the same peak, though it computes in float32 (as Chowdhery et al. 2022,
-        arXiv:2204.02311, appendix B, count a model's operations).
+        Attention's count at the same peak, though it computes in float32 (operations as in Chowdhery et al. 2022,
+        arXiv:2204.02311, appendix B).
         """
         config, weights, case = self.bench.config, self.bench.weights, self.case
         ends = {weights.embed, weights.head}
         if case.test == "prefill":
-            # The embedding is looked up; the head, and all of the last layer but keys and values, take one row of a prompt.
+            # The embedding is looked up; the head, and the last layer but for keys and values, see one row of a prompt.
             numbers = sum(int(m[ROWS] * m[COLUMNS]) for i, m in enumerate(weights.matrices) if i not in ends)
             layers, seen = config.layers - 1, (PROMPT + 1) / 2
             attention = 2 * layers * config.heads * config.head_dim * seen
@@ -226,30 +231,38 @@ def compare(case: Case, files: Files, options: argparse.Namespace, tell: Callabl
     }
     ours.close()
     tell(
-        f"{case.name:52} {mine:8.1f} {other:8.1f}  x{row['ratio']:5.2f} ({row['lowest']:.2f} to {row['highest']:.2f}), "
-        f"asked {case.target}, {100 * row['of_ceiling']:.0f}% of the ceiling"
+        f"{case.name:{WIDTH}} {mine:9.1f} {other:9.1f} {row['ratio']:6.2f} {row['lowest']:7.2f} {row['highest']:8.2f}"
+        f" {case.target:7.2f} {row['of_ceiling']:11.0%}"
     )
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-bin", type=Path, required=True, help="folder of llama.cpp's programs")
+    parser.add_argument("--llama-bin", type=Path, required=True, help="folder with llama.cpp's programs")
     parser.add_argument("--llama-name", default="", help="which llama.cpp it is, for the report")
     parser.add_argument("--work", type=Path, default=Path("bench-models"), help="folder for the files that are made")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--results", type=Path, help="write the JSON document here too")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     options = parser.parse_args()
     cases = [case for case in CASES if options.only in case.name]
     if not cases:
-        parser.error(f"no case's name holds {options.only!r}")
+        parser.error(f"no case's name contains {options.only!r}")
     if missing := [name for name in PROGRAMS if not (options.llama_bin / name).exists()]:
-        parser.error(f"{options.llama_bin} holds no {', '.join(missing)}: build llama.cpp there")
+        parser.error(f"{options.llama_bin} has no {', '.join(missing)}: build llama.cpp there")
+    if (load := os.getloadavg()[0]) > BUSY * options.threads:
+        print(
+            f"load {load:.1f}: other programs want the cores, which slows llama.cpp down more than us", file=sys.stderr
+        )
     tell = (lambda line: None) if options.json else lambda line: print(line, flush=True)
     files = Files(options.work, options.llama_bin)
+    tell(
+        f"{'tokens/s':{WIDTH}} {'minilora':>9} {'llama.cpp':>9} {'ratio':>6} {'lowest':>7} {'highest':>8} {'target':>7}"
+        f" {'of ceiling':>11}"
+    )
     rows: list[dict] = []
     for case in cases:
         rows.append(compare(case, files, options, tell))
