@@ -1,6 +1,8 @@
-"""This machine's ceilings, measured now: read bandwidth and the rate of byte multiply-adds, for one thread and for all.
+"""This machine's ceilings, measured now: read bandwidth and int8 multiply-adds, on one thread and on all.
 
-python bench/ceilings.py
+    python bench/ceilings.py
+
+The best of 5 runs each. Last line: one JSON document.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from minilora_kernels.simd_memory import compiler_barrier, load_i32, load_u8
 from minilora_kernels.sync import share
 from minilora_kernels.team import Team, team_program
 
-# As many sums as registers hold beside what is multiplied.
+# As many sums as fit in the registers beside the operands.
 DOTS = 3 * cpu.vectors() // 4
 LOOPS = 9_600_000 // DOTS
 BYTES = 256 << 20
@@ -30,7 +32,7 @@ _sums, _dots = tile(i32x16, 16), tile(short_sums, DOTS)
 
 @kernel
 def _read(thread, threads, sync, job, fixed):
-    """Add up all of data: nothing but loads."""
+    """Add up all of data: the loads are what takes time."""
     data, out = job
     low, high = share(len(data) // 1024, thread, threads)
     sums = _sums()
@@ -68,7 +70,7 @@ def _multiply(thread, threads, sync, job, fixed):
 
 @dataclass(frozen=True)
 class Ceilings:
-    """gigabytes read per second, billions of byte multiply-adds per second."""
+    """read: GB/s; multiply: billions of int8 multiply-adds per second."""
 
     threads: int
     read: float
@@ -76,7 +78,7 @@ class Ceilings:
 
 
 def seconds(function, repeats: int = 5) -> float:
-    """The best of several runs."""
+    """What the best of several runs takes."""
     best = float("inf")
     for _ in range(repeats):
         started = time.perf_counter()
@@ -102,10 +104,10 @@ def measure(threads: int) -> Ceilings:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = [measure(threads) for threads in sorted({1, usable_cores()})]
     for row in rows:
-        print(f"{row.threads} threads: read {row.read:.1f} GB/s, multiply-adds {row.multiply:.0f} G/s")
+        print(f"threads {row.threads:3}: {row.read:8.1f} GB/s read, {row.multiply:8.0f} G int8 multiply-adds/s")
     print(json.dumps([asdict(row) for row in rows]))
 
 

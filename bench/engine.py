@@ -45,7 +45,7 @@ class Bench:
             max_loras=max(*options.adapters, 1),
             max_lora_rank=options.rank,
             enable_prefix_caching=False,
-            # Steps are measured, not texts that repeat themselves.
+            # Plain steps are measured; random prompts give texts that loop, whose draft tokens are mostly right.
             num_speculative_tokens=0,
             kv_cache_dtype=options.kv_cache_dtype,
             lora_dtype=options.lora_dtype,
@@ -120,15 +120,17 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--generate", type=int, default=64)
-    parser.add_argument("--batch", type=numbers, default=[1, 8])
-    parser.add_argument("--adapters", type=numbers, default=[0, 8])
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--depth", type=int, default=DEPTH, help="prompt tokens before texts grow")
-    parser.add_argument("--budget", type=int, default=512, help="rows of a step")
+    parser.add_argument("--dtype", default="auto", help="number format of the weights")
+    parser.add_argument(
+        "--group-size", type=int, default=32, help="weights that share a scale, with --dtype int8 or int4"
+    )
+    parser.add_argument("--prompt", type=int, default=512, help="prompt tokens of ppN")
+    parser.add_argument("--generate", type=int, default=64, help="new tokens of tgN, of each text")
+    parser.add_argument("--batch", type=numbers, default=[1, 8], help="texts side by side, e.g. 1,8")
+    parser.add_argument("--adapters", type=numbers, default=[0, 8], help="how many adapters, e.g. 0,8")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument("--depth", type=int, default=DEPTH, help="prompt tokens of tgN, not timed")
+    parser.add_argument("--budget", type=int, default=512, help="rows of a step at most")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--lora-dtype", default="auto")

@@ -2,25 +2,21 @@
 
     python bench/kernels.py [--only PART_OF_A_NAME] [--json]
 
-us: one call; GB/s: bytes that must be read, from data that lies in cache after the first call; G/s: multiply-adds.
-Last line: one JSON document.
+The best of 5 runs. us: one call; GB/s: bytes that must be read; % read: of memory's bandwidth, above 100 where they
+come from caches; GMAC/s: multiply-adds; % int8: of the int8 peak. Last line: one JSON document.
 """
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
+from ceilings import Ceilings, measure, seconds
 
 from minilora_kernels.cases import CASES, Case, Scratch
 from minilora_kernels.jit import program
 from minilora_kernels.simd_memory import compiler_barrier
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ceilings import Ceilings, measure
 
 SECONDS = 0.15
 
@@ -28,7 +24,7 @@ SECONDS = 0.15
 def repeated(case: Case, returns: bool):
     """The kernel called `times` times from compiled code, so that Python's own cost is left out.
 
-    It is really called each time: the compiler forgets what memory holds.
+    The barrier has the compiler forget what memory holds, so that no call is left out.
     """
     kernel = case.kernel
 
@@ -48,7 +44,7 @@ def repeated(case: Case, returns: bool):
 
 
 def plain(arguments: tuple) -> tuple:
-    """Scratch arrays as ordinary ones."""
+    """The arguments with scratch arrays as ordinary ones."""
     return tuple(np.asarray(a).view(np.ndarray) if isinstance(a, Scratch) else a for a in arguments)
 
 
@@ -59,12 +55,7 @@ def seconds_per_call(case: Case, size: dict[str, int]) -> float:
     started = time.perf_counter()
     loop(3, arguments)
     times = max(1, int(SECONDS / 3 / max((time.perf_counter() - started) / 3, 1e-8)))
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        loop(times, arguments)
-        best = min(best, (time.perf_counter() - started) / times)
-    return best
+    return seconds(lambda: loop(times, arguments)) / times
 
 
 def row(case: Case, size: dict[str, int], ceilings: Ceilings) -> dict:
@@ -84,21 +75,23 @@ def row(case: Case, size: dict[str, int], ceilings: Ceilings) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     options = parser.parse_args()
     cases = [case for case in CASES if options.only in case.name]
     if not cases:
-        parser.error(f"no kernel's name holds {options.only!r}")
+        parser.error(f"no kernel's name contains {options.only!r}")
     ceilings = measure(1)
     if not options.json:
-        print(f"one thread reads {ceilings.read:.1f} GB/s, multiplies {ceilings.multiply:.0f} G/s")
-        print(f"{'kernel':22} {'size':44} {'us':>10} {'GB/s':>8} {'% read':>7} {'G/s':>8} {'% int8':>7}")
+        print(f"one thread: {ceilings.read:.1f} GB/s read, {ceilings.multiply:.0f} G int8 multiply-adds/s")
+        print(f"{'kernel':22} {'size':44} {'us':>10} {'GB/s':>8} {'% read':>7} {'GMAC/s':>8} {'% int8':>7}")
     rows = []
     for case in cases:
         error = max(case.compare(np.random.default_rng(1), size) for size in case.small)
         if error > case.tolerance:
-            raise SystemExit(f"{case.name} differs from its twin by {error:.1e}, allowed are {case.tolerance:.1e}")
+            raise SystemExit(
+                f"{case.name} differs from its twin by {error:.1e}, more than the {case.tolerance:.1e} allowed"
+            )
         for size in case.large:
             found = row(case, size, ceilings)
             rows.append(found)
@@ -106,7 +99,8 @@ def main() -> None:
                 shape = " ".join(f"{k}={v}" for k, v in size.items())
                 share = f"{found['int8_percent']:7.0f}" if found["int8_percent"] else " " * 7
                 print(
-                    f"{case.name:22} {shape:44} {found['us']:10.2f} {found['gb_per_s']:8.1f} {found['read_percent']:7.0f} {found['gmac_per_s']:8.1f} {share}",
+                    f"{case.name:22} {shape:44} {found['us']:10.2f} {found['gb_per_s']:8.1f}"
+                    f" {found['read_percent']:7.0f} {found['gmac_per_s']:8.1f} {share}",
                     flush=True,
                 )
     print(json.dumps({"ceilings": asdict(ceilings), "rows": rows}))

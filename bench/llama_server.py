@@ -94,7 +94,7 @@ class LlamaServer:
                 time.sleep(0.1)
 
     def complete(self, arrival, slot: int = -1, generate: int | None = None) -> int:
-        """How many tokens were generated. slot: which one computes them, -1 for any; generate: instead of the arrival's."""
+        """The number of tokens generated. slot: which one computes them, -1 any; generate: not the arrival's."""
         body = {
             "prompt": list(arrival.prompt),
             "id_slot": slot,

@@ -1,10 +1,11 @@
-"""Guesses from the text itself (prompt lookup): tokens per second with and without them, in turn, for real prompts.
+"""Draft tokens by prompt lookup: tokens per second with and without them, in turn, for real prompts.
 
     python bench/lookup.py questions.jsonl [--model M] [--dtype float32] [--batch 1,8] [--temperature 0]
     python bench/lookup.py article.txt --ask "Sum up this text in three sentences:"
 
-Prompts: of each line of a JSON Lines file the text, or first of the texts, called prompt, question or turns; of any other
-file its paragraphs of 600 characters and more. Both ways must give the same texts. Last line: one JSON document.
+Prompts: from each line of a .jsonl file what is under "prompt", "question" or "turns" (a text, or the first of a list);
+of any other file each line of at least 600 characters. The answers must be the same both ways. Tokens per second are
+those of answers, over all the time, prefill included. Last line: one JSON document.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import time
 from itertools import islice
 from pathlib import Path
 
+from engine import numbers
+
 from minilora import LLM, SamplingParams
 
 NAMES = ("prompt", "question", "turns")
@@ -22,17 +25,20 @@ LONG = 600
 
 
 def prompts(path: Path):
-    for line in path.read_text().splitlines():
-        if path.suffix == ".jsonl":
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if path.suffix != ".jsonl":
+            if len(line) >= LONG:
+                yield line.strip()
+        elif line.strip():
             row = json.loads(line)
-            text = next(row[name] for name in NAMES if name in row)
+            text = next((row[name] for name in NAMES if name in row), None)
+            if not text:
+                sys.exit(f"{path}: a line has no text under {', '.join(NAMES)}")
             yield text if isinstance(text, str) else text[0]
-        elif len(line) >= LONG:
-            yield line.strip()
 
 
 def run(llm: LLM, texts: list[str], options: argparse.Namespace, batch: int) -> tuple[list[list[int]], float]:
-    """(the answers' tokens, tokens per second), `batch` texts at once."""
+    """(the answers' tokens, how many of them per second), `batch` prompts at once."""
     params = SamplingParams(temperature=options.temperature, seed=1, max_tokens=options.generate)
     answers, seconds = [], 0.0
     for i in range(0, len(texts), batch):
@@ -45,14 +51,14 @@ def run(llm: LLM, texts: list[str], options: argparse.Namespace, batch: int) -> 
 
 
 def compare(plain: LLM, guessing: LLM, texts: list[str], options: argparse.Namespace, batch: int) -> dict:
-    """Both ways in turn, after one batch to warm up. Raises SystemExit where they give different texts."""
+    """Both ways in turn, after one batch to warm up. Raises SystemExit where their answers differ."""
     for llm in (plain, guessing):
         run(llm, texts[:batch], options, batch)
     before, pairs = guessing.stats(), []
     for _ in range(options.pairs):
         (expected, one), (found, other) = (run(llm, texts, options, batch) for llm in (plain, guessing))
         if found != expected:
-            sys.exit("guesses changed a text")
+            sys.exit("draft tokens changed an answer")
         pairs.append((one, other))
     after = guessing.stats()
     return {
@@ -67,13 +73,13 @@ def compare(plain: LLM, guessing: LLM, texts: list[str], options: argparse.Names
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--ask", default="", help="what stands before each prompt")
+    parser.add_argument("file", type=Path, help="prompts, see above")
+    parser.add_argument("--ask", default="", help="text that is put before each prompt")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--batch", type=lambda text: [int(part) for part in text.split(",")], default=[1])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--generate", type=int, default=128, help="longest answer")
+    parser.add_argument("--batch", type=numbers, default=[1], help="prompts at once, e.g. 1,8")
+    parser.add_argument("--prompts", type=int, default=8, help="how many of the file's")
+    parser.add_argument("--generate", type=int, default=128, help="most tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--num-speculative-tokens", type=int, default=8)
     parser.add_argument("--threads", type=int)
@@ -98,9 +104,9 @@ def main() -> None:
         rows.append(row)
         if not options.json:
             print(
-                f"batch {batch:3} {row['plain']:8.1f} tokens/s, guessing {row['guessing']:8.1f}:"
-                f" {statistics.median(row['ratios']):.2f} ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f}),"
-                f" {row['accepted_tokens']} of {row['draft_tokens']} guesses right",
+                f"batch {batch:3}: {row['plain']:8.1f} tokens/s without draft tokens, {row['guessing']:8.1f} with them,"
+                f" ratio {statistics.median(row['ratios']):5.2f} ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f});"
+                f" {row['accepted_tokens']} of {row['draft_tokens']} draft tokens accepted",
                 flush=True,
             )
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
