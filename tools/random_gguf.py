@@ -1,8 +1,8 @@
-"""A GGUF file with random weights in the shape of a known model, to measure speed with: nothing sensible comes out.
+"""Write a GGUF file with random weights in the shape of a known model, to measure speed: its answers are nonsense.
 
     python tools/random_gguf.py tinyllama-1.1b q4_0 OUT.gguf
 
-Both minilora and llama.cpp read it. The vocabulary is one of bytes and filler. Needs the `gguf` package (extra `test`).
+Both minilora and llama.cpp read it. The vocabulary is bytes and filler. Needs the `gguf` package (extra `test`).
 """
 
 import argparse
@@ -27,7 +27,7 @@ TYPES = {
 
 
 class RandomWriter:
-    """Writes one file. Matrices are made one by one: the whole never lies in memory as float32."""
+    """Writes one file. Matrices are made one by one, so that float32 of all is never in memory at once."""
 
     def __init__(self, path: Path, shape: str, kind: str, seed: int):
         (
@@ -82,7 +82,7 @@ class RandomWriter:
         self.writer.add_tensor(name, np.ones(self.width, np.float32))
 
     def write(self) -> None:
-        """All tensors, in llama.cpp's order of names."""
+        """Write all tensors, under llama.cpp's names."""
         self.matrix("token_embd.weight", self.vocabulary, self.width)
         for i in range(self.layers):
             self.norm(f"blk.{i}.attn_norm.weight")

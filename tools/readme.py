@@ -1,7 +1,7 @@
-"""Writes the parts of README.md that come from measurements: between "<!-- speed -->" and "<!-- /speed -->".
+"""Write the part of README.md that comes from measurements: between "<!-- speed -->" and "<!-- /speed -->".
 
-python tools/readme.py            # rewrite
-python tools/readme.py --check    # exit code 1 where README differs from bench/results/*.json, a machine each
+python tools/readme.py            # rewrite it
+python tools/readme.py --check    # exit code 1 where it differs from bench/results/*.json, one for each machine
 """
 
 import argparse
@@ -16,7 +16,7 @@ PART = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.S)
 
 
 def speed() -> str:
-    """The text between the marks: one table of all machines, the fastest first, and what each of them is."""
+    """The text between the marks: one table of all machines, the fastest first, and how each was measured."""
     documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     documents.sort(key=lambda document: document["about"]["multiply_g_per_s"], reverse=True)
     machines = [{row["case"]: row for row in document["rows"]} for document in documents]
@@ -44,20 +44,22 @@ def cell(row: dict | None) -> str:
 
 
 def machine(about: dict) -> str:
-    """What a machine is, and with what it was measured."""
+    """How a machine was measured, and its ceilings."""
     return (
-        f"- {about['cpu']}: {about['date']}, {about['threads']} threads, numba {about['numba']}, llama.cpp {about['llama.cpp']}, "
-        f"medians of {about['pairs']} pairs; {about['read_gb_per_s']:.0f} GB/s and {about['multiply_g_per_s']:,} G int8 "
-        "multiply-adds/s as the last run ended"
+        f"- {about['cpu']}: {about['date']}, {about['threads']} threads, numba {about['numba']}, "
+        f"llama.cpp {about['llama.cpp']}, medians of {about['pairs']} pairs; {about['read_gb_per_s']:.0f} GB/s and "
+        f"{about['multiply_g_per_s']:,} G int8 multiply-adds/s as the last run ended"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail where README is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where README.md is stale")
     options = parser.parse_args()
     old = README.read_text(encoding="utf-8")
     text = speed()
+    if not PART.search(old):
+        sys.exit("README.md has no <!-- speed --> ... <!-- /speed -->")
     new = PART.sub(lambda match: match[1] + text + match[2], old)
     if new == old:
         return

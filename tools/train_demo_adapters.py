@@ -64,7 +64,7 @@ STYLES = {
 
 
 def examples(style, tokenizer) -> list[tuple[list[int], int]]:
-    """(ids, where the answer begins) of every question."""
+    """(token ids, position at which the answer begins) of every question."""
     rows = []
     for turn, line in enumerate((HERE / "demo" / "questions.txt").read_text().splitlines()):
         question, short, sentence = (part.strip() for part in line.split("|"))
@@ -114,7 +114,7 @@ def train(name: str, path: Path) -> None:
 
 
 def save(model, folder: Path) -> None:
-    """Write the PEFT folder, its numbers as float16."""
+    """Write the PEFT folder, its tensors as float16."""
     model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     tensors = {key: value.half().contiguous() for key, value in load_file(folder / "adapter_model.safetensors").items()}
