@@ -25,6 +25,7 @@ from pathlib import Path
 
 import ceilings
 from engine import Bench
+from workload import say
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora_kernels import cpu
@@ -91,7 +92,7 @@ class Files:
 
     def __getitem__(self, key: str) -> Path:
         if key == "small":
-            return Path(resolve_model(SMALL, print))
+            return Path(resolve_model(SMALL, say))
         path = self._work / f"{key}.gguf"
         if not path.exists():
             kind, part = key.split("-")[1], path.with_suffix(".part")
@@ -254,9 +255,7 @@ def main() -> None:
     if missing := [name for name in PROGRAMS if not (options.llama_bin / name).exists()]:
         parser.error(f"{options.llama_bin} has no {', '.join(missing)}: build llama.cpp there")
     if (load := os.getloadavg()[0]) > BUSY * options.threads:
-        print(
-            f"load {load:.1f}: other programs want the cores, which slows llama.cpp down more than us", file=sys.stderr
-        )
+        say(f"load {load:.1f}: other programs want the cores, which slows llama.cpp down more than us")
     tell = (lambda line: None) if options.json else lambda line: print(line, flush=True)
     files = Files(options.work, options.llama_bin)
     tell(

@@ -3,8 +3,8 @@
     python bench/engine.py --model M --prompt 512 --generate 64 --batch 1,8 --adapters 0,8 --rank 16 [--json]
 
 ppN: one prompt of N tokens, prompt tokens per second. tgN: `batch` texts that decode N tokens each, after prompts of
---depth tokens, which are not timed; the i-th text has the (i mod adapters)-th adapter, all linear layers of it.
-Medians of --repeats runs after one to warm up. Last line: one JSON document.
+--depth tokens, which are not timed; new tokens of all of them per second. The i-th text has the (i mod adapters)-th
+adapter, each on all linear layers. Medians of --repeats runs after one to warm up. Last line: one JSON document.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 import numpy as np
 import psutil
-from workload import adapter_tensors
+from workload import adapter_tensors, say
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.engine import Engine
@@ -32,9 +32,7 @@ DEPTH = 128
 
 class Bench:
     def __init__(self, options: argparse.Namespace):
-        model = load_model(
-            resolve_model(options.model, print), options.model, Target(options.dtype, options.group_size)
-        )
+        model = load_model(resolve_model(options.model, say), options.model, Target(options.dtype, options.group_size))
         self.config, self.options, self.weights = model.weights.config, options, model.weights
         engine = EngineConfig(
             max_model_len=min(self.config.max_position_embeddings, longest(options)),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import psutil
-from workload import Arrival
+from workload import Arrival, say
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora_kernels.limits import usable_cores
@@ -119,7 +119,7 @@ def on_llama_server(options: argparse.Namespace, arrivals: list[Arrival], config
 
     theirs = argparse.Namespace(
         server=options.llama_server,
-        gguf=str(resolve_model(options.gguf or options.model, print)),
+        gguf=str(resolve_model(options.gguf or options.model, say)),
         concurrency=options.concurrency,
         max_model_len=options.max_model_len,
         threads=options.threads or usable_cores(),

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 from serving import measure
-from workload import adapter_tensors, add_arguments, make_arrivals
+from workload import adapter_tensors, add_arguments, make_arrivals, say
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.packed import load_model
@@ -188,7 +188,7 @@ def main() -> None:
         "kv_cache_dtype": "auto",
     }
     options = argparse.Namespace(**defaults, **vars(options), lora_memory=None)
-    config = load_model(resolve_model(options.gguf, print), options.gguf).weights.config
+    config = load_model(resolve_model(options.gguf, say), options.gguf).weights.config
     arrivals = make_arrivals(options, config.vocab_size, options.max_model_len)
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder) / "peft"

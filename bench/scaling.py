@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import ceilings
 from engine import numbers
+from workload import say
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.model.work import rows_at_once
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=300.0, help="read bandwidth of the whole machine, GB/s")
     parser.add_argument("--reached", type=float, default=0.65, help="share of the int8 peak that products reach")
     options = parser.parse_args()
-    weights = load_model(resolve_model(options.model, print), options.model).weights
+    weights = load_model(resolve_model(options.model, say), options.model).weights
     one, arrival = ceilings.measure(1), arrival_seconds(usable_cores())
     print(
         f"one core: {one.read:.1f} GB/s read, {one.multiply:.0f} G int8 multiply-adds/s; "

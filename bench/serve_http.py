@@ -26,7 +26,7 @@ from pathlib import Path
 from http_client import Client
 from http_report import Outcome, add_report_arguments, summarise
 from http_servers import OwnServer, on_engine, on_llama_server, wait_until_ready
-from workload import Arrival, add_arguments, make_arrivals, save_random_adapter
+from workload import Arrival, add_arguments, make_arrivals, save_random_adapter, say
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.packed import load_model
@@ -223,7 +223,7 @@ def main() -> None:
     options = parse()
     config = None
     if options.start:
-        config = load_model(resolve_model(options.model, print), options.model).weights.config
+        config = load_model(resolve_model(options.model, say), options.model).weights.config
     else:
         wait_until_ready(options.base_url, options.ready_check_timeout_sec)
     with tempfile.TemporaryDirectory() as folder:

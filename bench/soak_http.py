@@ -39,7 +39,7 @@ from http_client import Answer, Client
 from http_report import Outcome, spread, values_of
 from http_servers import OwnServer
 from soak import by_tenth
-from workload import ranks, save_random_adapter, span
+from workload import ranks, save_random_adapter, say, span
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.packed import load_model
@@ -245,7 +245,7 @@ class Soak:
 
 def run(options: argparse.Namespace, lora_dir: Path) -> dict:
     """Start a server, test and end it."""
-    config = load_model(resolve_model(options.model, print), options.model).weights.config
+    config = load_model(resolve_model(options.model, say), options.model).weights.config
     options.vocab_size = config.vocab_size
     versions = []
     for i in range(options.adapters):

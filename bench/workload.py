@@ -6,6 +6,7 @@ The same seed gives the same requests, whoever serves them.
 import argparse
 import csv
 import json
+import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +28,11 @@ class Arrival:
     prompt: tuple[int, ...]
     generate: int
     adapter: int | None
+
+
+def say(message: str) -> None:
+    """Print what is not a result."""
+    print(message, file=sys.stderr)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
