@@ -35,7 +35,7 @@ from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "smollm2-135m-instruct"
 PROMPT = 512
-# From this load for each thread on the figures are not to be trusted.
+# Above this load for each thread the ratios are not to be trusted.
 BUSY = 0.5
 PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
 # Random weights in these shapes, by the first word of a file's key.
@@ -255,7 +255,7 @@ def main() -> None:
     if missing := [name for name in PROGRAMS if not (options.llama_bin / name).exists()]:
         parser.error(f"{options.llama_bin} has no {', '.join(missing)}: build llama.cpp there")
     if (load := os.getloadavg()[0]) > BUSY * options.threads:
-        say(f"load {load:.1f}: other programs want the cores, which slows llama.cpp down more than us")
+        say(f"load {load:.1f} at the start: programs that want the cores slow llama.cpp down more than us")
     tell = (lambda line: None) if options.json else lambda line: print(line, flush=True)
     files = Files(options.work, options.llama_bin)
     tell(
