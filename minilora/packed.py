@@ -11,7 +11,6 @@ older versions or other files of a model goes after a month without use.
 
 import hashlib
 import json
-import mmap
 import os
 import secrets
 import shutil
@@ -33,7 +32,7 @@ from .checkpoint.folder import INDEX
 from .config import ModelConfig, token_ids
 from .errors import FormatError, UsageError
 from .files import read_json
-from .memory import HUGE_PAGE, huge_pages
+from .memory import HUGE_PAGE, map_file
 from .packer import Packer, pack_in_memory
 from .params import SamplingParams
 from .plan import DEFAULT_GROUP, Plan, Target
@@ -346,7 +345,6 @@ def _map(path: Path, size: int) -> np.ndarray:
     try:
         if path.stat().st_size != size:
             raise FormatError(f"{path} has {path.stat().st_size} bytes instead of {size}", ANEW)
-        with path.open("rb") as file:
-            return huge_pages(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        return map_file(path)
     except FileNotFoundError:
         raise FormatError(f"{path} is missing", ANEW) from None

@@ -1,5 +1,6 @@
 """Memory in huge pages, and given back when it is free."""
 
+import mmap
 import platform
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from minilora import memory
+from minilora.memory import HUGE_PAGE
 from minilora_kernels.memory import CACHE_LINE, aligned_zeros
 
 FREED = """
@@ -35,6 +38,33 @@ def test_arrays_begin_on_a_cache_line(count, dtype):
     arrays = [aligned_zeros(count, dtype) for _ in range(8)]
     assert all(array.dtype == dtype and len(array) == count and not array.any() for array in arrays)
     assert all(array.ctypes.data % CACHE_LINE == 0 for array in arrays if count)
+
+
+def write_in_small_pages(path, size, first):
+    """A huge page at a time up to `first`, then small pages from the end backwards: the system keeps them so."""
+    with path.open("wb", buffering=0) as file:
+        for at in [*range(0, first, HUGE_PAGE), *range(size - mmap.PAGESIZE, first - 1, -mmap.PAGESIZE)]:
+            file.seek(at)
+            file.write(np.full(HUGE_PAGE if at < first else mmap.PAGESIZE, at // HUGE_PAGE, np.uint8))
+
+
+@pytest.mark.parametrize("first", [0, 4 * HUGE_PAGE])
+def test_files_in_small_pages_are_read_again_into_huge_ones(tmp_path, first):
+    file, pages = tmp_path / "file", 16
+    write_in_small_pages(file, pages * HUGE_PAGE, pages * HUGE_PAGE)
+    if not memory._huge_bytes(memory.map_file(file)):
+        pytest.skip("files are not kept in huge pages here")
+    write_in_small_pages(file, pages * HUGE_PAGE, first)
+    mapped = memory.map_file(file)
+    assert (mapped.reshape(pages, HUGE_PAGE) == np.arange(pages, dtype=np.uint8)[:, None]).all()
+    assert memory._huge_bytes(mapped) > first
+    mapped[5] = 77
+    assert memory.map_file(file)[5] == 0, "what is written stays in this process"
+
+
+def test_small_files_are_mapped_as_they_are(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert memory.map_file(tmp_path / "file").tobytes() == b"abc"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
