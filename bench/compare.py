@@ -3,8 +3,9 @@
     python bench/compare.py --llama-bin DIR [--pairs 5] [--only decode] [--results bench/results/CPU.json]
 
 DIR holds llama.cpp's llama-bench, llama-batched-bench, llama-quantize and llama-server. Each case has a model file for
-us and one for llama.cpp, whose flash attention is on or off, whichever a first run shows to be faster (on for an int8
-KV cache, which needs it there). Then both run in turn, --pairs times; the ratio is the median of the pairs' ratios.
+us and one for llama.cpp, whose flash attention is on or off, whichever a few runs show to be faster (on for an int8
+KV cache, which needs it there). Then both run in turn, --pairs times, now one first and now the other; the ratio is the
+median of the pairs' ratios.
 Decoding is timed without its prompts on both sides. Beside our figure stands its share of this machine's ceiling:
 measured read bandwidth over the bytes of a token, or the measured int8 peak over its multiply-adds. Random weights in
 larger shapes are made under --work. Last line: one JSON document, also written to --results.
@@ -35,6 +36,8 @@ from minilora_kernels.pack import BLOCK, BLOCK_BYTES, COLUMNS, ROWS
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "smollm2-135m-instruct"
 PROMPT = 512
+# Runs of each setting of flash attention, to find llama.cpp's better one.
+TRIALS = 3
 # Above this load for each thread the ratios are not to be trusted.
 BUSY = 0.5
 PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
@@ -117,11 +120,17 @@ class Llama:
 
     def __init__(self, case: Case, file: Path, binaries: Path, threads: int):
         self.case, self.file, self.binaries, self.threads = case, file, binaries, threads
-        self.flash = max((0, 1), key=self._speed) if case.cache == "float16" else 1
+        self.flash = self._better() if case.cache == "float16" else 1
 
     def speed(self) -> float:
         """One measurement with the better setting of flash attention."""
         return self._speed(self.flash)
+
+    def _better(self) -> int:
+        """The faster setting of flash attention, by the medians of TRIALS runs of each, in turn."""
+        speeds = [[self._speed(flash) for flash in (0, 1)] for _ in range(TRIALS)]
+        off, on = (statistics.median(column) for column in zip(*speeds, strict=True))
+        return int(on >= off)
 
     def _speed(self, flash: int) -> float:
         if self.case.adapters:
@@ -213,9 +222,12 @@ def compare(case: Case, files: Files, options: argparse.Namespace, tell: Callabl
     """One row of the table."""
     ours = Ours(case, files[case.ours], options.threads)
     theirs = Llama(case, files[case.theirs], options.llama_bin, options.threads)
-    rounds = [
-        (ours.ceiling(ceilings.measure(options.threads)), ours.speed(), theirs.speed()) for _ in range(options.pairs)
-    ]
+    rounds = []
+    for i in range(options.pairs):
+        ceiling = ours.ceiling(ceilings.measure(options.threads))
+        sides = (ours, theirs) if i % 2 == 0 else (theirs, ours)
+        speeds = {side: side.speed() for side in sides}
+        rounds.append((ceiling, speeds[ours], speeds[theirs]))
     ratios = sorted(mine / other for _, mine, other in rounds)
     shares = [mine / ceiling for ceiling, mine, _ in rounds]
     _, mine, other = (statistics.median(column) for column in zip(*rounds, strict=True))

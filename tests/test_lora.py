@@ -81,17 +81,17 @@ def test_a_number_that_is_not_finite_is_not_hidden(bad):
     """Integers would hide it: the scales of its group and of the row's shrunk numbers show it, and so does what is added."""
     rng = np.random.default_rng(1)
     arguments = SHRINK.make(rng, {"R": 16, "K": 64, "M": 5, "group": 32})
-    x, x_row, s, stride = arguments[6], arguments[7], arguments[10], arguments[12]
+    x, x_row, s = arguments[6], arguments[7], arguments[10]
     values = rng.standard_normal(64, dtype=np.float32)
     values[7] = bad
     reference.quantize_row_finely(values, 0, 64, 32, x, x_row + 2, 0)
     SHRINK.compiled(*arguments)
-    numbers = np.isfinite(reference.from_wide(s.reshape(5, 16)))
+    numbers = np.isfinite(reference.from_wide(s.array.reshape(5, 16)))
     assert not numbers[2].any() and numbers[[0, 1, 3, 4]].all()
     arguments = list(EXPAND.make(rng, {"R": 16, "N": 64, "M": 5}))
-    arguments[6], arguments[9], arguments[3] = s, stride, 0
+    arguments[6], arguments[3] = s, 0
     EXPAND.compiled(*arguments)
-    out = np.isfinite(arguments[11].reshape(5, 64))
+    out = np.isfinite(arguments[9].array.reshape(5, 64))
     assert not out[2].any() and out[[0, 1, 3, 4]].all()
 
 
@@ -105,7 +105,7 @@ def test_small_numbers_keep_their_share():
     a[:, 0], x[0] = s, 2
     reference.quantize_row_finely(x, 0, 64, 32, arguments[6], arguments[7], 0)
     SHRINK.compiled(pack_shrink([a], INT8), *arguments[1:])
-    assert np.abs(reference.from_wide(arguments[10]) - s).max() < 1e-4
+    assert np.abs(reference.from_wide(arguments[10].array) - s).max() < 1e-4
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -119,5 +119,5 @@ def test_the_largest_inputs_of_a_fit_16_bits(group, count):
     assert set(arguments[6].fine.reshape(-1, arguments[6].stride)[1:, :256].reshape(-1)) == {-127 * 256, 127 * 256}
     arguments[0] = pack_shrink([np.tile(signs, (16, 1))], INT8)
     SHRINK.compiled(*arguments)
-    found = reference.from_wide(arguments[10].reshape(count, 16))
+    found = reference.from_wide(arguments[10].array.reshape(count, 16))
     assert np.allclose(found, 0.5 * 3 * 256, rtol=1e-4)

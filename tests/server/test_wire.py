@@ -450,7 +450,7 @@ def test_open_files_are_allowed_for(monkeypatch, soft, hard, expected):
     given = []
     monkeypatch.setattr(wire.resource, "setrlimit", lambda kind, limits: given.append(limits))
     if expected == "error":
-        with pytest.raises(ResourceError, match="may have 1000"):
+        with pytest.raises(ResourceError, match="of 1000 that are allowed"):
             wire.allow_connections(ServerConfig())
     else:
         wire.allow_connections(ServerConfig())
