@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 import numpy as np
 import psutil
-from workload import adapter_tensors, say
+from workload import adapter_tensors, numbers, say
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.engine import Engine
@@ -108,11 +108,6 @@ def longest(options: argparse.Namespace) -> int:
     """Tokens that a text may have: the first of a batch decode while the prompts of the others are still prefilled."""
     prefill_steps = max(options.batch) * options.depth // options.budget
     return options.depth + options.prompt + options.generate + prefill_steps + EngineConfig.num_scheduler_steps
-
-
-def numbers(text: str) -> list[int]:
-    """ "1,8" as numbers."""
-    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:

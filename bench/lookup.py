@@ -16,7 +16,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from engine import numbers
+from workload import numbers
 
 from minilora import LLM, SamplingParams
 
@@ -50,21 +50,21 @@ def run(llm: LLM, texts: list[str], options: argparse.Namespace, batch: int) -> 
     return answers, sum(map(len, answers)) / seconds
 
 
-def compare(plain: LLM, guessing: LLM, texts: list[str], options: argparse.Namespace, batch: int) -> dict:
+def compare(plain: LLM, drafting: LLM, texts: list[str], options: argparse.Namespace, batch: int) -> dict:
     """Both ways in turn, after one batch to warm up. Raises SystemExit where their answers differ."""
-    for llm in (plain, guessing):
+    for llm in (plain, drafting):
         run(llm, texts[:batch], options, batch)
-    before, pairs = guessing.stats(), []
+    before, pairs = drafting.stats(), []
     for _ in range(options.pairs):
-        (expected, one), (found, other) = (run(llm, texts, options, batch) for llm in (plain, guessing))
+        (expected, one), (found, other) = (run(llm, texts, options, batch) for llm in (plain, drafting))
         if found != expected:
             sys.exit("draft tokens changed an answer")
         pairs.append((one, other))
-    after = guessing.stats()
+    after = drafting.stats()
     return {
         "batch": batch,
         "plain": statistics.median(one for one, _ in pairs),
-        "guessing": statistics.median(other for _, other in pairs),
+        "drafting": statistics.median(other for _, other in pairs),
         "ratios": sorted(other / one for one, other in pairs),
         "draft_tokens": after.draft_tokens - before.draft_tokens,
         "accepted_tokens": after.accepted_tokens - before.accepted_tokens,
@@ -94,17 +94,17 @@ def main() -> None:
     if not texts:
         sys.exit(f"{options.file} holds no prompt")
     common = {"dtype": options.dtype, "max_num_seqs": max(options.batch), "enable_prefix_caching": False}
-    plain, guessing = (
+    plain, drafting = (
         LLM(options.model, threads=options.threads, num_speculative_tokens=count, **common)
         for count in (0, options.num_speculative_tokens)
     )
     rows = []
     for batch in options.batch:
-        row = compare(plain, guessing, texts, options, batch)
+        row = compare(plain, drafting, texts, options, batch)
         rows.append(row)
         if not options.json:
             print(
-                f"batch {batch:3}: {row['plain']:8.1f} tokens/s without draft tokens, {row['guessing']:8.1f} with them,"
+                f"batch {batch:3}: {row['plain']:8.1f} tokens/s without draft tokens, {row['drafting']:8.1f} with them,"
                 f" ratio {statistics.median(row['ratios']):5.2f} ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f});"
                 f" {row['accepted_tokens']} of {row['draft_tokens']} draft tokens accepted",
                 flush=True,

@@ -14,8 +14,7 @@ import json
 from dataclasses import dataclass
 
 import ceilings
-from engine import numbers
-from workload import say
+from workload import numbers, say
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.model.work import rows_at_once

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from workload import ranks, save_random_adapter
+from workload import numbers, save_random_adapter
 
 from minilora import AsyncEngine, LoRARequest, SamplingParams
 from minilora.errors import AdapterError, MiniloraError, NotFoundError, RequestError
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="requests of a few tokens each")
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--adapters", type=int, default=24)
-    parser.add_argument("--ranks", type=ranks, default=[8, 16, 32, 64])
+    parser.add_argument("--ranks", type=numbers, default=[8, 16, 32, 64])
     parser.add_argument("--check", type=int, default=50, help="one in so many answers is computed again")
     parser.add_argument("--kv-cache-memory", type=int, default=64 << 20, help="bytes; so few that texts are preempted")
     parser.add_argument(

@@ -39,7 +39,7 @@ from http_client import Answer, Client
 from http_report import Outcome, spread, values_of
 from http_servers import OwnServer
 from soak import by_tenth
-from workload import ranks, save_random_adapter, say, span
+from workload import numbers, save_random_adapter, say, span
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.packed import load_model
@@ -284,7 +284,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=span, default=(4, 200), help="tokens, N or LOW-HIGH")
     parser.add_argument("--generate", type=span, default=(1, 80), help="tokens, N or LOW-HIGH")
     parser.add_argument("--adapters", type=int, default=24)
-    parser.add_argument("--ranks", type=ranks, default=[8, 16, 32, 64])
+    parser.add_argument("--ranks", type=numbers, default=[8, 16, 32, 64])
     parser.add_argument("--folder", type=Path, help="where the random adapters are; a temporary folder if not given")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default="smollm2-135m-instruct")

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adapters", type=int, default=8, help="registered adapters; 0 for the base model alone")
     parser.add_argument("--popularity", default="distinct", help="distinct, identical, uniform, zipf:S or power:ALPHA")
-    parser.add_argument("--ranks", type=ranks, default=[16], help="ranks of the adapters in turn, e.g. 8,16,32,64")
+    parser.add_argument("--ranks", type=numbers, default=[16], help="ranks of the adapters in turn, e.g. 8,16,32,64")
     parser.add_argument("--seed", type=int, default=1)
 
 
@@ -66,7 +66,7 @@ def span(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def ranks(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     """ "8,16" as numbers."""
     return [int(part) for part in text.split(",")]
 

@@ -434,8 +434,8 @@ class Engine:
         running, waiting = self.scheduler.running, self.scheduler.waiting
         return Stats(
             running=len(running),
-            waiting=_count(waiting),
-            waiting_for_adapters=_count(s for s in waiting if any(version.loading for version in s.adapters)),
+            waiting=_texts_of(waiting),
+            waiting_for_adapters=_texts_of(s for s in waiting if any(version.loading for version in s.adapters)),
             threads=self.runner.team.size,
             steps=recorder.steps,
             step_seconds=recorder.step_seconds,
@@ -485,8 +485,8 @@ class Engine:
         self.runner.close()
 
 
-def _count(waiting: Iterable[Sequence]) -> int:
-    """How many wait: siblings wait with the first of them."""
+def _texts_of(waiting: Iterable[Sequence]) -> int:
+    """How many texts wait: siblings wait with the first of them."""
     return sum(1 + len(sequence.siblings) for sequence in waiting)
 
 
