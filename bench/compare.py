@@ -41,8 +41,9 @@ TRIALS = 3
 # Above this load for each thread the ratios are not to be trusted.
 BUSY = 0.5
 PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
-# Random weights in these shapes, by the first word of a file's key.
-SHAPES = {"big": "tinyllama-1.1b", "wide": "llama-3.2-1b"}
+# Random weights in these shapes, by the first word of a file's key. tools/random_gguf.py makes these types,
+# llama-quantize makes others of float16 ones.
+SHAPES, MADE = {"big": "tinyllama-1.1b", "wide": "llama-3.2-1b"}, ("q4_0", "q8_0", "f16")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ CASES = [
     Case("decode, 135M Q4_0, same file", "small-q4_0", "small-q4_0", "decode", 1.5),
     Case("decode, 1.1B int4, against Q4_0", "big-q4_0", "big-q4_0", "decode", 1.05),
     Case("decode, Llama-3.2-1B int4, against Q4_0", "wide-q4_0", "wide-q4_0", "decode", 1.05),
+    Case("prefill 512, 1.1B Q4_K_M, same file", "big-q4_k_m", "big-q4_k_m", "prefill", 1.1),
+    Case("prefill 512, 1.1B Q6_K, same file", "big-q6_k", "big-q6_k", "prefill", 1.1),
+    Case("decode, 1.1B Q4_K_M, same file", "big-q4_k_m", "big-q4_k_m", "decode", 1.05),
+    Case("decode, 1.1B Q6_K, same file", "big-q6_k", "big-q6_k", "decode", 1.05),
     Case("decode batch 8, 135M Q4_1, against Q4_0", "small", "small-q4_0", "decode", 3, batch=8),
     Case("decode batch 8, 135M Q4_0, same file", "small-q4_0", "small-q4_0", "decode", 3, batch=8),
     Case("decode at depth 4096, 135M, float16 pages", "small", "small-q4_0", "decode", 2.5, depth=4096),
@@ -98,11 +103,12 @@ class Files:
             return Path(resolve_model(SMALL, say))
         path = self._work / f"{key}.gguf"
         if not path.exists():
-            kind, part = key.split("-")[1], path.with_suffix(".part")
-            if key.startswith("small"):
-                run([self._binaries / "llama-quantize", "--allow-requantize", self["small"], part, kind.upper(), "2"])
+            (model, kind), part = key.split("-"), path.with_suffix(".part")
+            if model in SHAPES and kind in MADE:
+                run([sys.executable, ROOT / "tools" / "random_gguf.py", SHAPES[model], kind, part])
             else:
-                run([sys.executable, ROOT / "tools" / "random_gguf.py", SHAPES[key.split("-")[0]], kind, part])
+                source = self[f"{model}-f16" if model in SHAPES else model]
+                run([self._binaries / "llama-quantize", "--allow-requantize", source, part, kind.upper(), "2"])
             part.rename(path)
         return path
 

@@ -118,12 +118,12 @@ class Packer:
         """Rows of a tensor in the item's format: as they are stored where that is possible."""
         if self._plan.target.dtype == "auto":
             stored = self._checkpoint.read(name, rows)
-            if isinstance(stored, Quantized):
-                _check_finite(name, stored.scales, stored.minima)
-                return convert(stored, item.format)
+            assert isinstance(stored, Quantized)
+            _check_finite(name, stored.scales, stored.minima)
+            return convert(stored, item.format, item.group)
         weights = self._checkpoint.read_float(name, rows)
         _check_finite(name, weights)
-        return quantize(weights, pack.bits(item.format), item.group, pack.has_minimum(item.format))
+        return quantize(weights, pack.bits(item.format), item.group)
 
 
 def _ahead(

@@ -13,7 +13,7 @@ import numpy as np
 
 from minilora_kernels import pack
 from minilora_kernels.memory import CACHE_LINE
-from minilora_kernels.pack import BLOCK, FLOAT32, GROUPS, INT4, INT8, Quantized
+from minilora_kernels.pack import BLOCK, FLOAT32, GROUPS, INT8, Quantized
 
 from .checkpoint.base import Checkpoint
 from .config import ModelConfig
@@ -176,7 +176,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """The format that weights are brought into. dtype: one of DTYPES; group: 32, 64 or 128, for int8 and int4."""
+    """The format that weights are brought into. dtype: one of DTYPES; group: one of GROUPS, for int8 and int4."""
 
     dtype: str = "auto"
     group: int = DEFAULT_GROUP
@@ -192,16 +192,16 @@ class Target:
         """What the packed bytes depend on: the group counts for int8 and int4 only."""
         return self.dtype, self.group if self.dtype in ("int8", "int4") else 0
 
-    def of(self, natural: int, columns: int, is_head: bool) -> tuple[int, int]:
-        """(format, group) for a matrix that the checkpoint holds in format `natural`."""
+    def of(self, natural: tuple[int, int], columns: int, is_head: bool) -> tuple[int, int]:
+        """(format, group) for a matrix that the checkpoint holds in `natural` ones."""
         if self.dtype == "auto":
-            return natural, 0 if pack.is_float(natural) else 32
+            return natural
         if self.dtype in FLOAT_DTYPES:
             return FLOAT_DTYPES[self.dtype], 0
         group = max((g for g in GROUPS if g <= self.group and columns % g == 0), default=0)
         if not group:
             raise UnsupportedError(
-                f"{self.dtype} takes matrices of a multiple of 32 columns, this model has one of {columns}",
+                f"{self.dtype} takes matrices of a multiple of 16 columns, this model has one of {columns}",
                 "Take float32, float16 or bfloat16.",
             )
         # The embedding and the head lose most by 4 bits: they keep 8.
@@ -214,21 +214,25 @@ def common_format(formats: set[int]) -> int:
         return next(iter(formats))
     if any(pack.is_float(fmt) for fmt in formats):
         return FLOAT32
-    wide, minimum = max(map(pack.bits, formats)) == 8, any(map(pack.has_minimum, formats))
-    return (pack.INT8_MIN if minimum else INT8) if wide else (pack.INT4_MIN if minimum else INT4)
+    return pack.integer_format(max(map(pack.bits, formats)), any(map(pack.has_minimum, formats)))
 
 
-def convert(matrix: Quantized, fmt: int) -> Quantized:
-    """The same weights in a format that common_format allows. OverflowError where float16 can't hold a minimum."""
-    if matrix.format == fmt:
-        return matrix
-    zero = pack.zero(matrix.format)
-    if pack.has_minimum(fmt) and matrix.minima is None:
-        minima = -zero * matrix.scales.astype(np.float32)
-        pack.check_largest(minima, pack.FLOAT16)
-        return Quantized(matrix.values, matrix.scales, minima.astype(np.float16), pack.bits(fmt))
-    shift = np.uint8(pack.zero(fmt) - zero)
-    return Quantized(matrix.values + shift, matrix.scales, matrix.minima, pack.bits(fmt))
+def convert(matrix: Quantized, fmt: int, group: int) -> Quantized:
+    """The same weights in a format that common_format allows, and in groups that divide theirs.
+
+    Raises OverflowError where float16 can't hold a minimum.
+    """
+    values, scales, minima, zero = matrix.values, matrix.scales, matrix.minima, pack.zero(matrix.format)
+    if pack.has_minimum(fmt) and minima is None:
+        lowest = -zero * scales.astype(np.float32)
+        pack.check_largest(lowest, pack.FLOAT16)
+        minima = lowest.astype(np.float16)
+    elif pack.zero(fmt) != zero:
+        values = values + np.uint8(pack.zero(fmt) - zero)
+    if times := matrix.group // group - 1:
+        scales = np.repeat(scales, times + 1, axis=1)
+        minima = None if minima is None else np.repeat(minima, times + 1, axis=1)
+    return Quantized(values, scales, minima, pack.bits(fmt))
 
 
 # ---------------------------------------------------------------- the plan
@@ -262,8 +266,10 @@ class Plan:
             if biases(config)[product]:
                 row[column] = self._vector(layer_parts(config, layer, "bias")[product], product == "gate_up")
         row[QKV] = len(self._rows)
-        for group in self._runs(parts["qkv"], columns["qkv"]):
-            self._matrix(group, columns["qkv"])
+        # Their inputs are quantised once.
+        group = self._format(parts["qkv"], columns["qkv"])[1]
+        for run in self._runs(parts["qkv"], columns["qkv"]):
+            self._matrix(run, columns["qkv"], group=group)
         row[QKV_PARTS] = len(self._rows) - row[QKV]
         row[O] = self._matrix(parts["o"], columns["o"])
         row[GATE_UP] = self._matrix(parts["gate_up"], columns["gate_up"], interleaved=True)
@@ -271,9 +277,10 @@ class Plan:
         row[WINDOW], row[ROTARY] = config.windows[layer], config.rotary[layer]
 
     def _format(self, parts: list[Part], columns: int, is_head: bool = False) -> tuple[int, int]:
-        chosen = [self.target.of(self.checkpoint.format(part.name), columns, is_head) for part in parts]
+        stored = [(self.checkpoint.format(part.name), self.checkpoint.group(part.name)) for part in parts]
+        chosen = [self.target.of(natural, columns, is_head) for natural in stored]
         fmt = common_format({fmt for fmt, _ in chosen})
-        return fmt, 0 if pack.is_float(fmt) else max(group for _, group in chosen)
+        return fmt, 0 if pack.is_float(fmt) else min(group for _, group in chosen)
 
     def _runs(self, parts: list[Part], columns: int) -> Iterator[list[Part]]:
         """q, k and v: one matrix where they can share a format, else one for each format (if blocks allow it)."""
@@ -289,8 +296,11 @@ class Plan:
                 yield run
                 run = []
 
-    def _matrix(self, parts: list[Part], columns: int, interleaved: bool = False, is_head: bool = False) -> int:
-        fmt, group = self._format(parts, columns, is_head)
+    def _matrix(
+        self, parts: list[Part], columns: int, interleaved: bool = False, is_head: bool = False, group: int = 0
+    ) -> int:
+        fmt, own = self._format(parts, columns, is_head)
+        group = group or own
         offset = self._place(matrix := Matrix(tuple(parts), interleaved, columns, fmt, group))
         self._rows.append(pack.table_row(fmt, matrix.rows, columns, group, offset))
         return len(self._rows) - 1

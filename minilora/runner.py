@@ -8,7 +8,7 @@ import numpy as np
 
 from minilora_kernels.attention import part_scratch_size, scratch_size
 from minilora_kernels.limits import usable_cores
-from minilora_kernels.linear import Rows
+from minilora_kernels.linear import GROUP_MIN, Rows
 from minilora_kernels.memory import aligned_zeros
 from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
 from minilora_kernels.pages import KV_FLOAT16, KV_FLOAT32, SPLIT
@@ -213,7 +213,7 @@ def _floats(count: int) -> np.ndarray:
 def _rows(count: int, width: int) -> Rows:
     """Room for rows of a product's input. The odd cache line keeps rows off each other's cache sets."""
     stride = padded_rows(width) + 64
-    groups = count * stride // 32
+    groups = count * stride // GROUP_MIN
     return Rows(
         _floats(count * stride),
         aligned_zeros(count * stride, np.int8),

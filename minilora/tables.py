@@ -73,7 +73,7 @@ def check_tables(weights: Weights) -> None:
 
 def _check_matrix(row: np.ndarray, size: int) -> None:
     fmt, rows, columns, group = (int(row[i]) for i in (pack.FORMAT, pack.ROWS, pack.COLUMNS, pack.GROUP))
-    known = pack.FLOAT32 <= fmt <= pack.INT4_MIN and rows > 0 and columns > 0 and rows % pack.BLOCK == 0
+    known = 0 <= fmt < len(pack.FORMAT_NAMES) and rows > 0 and columns > 0 and rows % pack.BLOCK == 0
     _require(known, "a matrix is of a format or size that is not known")
     _require(group == 0 if pack.is_float(fmt) else group in pack.GROUPS and columns % group == 0, "a group is wrong")
     _require(int(row[pack.BLOCK_BYTES]) == pack.block_bytes(fmt, columns, group), "a matrix has blocks of another size")

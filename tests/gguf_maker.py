@@ -7,11 +7,27 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from minilora.checkpoint.ggml import BLOCK_TYPES, BlockType
 from minilora.config import ModelConfig
 
 from .support import BASE_CONFIG, SPECIAL, make_tokenizer, random_weights
 
+K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
+
+# Where the float16 numbers of a block are.
+HALVES = {
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q8_0": [0],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
 
 
 def string(text: str) -> bytes:
@@ -50,7 +66,10 @@ def write_llama(
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     **changes,
 ) -> dict[str, np.ndarray]:
-    """A tiny llama as GGUF; returns its weights under Hugging Face names, before quantisation. extra: writes more."""
+    """A tiny llama as GGUF; returns its weights under Hugging Face names, before quantisation (K-quants are random).
+
+    extra: writes more.
+    """
     config = ModelConfig.from_dict({**BASE_CONFIG, "num_key_value_heads": 2, **changes})
     weights = random_weights(config, seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -102,8 +121,41 @@ def write_llama(
     return weights
 
 
+def random_blocks(kind: BlockType, rng: np.random.Generator, rows: int, blocks: int) -> np.ndarray:
+    """Raw blocks whose float16 fields are finite and small, uint8 [rows, bytes]."""
+    raw = rng.integers(0, 256, (rows, blocks * kind.size), dtype=np.uint8)
+    each = raw.reshape(-1, kind.size)
+    halves = range(0, kind.size, 2) if kind.name == "F16" else HALVES.get(kind.name, [])
+    for at in halves:
+        each[:, at : at + 2] = (rng.standard_normal(len(each)) * 0.01).astype(np.float16).view(np.uint8).reshape(-1, 2)
+    if kind.name in ("F32", "BF16"):
+        values = rng.standard_normal(raw.size // kind.size).astype(np.float32)
+        raw = (
+            (values if kind.name == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16))
+            .view(np.uint8)
+            .reshape(rows, -1)
+        )
+    return raw
+
+
+def k_quant(kind: str, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Raw blocks of a matrix of about the size of trained ones. The gguf package reads K-quants, but makes none."""
+    of = BLOCK_TYPES[int(gguf.GGMLQuantizationType[kind])]
+    raw = random_blocks(of, rng, rows, columns // of.values)
+    size = of.floats(raw).std() * np.sqrt(columns)
+    for at in HALVES[kind]:
+        halves = raw.reshape(-1, of.size)[:, at : at + 2]
+        smaller = np.ascontiguousarray(halves).view(np.float16) / np.float32(size)
+        halves[:] = smaller.astype(np.float16).view(np.uint8)
+    return raw
+
+
 def add(writer: gguf.GGUFWriter, name: str, weight: np.ndarray, kind: str) -> None:
     qtype = gguf.GGMLQuantizationType[kind]
+    if kind in K_QUANTS:
+        rng = np.random.default_rng(list(name.encode()))
+        writer.add_tensor(name, k_quant(kind, rng, *weight.shape), raw_dtype=qtype)
+        return
     data = gguf.quants.quantize(np.ascontiguousarray(weight), qtype)
     writer.add_tensor(name, data, raw_dtype=None if kind in ("F32", "F16") else qtype)
 

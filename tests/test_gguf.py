@@ -13,12 +13,12 @@ from minilora.checkpoint import open_checkpoint
 from minilora.checkpoint.ggml import BLOCK_TYPES
 from minilora.checkpoint.gguf import Gguf
 from minilora.errors import FormatError, MiniloraError, UnsupportedError
+from minilora.plan import DOWN, GATE_UP, QKV, QKV_PARTS, O
 from minilora.reference import Reference
 from minilora.rope import Rope
-from minilora_kernels.pack import FORMAT_NAMES, Quantized, dequantize
-from minilora_kernels.quantize import quantize
+from minilora_kernels.pack import FORMAT, FORMAT_NAMES, GROUP, INT6, INT8_MIN, dequantize
 
-from .gguf_maker import QUANTISED, entry, header, string, tensor, write_llama
+from .gguf_maker import K_QUANTS, QUANTISED, entry, header, random_blocks, string, tensor, write_llama
 from .support import load_weights, make_engine, prompt_logits, random_tokens
 from .test_network import largest_error, reference_logprobs
 
@@ -123,41 +123,10 @@ def test_s2_gguf_oob_read_never(tmp_path_factory, data):
     assert time.monotonic() - started < 20
 
 
-def random_blocks(kind, rng):
-    """Raw blocks whose float16 fields are finite and small."""
-    raw = rng.integers(0, 256, (6, 4 * kind.size), dtype=np.uint8)
-    blocks = raw.reshape(-1, kind.size)
-    halves = {
-        "Q4_0": [0],
-        "Q4_1": [0, 2],
-        "Q5_0": [0],
-        "Q5_1": [0, 2],
-        "Q8_0": [0],
-        "Q2_K": [80, 82],
-        "Q3_K": [108],
-        "Q4_K": [0, 2],
-        "Q5_K": [0, 2],
-        "Q6_K": [208],
-        "F16": range(0, kind.size, 2),
-    }.get(kind.name, [])
-    for at in halves:
-        blocks[:, at : at + 2] = (
-            (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16).view(np.uint8).reshape(-1, 2)
-        )
-    if kind.name in ("F32", "BF16"):
-        values = rng.standard_normal(raw.size // kind.size).astype(np.float32)
-        raw = (
-            (values if kind.name == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16))
-            .view(np.uint8)
-            .reshape(6, -1)
-        )
-    return raw
-
-
 @pytest.mark.parametrize("code", BLOCK_TYPES)
 def test_types_are_decoded_exactly(code):
     kind = BLOCK_TYPES[code]
-    raw = random_blocks(kind, np.random.default_rng(code))
+    raw = random_blocks(kind, np.random.default_rng(code), 6, 4)
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(code))
     assert np.array_equal(kind.floats(raw), expected.reshape(6, -1))
 
@@ -165,10 +134,9 @@ def test_types_are_decoded_exactly(code):
 @pytest.mark.parametrize("code", [code for code, kind in BLOCK_TYPES.items() if "_K" in kind.name])
 def test_k_quants_lose_little(code):
     kind = BLOCK_TYPES[code]
-    raw = random_blocks(kind, np.random.default_rng(code))
-    exact, decoded = kind.floats(raw), kind.weights(raw)
-    kept = dequantize(decoded if isinstance(decoded, Quantized) else quantize(decoded, 8, 32, minimum=True))
-    assert np.linalg.norm(kept - exact) < 5e-3 * np.linalg.norm(exact)
+    raw = random_blocks(kind, np.random.default_rng(code), 6, 4)
+    exact, kept = kind.floats(raw), dequantize(kind.weights(raw))
+    assert np.linalg.norm(kept - exact) < 5e-4 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -179,8 +147,8 @@ def test_models_equal_the_reference(tmp_path, kind):
     expected_format = {
         "Q4_0": "int4",
         "Q4_1": "int4+min",
-        "Q5_0": "int8",
-        "Q5_1": "int8+min",
+        "Q5_0": "int5",
+        "Q5_1": "int5+min",
         "Q8_0": "int8",
         "F16": "float16",
         "BF16": "bfloat16",
@@ -242,6 +210,48 @@ def test_types_may_differ_within_a_layer(tmp_path):
     assert (
         largest_error(prompt_logits(engine, tokens), reference_logprobs(weights, tokens, engine.length), tokens) < 0.3
     )
+
+
+def assert_equals_the_reference(weights, floats, tokens):
+    """The packed weights are these within float16's rounding of scales, and the engine computes with them."""
+    for name, exact in floats.items():
+        assert np.linalg.norm(weights.floats()[name] - exact) <= 5e-4 * np.linalg.norm(exact), name
+    engine = make_engine(weights)
+    expected = reference_logprobs(weights, tokens, engine.length)
+    assert largest_error(prompt_logits(engine, tokens), expected, tokens) < 0.3
+
+
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_models_of_k_quants_equal_the_reference(tmp_path, kind):
+    path, tokens = tmp_path / "model.gguf", random_tokens(np.random.default_rng(1), 40)
+    write_llama(path, kind, hidden_size=256, intermediate_size=512, num_attention_heads=8, head_dim=32)
+    weights = load_weights(path)
+    names = {"Q2_K": "int4+min", "Q3_K": "int4", "Q4_K": "int4+min", "Q5_K": "int5+min", "Q6_K": "int6"}
+    assert [FORMAT_NAMES[fmt] for fmt in weights.formats] == [names[kind]]
+    assert set(weights.matrices[:, GROUP]) == {32 if kind in ("Q4_K", "Q5_K") else 16}
+    assert_equals_the_reference(weights, load_weights(path, "float32").floats(), tokens)
+
+
+def test_k_quants_may_differ_within_a_layer(tmp_path):
+    """As in Q4_K_M files; where inputs are quantised once for several tensors, all take the smallest group."""
+    mixed = {
+        "blk.0.attn_v.weight": "Q6_K",
+        "blk.0.ffn_down.weight": "Q6_K",
+        "blk.1.attn_q.weight": "Q3_K",
+        "blk.1.ffn_gate.weight": "Q6_K",
+        "blk.1.ffn_up.weight": "Q5_K",
+        "output.weight": "Q6_K",
+    }
+    path, tokens = tmp_path / "model.gguf", random_tokens(np.random.default_rng(1), 40)
+    write_llama(path, "Q4_K", mixed=mixed, hidden_size=256, intermediate_size=512, num_attention_heads=8, head_dim=32)
+    weights = load_weights(path)
+    first, second = weights.layers
+    of_layer = weights.matrices[first[QKV] : first[QKV] + first[QKV_PARTS]]
+    assert [(FORMAT_NAMES[row[FORMAT]], row[GROUP]) for row in of_layer] == [("int4+min", 16), ("int6", 16)]
+    assert weights.matrices[first[DOWN], FORMAT] == INT6 and weights.matrices[first[O], GROUP] == 32
+    # Six bits and a minimum: the smallest format for both is int8 with one.
+    assert weights.matrices[second[GATE_UP], FORMAT] == INT8_MIN and weights.matrices[second[GATE_UP], GROUP] == 16
+    assert_equals_the_reference(weights, load_weights(path, "float32").floats(), tokens)
 
 
 def test_llama3_rope_factors(tmp_path):

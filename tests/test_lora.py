@@ -108,7 +108,7 @@ def test_small_numbers_keep_their_share():
     assert np.abs(reference.from_wide(arguments[10].array) - s).max() < 1e-4
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
 @pytest.mark.parametrize("count", [1, 4, 8])
 def test_the_largest_inputs_of_a_fit_16_bits(group, count):
     """A and inputs at an end of their range in every column."""

@@ -99,8 +99,8 @@ def test_formats_equal_the_reference_on_their_own_weights(tiny, dtype, kv, bound
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("group", [64, 128])
-def test_larger_groups_equal_the_reference_on_their_own_weights(tmp_path, dtype, group):
+@pytest.mark.parametrize("group", [16, 64, 128])
+def test_other_groups_equal_the_reference_on_their_own_weights(tmp_path, dtype, group):
     """With several threads, who help each other with gate up by whole groups, the numbers are the same."""
     weights = load_weights(make_checkpoint(tmp_path, hidden_size=256, intermediate_size=2176), dtype, group)
     tokens = random_tokens(np.random.default_rng(3), 100)

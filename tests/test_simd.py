@@ -12,6 +12,7 @@ from minilora_kernels.dot import (
     dot2,
     dot4_bytes,
     dot4_short,
+    dot4_small,
     end_short,
     start_bytes,
     start_unsigned,
@@ -24,6 +25,7 @@ from minilora_kernels.dot import (
 from minilora_kernels.jit import inlined, kernel, program
 from minilora_kernels.pack import narrow_bfloat16, widen_bfloat16
 from minilora_kernels.simd import (
+    add_high,
     exp,
     f32x16,
     fma,
@@ -36,7 +38,7 @@ from minilora_kernels.simd import (
     splat_f32,
     splat_i32,
     tile,
-    times8,
+    times,
     to_f32,
     vmax,
     vmax_i32,
@@ -61,6 +63,9 @@ from minilora_kernels.simd_memory import (
 from minilora_kernels.wide import LARGEST, SECOND, SECOND_SUM, join_sums
 
 ALL_HALVES = np.arange(1 << 16, dtype=np.uint16)
+
+
+_times8 = times[8]
 
 
 @kernel
@@ -142,7 +147,7 @@ def _odds_and_ends(x, out, small):
     store_f32(out, 16, keep_lanes(v, 3, 9, np.float32(-7)))
     store_f32(out, 32, fma(v, v, load_f32(x, 16)))
     store_i8(small, 0, round_i32(v))
-    store_f32(out, 48, to_f32(times8(round_i32(v))))
+    store_f32(out, 48, to_f32(_times8(round_i32(v))))
 
 
 @kernel
@@ -303,6 +308,32 @@ def test_sums_of_nibbles_are_exact_for_32_columns():
         acc.astype(np.int32).reshape(-1), u.astype(np.uint8).reshape(-1), s.astype(np.int8).reshape(-1), out
     )
     assert np.array_equal(out.reshape(64, 16), acc + (u * s).sum(axis=(1, 3)))
+
+
+def _adds_high(width):
+    add = add_high[width]
+
+    @kernel
+    def adds_high(low, high, out):
+        for first in range(8 - width + 1):
+            # What follows reads bytes: the dot product with ones of every fourth is the byte itself.
+            for j in range(4):
+                alone = repeat4(np.int32(1 << 8 * j))
+                u = add(load_u8(low, 0), load_u8(high, 0), first)
+                store_f32(out, 64 * first + 16 * j, to_f32(dot4_small(splat_i32(np.int32(0)), u, alone)))
+
+    return adds_high
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_high_bits_go_above_nibbles(width):
+    rng = np.random.default_rng(6)
+    low, high = rng.integers(0, 16, 64, np.uint8), rng.integers(0, 256, 64, np.uint8)
+    out = np.zeros(64 * (8 - width + 1), np.float32)
+    program(_adds_high(width))(low, high, out)
+    found = out.reshape(-1, 4, 16).swapaxes(1, 2).reshape(-1, 64)
+    expected = [low + 16 * (high >> first & (1 << width) - 1) for first in range(8 - width + 1)]
+    assert np.array_equal(found, expected)
 
 
 def test_dot4_bytes_is_exact():

@@ -167,6 +167,8 @@ dot4_bytes = _dot(lambda family: family.bytes)
 """acc[i] + sum over j < 4 of u[4i + j] * s[4i + j], or of (u - 128) * s on CPU families that multiply signed bytes: any
 u, s >= -127. Once all of s went through it, the total is that of (u - 128) * s if acc began as `start_bytes`, and that
 of u * s if it began as `start_unsigned`. Exact, where the sum fits."""
+dot4_small = _dot(lambda family: family.small)
+"""Likewise for u <= 127, any s, and always as they are."""
 start_bytes = primitive(i32x16, [i32x16], _start_bytes)
 """The acc that dot4_bytes begins with for (u - 128) * s, from minus the sum of all s."""
 start_unsigned = primitive(i32x16, [i32x16], _start_unsigned)

@@ -12,8 +12,18 @@ from numba import types
 from numba.core.typing import signature
 
 from . import cpu
-from .dot import SHORT_COLUMNS, begin_short, dot4_bytes, dot4_short, end_short, short_sums, start_bytes, start_unsigned
-from .jit import kernel
+from .dot import (
+    SHORT_COLUMNS,
+    begin_short,
+    dot4_bytes,
+    dot4_short,
+    dot4_small,
+    end_short,
+    short_sums,
+    start_bytes,
+    start_unsigned,
+)
+from .jit import inlined, kernel
 from .kinds import BYTES, FLOATS, NUMBER, array, named
 from .pack import (
     BFLOAT16,
@@ -24,14 +34,16 @@ from .pack import (
     FLOAT32,
     FORMAT,
     GROUP,
-    INT4,
-    INT4_MIN,
     OFFSET,
+    bits,
     has_minimum,
     header_bytes,
+    high_bits,
     is_float,
+    zero,
 )
 from .simd import (
+    add_high,
     f32x16,
     fma,
     high_nibbles,
@@ -41,7 +53,7 @@ from .simd import (
     splat_f32,
     splat_i32,
     tile,
-    times8,
+    times,
     to_f32,
     u8x64,
 )
@@ -61,7 +73,8 @@ from .simd_memory import (
 from .unit import unit
 
 ZERO = np.float32(0)
-GROUP_MIN = 32
+# The smallest group. Steps of MANY rows are unrolled for UNROLLED columns.
+GROUP_MIN, UNROLLED = 16, 32
 # The step of `fine`, relative to that of q.
 FINE_STEP = np.float32(1 / 256)
 # Bytes from what is read to what is prefetched.
@@ -72,7 +85,7 @@ MANY, SHARERS = 5, 4
 
 
 class Rows(NamedTuple):
-    """The inputs of a product, row r from r * stride on (scales and sums: r * stride / 32).
+    """The inputs of a product, row r from r * stride on (scales and sums: r * stride / GROUP_MIN).
 
     values: float32, read by floating-point formats. Quantised in groups of the matrix's size: q: int8;
     scales: float32, value = scale * q; sums: int32, minus the sum of each group's q, and offsets: float32,
@@ -101,6 +114,18 @@ def _prefetcher_of(rows: int):
     return prefetch_soon if rows in (MANY, _shapes()[0][0]) else prefetch_once
 
 
+def _bits_adder(high: int):
+    """A kernel that adds the `high` bits above nibbles: step k's and one panel's, of the group with values at `at`."""
+    add = add_high.get(high)
+
+    @inlined
+    def add_bits(nibbles, weights, at, group, k, panel):
+        line = 16 * group + 16 * high * (k & ~3) + 64 * panel * (high - 1)
+        return add(nibbles, load_u8(weights, at + line), 2 * (k & 3) + panel * (2 - high))
+
+    return add_bits
+
+
 def _quantized_tile(rows: int, width: int, fmt: int):
     """rows x 1 block of an integer format; with width 1 the first or second half of its weight rows.
 
@@ -115,33 +140,35 @@ def _quantized_tile(rows: int, width: int, fmt: int):
     the tile of MANY one of SHARERS parts of it; columns, group: the matrix's.
     """
     sharers = SHARERS if rows == MANY else 1
-    nibbles, minimum, header = fmt in (INT4, INT4_MIN), has_minimum(fmt), header_bytes(fmt)
+    nibbles, high, minimum, header = bits(fmt) < 8, high_bits(fmt), has_minimum(fmt), header_bytes(fmt)
     # A step's weights are one line, or two. Of each two steps the second one's line is prefetched first: single rows on
     # Zen 4 are slower at an even stride, perhaps because the hardware prefetcher then joins in.
     step, swapped = (64, 1) if nibbles else (128, 0)
-    dot, start_at = (dot4_short, times8) if nibbles else (dot4_bytes, start_unsigned if minimum else start_bytes)
-    at_once = SHORT_COLUMNS if nibbles else 0
+    if nibbles:
+        dot, start_at = dot4_small if high else dot4_short, times[8] if minimum else times[zero(fmt)]
+    else:
+        dot, start_at = dot4_bytes, start_unsigned if minimum else start_bytes
+    short, add_bits = nibbles and not high, _bits_adder(high)
+    # Steps for which a line of high bits lasts; the next one is prefetched halfway.
+    at_once, period = SHORT_COLUMNS if short else 0, 4 // max(high, 1)
     fetch, new_acc, new_scale, new_weights = (
         _prefetcher_of(rows),
         tile(f32x16, rows, width),
         tile(f32x16, 2, 2),
         tile(u8x64, 2),
     )
-    new_dots, new_sums = tile(i32x16, rows, width), tile(short_sums if nibbles else i32x16, rows, width)
+    new_dots, new_sums = tile(i32x16, rows, width), tile(short_sums if short else i32x16, rows, width)
 
     @kernel
     def quantized_tile(weights, at, half, ahead, columns, group, x, x_row, out, out_at, out_stride, add):
         acc, dots, sums, scale, w = new_acc(), new_dots(), new_sums(), new_scale(), new_weights()
-        first = half if width == 1 else 0
-        for m in range(rows):
-            for n in range(width):
-                acc[m, n] = splat_f32(ZERO)
+        first, begin = half if width == 1 else 0, at
         # Where the group's inputs begin, and where its scale, sum and offset lie.
         q, s, groups_stride = x_row * x.stride, x_row * (x.stride // GROUP_MIN), x.stride // GROUP_MIN
         for m in range(rows):
             for n in range(width):
+                acc[m, n] = splat_f32(ZERO)
                 prefetch(out, out_at + m * out_stride + 16 * (first + n))
-        begin = at
         for _ in range(columns // group):
             soon = begin + ahead + (at - begin) // sharers
             # A share of the header is less than a line, and is prefetched with its neighbours.
@@ -149,33 +176,36 @@ def _quantized_tile(rows: int, width: int, fmt: int):
                 for i in range(0, header, 64):
                     fetch(weights, soon + i)
             for m in range(rows):
-                if nibbles and minimum:
-                    start = splat_i32(np.int32(0))
-                else:
-                    start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
                 for n in range(width):
-                    dots[m, n] = start
+                    if nibbles and minimum:
+                        dots[m, n] = splat_i32(np.int32(0))
+                    else:
+                        dots[m, n] = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
             # LLVM unrolls loops of known length and reorders their sums. Only MANY rows leave registers for that.
             if rows == MANY:
-                parts, steps = group // GROUP_MIN, GROUP_MIN // 4
+                parts, steps = group // UNROLLED, UNROLLED // 4
             elif at_once > 0:
-                parts, steps = group // at_once, min(group, at_once) // 4
+                parts, steps = (group + at_once - 1) // at_once, min(group, at_once) // 4
             else:
                 parts, steps = 1, group // 4
             for part in range(parts):
                 for m in range(rows):
                     for n in range(width):
-                        sums[m, n] = begin_short(dots[m, n]) if nibbles else dots[m, n]
+                        sums[m, n] = begin_short(dots[m, n]) if short else dots[m, n]
                 for k in range(part * steps, (part + 1) * steps):
                     if ahead > 0:
                         for i in range(0, step // sharers, 64):
                             fetch(weights, soon + header // sharers + step // sharers * (k ^ swapped) + i)
+                        if high > 0 and k & period - 1 == period // 2:
+                            fetch(weights, soon + (header + 16 * group + 16 * high * (k & -period)) // sharers)
                         if rows != MANY:
                             compiler_barrier()
                     for n in range(width):
                         if nibbles:
                             both = load_u8(weights, at + header + step * k)
                             w[n] = low_nibbles(both) if first + n == 0 else high_nibbles(both)
+                            if high > 0:
+                                w[n] = add_bits(w[n], weights, at + header, group, k, first + n)
                         else:
                             w[n] = load_u8(weights, at + header + step * k + 64 * (first + n))
                     for m in range(rows):
@@ -184,7 +214,7 @@ def _quantized_tile(rows: int, width: int, fmt: int):
                             sums[m, n] = dot(sums[m, n], w[n], a)
                 for m in range(rows):
                     for n in range(width):
-                        dots[m, n] = end_short(dots[m, n], sums[m, n]) if nibbles else sums[m, n]
+                        dots[m, n] = end_short(dots[m, n], sums[m, n]) if short else sums[m, n]
             for n in range(width):
                 scale[n, 0] = load_f16(weights, at + 32 * (first + n))
                 if minimum:
@@ -197,7 +227,7 @@ def _quantized_tile(rows: int, width: int, fmt: int):
                     row_offset = splat_f32(load_scalar_f32(x.offsets, s + m * groups_stride))
                     for n in range(width):
                         acc[m, n] = fma(scale[n, 1], row_offset, acc[m, n])
-            at += header + step * (group // 4)
+            at += header + (step + 16 * high) * (group // 4)
             q += group
             s += 1
         for m in range(rows):
@@ -270,7 +300,7 @@ def _whole_block(fmt: int):
     @kernel
     def whole_block(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
         m, soon, to = 0, ahead, out_at
-        if rows >= SHARERS * MANY:
+        if rows >= SHARERS * MANY and group >= UNROLLED:
             # As many as leave a multiple of 4 rows.
             tiles = (rows - 4 * (-rows % MANY)) // MANY
             for i in range(tiles if tiles >= SHARERS else 0):

@@ -1,17 +1,21 @@
 """Weight formats: group quantisation, and the block layout that the linear kernels read.
 
 A matrix of N output rows and K input columns is cut into *blocks* of 32 rows (N is padded with zeros); a block
-holds two *panels* of 16 rows. Quantised blocks are a sequence of records, one for each group of 32, 64 or 128
+holds two *panels* of 16 rows. Quantised blocks are a sequence of records, one for each group of 16, 32, 64 or 128
 columns:
 
     32 float16 scales | 32 float16 minima (formats with minimum only) | the group's values
 
     int4:  [group / 4][16 lanes][4 columns] bytes; low nibble: row `lane`, high nibble: row 16 + `lane`
+    int5:  the low 4 bits as int4; behind them the fifth ones, [group / 16][16 lanes][4 columns] bytes: bit 2 t + p is
+           of panel p and of step t = 0 .. 3, which takes 4 of the 16 columns
+    int6:  the low 4 bits as int4; behind them the others, [group / 16][2 panels][16 lanes][4 columns] bytes: bits 2 t
+           and 2 t + 1 are of step t
     int8:  [group / 4][2 panels][16 lanes][4 columns] bytes
 
-Stored values u are unsigned. Symmetric formats: weight = scale * (u - zero), zero = 8 or 128. Formats with
+Stored values u are unsigned. Symmetric formats: weight = scale * (u - zero), zero = 8, 16, 32 or 128. Formats with
 minimum: weight = scale * u + minimum. Floating-point blocks are [K][32] numbers. With groups of 32, int4, int4+min,
-int8 and int8+min hold GGUF's Q4_0, Q4_1, Q8_0 and Q5_1 unchanged.
+int5, int5+min and int8 hold GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 unchanged; int6 in groups of 16 holds Q6_K.
 
 All matrices lie in one uint8 array, the *arena*. The *matrices* table has a row of int64 for each:
 FORMAT, ROWS (padded), COLUMNS, GROUP, OFFSET and BLOCK_BYTES (both in bytes).
@@ -23,10 +27,15 @@ import numpy as np
 
 FORMAT, ROWS, COLUMNS, GROUP, OFFSET, BLOCK_BYTES = range(6)
 
-FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN = range(7)
-FORMAT_NAMES = ("float32", "float16", "bfloat16", "int8", "int8+min", "int4", "int4+min")
+FORMAT_NAMES = (
+    *("float32", "float16", "bfloat16"),
+    *("int8", "int8+min", "int4", "int4+min", "int5", "int5+min", "int6"),
+)
+FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN, INT5, INT5_MIN, INT6 = range(len(FORMAT_NAMES))
 # Columns of a group, which share a scale.
-GROUPS = (32, 64, 128)
+GROUPS = (16, 32, 64, 128)
+_BITS = (32, 16, 16, 8, 8, 4, 4, 5, 5, 6)
+_WITH_MINIMUM = (INT8_MIN, INT4_MIN, INT5_MIN)
 
 # The largest finite number of each floating-point format.
 LARGEST = {FLOAT32: float(np.finfo(np.float32).max), FLOAT16: 65504.0, BFLOAT16: 3.3895313892515355e38}
@@ -38,7 +47,7 @@ PANEL = 16
 class Quantized(NamedTuple):
     """A group-quantised matrix before packing, see the module docstring.
 
-    values: uint8 [N, K], 0..15 or 0..255; scales, minima: float16 [N, K / group], minima None if symmetric.
+    values: uint8 [N, K], below 2^bits; scales, minima: float16 [N, K / group], minima None if symmetric.
     """
 
     values: np.ndarray
@@ -54,8 +63,13 @@ class Quantized(NamedTuple):
     @property
     def format(self) -> int:
         """The pack format that holds it."""
-        symmetric, with_minimum = (INT4, INT4_MIN) if self.bits == 4 else (INT8, INT8_MIN)
-        return symmetric if self.minima is None else with_minimum
+        return integer_format(self.bits, self.minima is not None)
+
+
+def integer_format(bits: int, minimum: bool) -> int:
+    """The smallest format of integers of at least so many bits, with a minimum or without."""
+    integers = [fmt for fmt in range(len(_BITS)) if not is_float(fmt) and has_minimum(fmt) == minimum]
+    return min((fmt for fmt in integers if _BITS[fmt] >= bits), key=_BITS.__getitem__)
 
 
 def is_float(fmt: int) -> bool:
@@ -65,17 +79,22 @@ def is_float(fmt: int) -> bool:
 
 def bits(fmt: int) -> int:
     """Bits of one value, scales not counted."""
-    return {FLOAT32: 32, FLOAT16: 16, BFLOAT16: 16, INT8: 8, INT8_MIN: 8, INT4: 4, INT4_MIN: 4}[fmt]
+    return _BITS[fmt]
+
+
+def high_bits(fmt: int) -> int:
+    """Bits of a value that lie apart from its low 4: 1 of int5, 2 of int6."""
+    return bits(fmt) - 4 if 4 <= bits(fmt) < 8 else 0
 
 
 def has_minimum(fmt: int) -> bool:
     """Whether a format stores a minimum for each group."""
-    return fmt in (INT8_MIN, INT4_MIN)
+    return fmt in _WITH_MINIMUM
 
 
 def zero(fmt: int) -> int:
     """The stored value that stands for weight 0 in a symmetric format; 0 in a format with minimum."""
-    return {INT4: 8, INT8: 128}.get(fmt, 0)
+    return 0 if has_minimum(fmt) or is_float(fmt) else 1 << bits(fmt) - 1
 
 
 def padded_rows(rows: int) -> int:
@@ -171,13 +190,40 @@ def pack_quantized(matrix: Quantized) -> np.ndarray:
         by_group = _pad(header.astype(np.float16)).reshape(blocks, BLOCK, groups).transpose(0, 2, 1)
         records[:, :, 64 * i : 64 * (i + 1)] = np.ascontiguousarray(by_group).view(np.uint8)
     lanes = values.reshape(blocks, 2, PANEL, groups, group // 4, 4)
-    if matrix.bits == 4:
-        nibbles = lanes[:, 0] | lanes[:, 1] << 4
-        ordered = nibbles.transpose(0, 2, 3, 1, 4)
+    if matrix.bits == 8:
+        parts = [lanes.transpose(0, 3, 4, 1, 2, 5)]
     else:
-        ordered = lanes.transpose(0, 3, 4, 1, 2, 5)
-    records[:, :, header_bytes(fmt) :] = ordered.reshape(blocks, groups, -1)
+        nibbles = lanes[:, 0] & 15 | lanes[:, 1] << 4
+        parts = [nibbles.transpose(0, 2, 3, 1, 4), *_high_parts(lanes, high_bits(fmt))]
+    stored = [part.reshape(blocks, groups, -1) for part in parts]
+    records[:, :, header_bytes(fmt) :] = np.concatenate(stored, axis=2)
     return records.reshape(-1)
+
+
+def _high_shifts(high: int) -> np.ndarray:
+    """Where the high bits of step t and panel p lie in their byte: uint8 [1, 2 panels, 1, 1, 1, 4 steps, 1]."""
+    panels, steps = np.arange(2, dtype=np.uint8), np.arange(4, dtype=np.uint8)
+    return (2 * steps + (panels[:, None] if high == 1 else 0 * panels[:, None])).reshape(1, 2, 1, 1, 1, 4, 1)
+
+
+def _high_parts(lanes: np.ndarray, high: int) -> list[np.ndarray]:
+    """The bytes of the bits above the low 4, [blocks, groups, ...]; lanes: [blocks, 2, PANEL, groups, group / 4, 4]."""
+    if not high:
+        return []
+    blocks, _, _, groups, steps, _ = lanes.shape
+    fields = (lanes >> 4).reshape(blocks, 2, PANEL, groups, steps // 4, 4, 4) << _high_shifts(high)
+    by_panel = np.bitwise_or.reduce(fields, axis=5)
+    if high == 1:
+        return [(by_panel[:, 0] | by_panel[:, 1]).transpose(0, 2, 3, 1, 4)]
+    return [by_panel.transpose(0, 3, 4, 1, 2, 5)]
+
+
+def _high_lanes(stored: np.ndarray, high: int) -> np.ndarray:
+    """The inverse of _high_parts: the bits, times 16, of the bytes [blocks, groups, ...]."""
+    blocks, groups, _ = stored.shape
+    lines = stored.reshape(blocks, groups, -1, 1 if high == 1 else 2, PANEL, 4).transpose(0, 3, 4, 1, 2, 5)
+    fields = lines[:, :, :, :, :, None] >> _high_shifts(high) & ((1 << high) - 1)
+    return (fields << 4).reshape(blocks, 2, PANEL, groups, -1, 4)
 
 
 def unpack_quantized(arena: np.ndarray, row: np.ndarray) -> Quantized:
@@ -192,11 +238,14 @@ def unpack_quantized(arena: np.ndarray, row: np.ndarray) -> Quantized:
         return raw.transpose(0, 2, 1).reshape(rows, groups)
 
     stored = records[:, :, header_bytes(fmt) :]
-    if width == 4:
-        nibbles = stored.reshape(blocks, groups, group // 4, PANEL, 4).transpose(0, 3, 1, 2, 4)
-        lanes = np.stack([nibbles & 15, nibbles >> 4], axis=1)
-    else:
+    if width == 8:
         lanes = stored.reshape(blocks, groups, group // 4, 2, PANEL, 4).transpose(0, 3, 4, 1, 2, 5)
+    else:
+        low, rest = np.split(stored, [PANEL * group], axis=2)
+        nibbles = low.reshape(blocks, groups, group // 4, PANEL, 4).transpose(0, 3, 1, 2, 4)
+        lanes = np.stack([nibbles & 15, nibbles >> 4], axis=1)
+        if high_bits(fmt):
+            lanes |= _high_lanes(rest, high_bits(fmt))
     return Quantized(lanes.reshape(rows, columns), header(0), header(1) if has_minimum(fmt) else None, width)
 
 

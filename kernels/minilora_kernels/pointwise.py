@@ -14,12 +14,14 @@ from .pack import (
     FLOAT16,
     FLOAT32,
     FORMAT,
+    FORMAT_NAMES,
     GROUP,
-    INT4,
-    INT4_MIN,
-    INT8_MIN,
     OFFSET,
     PANEL,
+    bits,
+    header_bytes,
+    high_bits,
+    zero,
 )
 from .simd import exp, f32x16, fma, splat_f32, tile, vmin
 from .simd_lanes import hsum
@@ -28,6 +30,10 @@ from .simd_memory import load_f32, load_scalar_bf16, load_scalar_f16, load_scala
 ZERO, ONE = np.float32(0), np.float32(1)
 # The largest argument that exp takes.
 MOST = np.float32(88)
+# What embed must know of each format.
+WIDTHS, ZEROS, HEADERS, HIGH_BITS = (
+    tuple(of(fmt) for fmt in range(len(FORMAT_NAMES))) for of in (bits, zero, header_bytes, high_bits)
+)
 
 _four_sums = tile(f32x16, 4)
 
@@ -98,20 +104,26 @@ def rope(x, at, half, cos, sin, table_at):
 
 
 @kernel
-def _stored_row(weights, at, columns, group, lane, header, width, minimum, zero, out, out_at):
-    """Dequantise row `lane` of the integer block at byte `at`: width 8 or 4 bits."""
-    shift = 4 if width == 4 and lane >= PANEL else 0
-    mask = 15 if width == 4 else 255
-    step = BLOCK * 4 * width // 8
-    first = header + (lane % PANEL) * 4 + (64 if width == 8 and lane >= PANEL else 0)
-    record = header + group // 4 * step
+def _stored_row(fmt, weights, at, columns, group, lane, out, out_at):
+    """Dequantise row `lane` of the integer block at byte `at`."""
+    width, zero, header, panel = WIDTHS[fmt], ZEROS[fmt], HEADERS[fmt], lane // PANEL
+    high, byte = HIGH_BITS[fmt], at + header + 4 * (lane % PANEL)
     for g in range(columns // group):
         scale = load_scalar_f16(weights, at + 2 * lane)
-        lowest = load_scalar_f16(weights, at + 64 + 2 * lane) if minimum else np.float32(0)
+        lowest = load_scalar_f16(weights, at + 64 + 2 * lane) if header > 64 else ZERO
         for k in range(group):
-            u = (np.int32(weights[at + first + k // 4 * step + k % 4]) >> shift) & mask
+            step, column = k // 4, k % 4
+            if width == 8:
+                u = np.int32(weights[byte + 128 * step + 64 * panel + column])
+            else:
+                u = np.int32(weights[byte + 64 * step + column]) >> 4 * panel & 15
+            if high > 0:
+                line = 16 * group + 64 * high * (step // 4) + 64 * panel * (high - 1)
+                byte_of_bits = np.int32(weights[byte + line + column])
+                u += (byte_of_bits >> 2 * (step % 4) + panel * (2 - high) & (1 << high) - 1) << 4
             out[out_at + g * group + k] = np.float32(u - zero) * scale + lowest
-        at += record
+        at += header + 4 * group * width
+        byte += header + 4 * group * width
 
 
 @kernel
@@ -131,8 +143,4 @@ def embed(weights, matrices, matrix, token, out, out_at):
             place = at + (k * BLOCK + lane) * 2
             out[out_at + k] = load_scalar_f16(weights, place) if fmt == FLOAT16 else load_scalar_bf16(weights, place)
     else:
-        width = 4 if fmt == INT4 or fmt == INT4_MIN else 8
-        minimum = fmt == INT4_MIN or fmt == INT8_MIN
-        zero = 0 if minimum else (8 if fmt == INT4 else 128)
-        header = 128 if minimum else 64
-        _stored_row(weights, at, columns, group, lane, header, width, minimum, zero, out, out_at)
+        _stored_row(fmt, weights, at, columns, group, lane, out, out_at)

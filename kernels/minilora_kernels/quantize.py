@@ -20,31 +20,26 @@ ZERO, ONE = np.float32(0), np.float32(1)
 _sums = tile(f32x16, 3)
 
 
-def quantize(weight: np.ndarray, bits: int, group: int, minimum: bool) -> Quantized:
-    """Group-quantised form of float32 weights [N, K]; K is a multiple of group (32, 64 or 128).
+def quantize(weight: np.ndarray, bits: int, group: int) -> Quantized:
+    """Group-quantised form of float32 weights [N, K]; K is a multiple of group, one of GROUPS.
 
-    8 bits: scale = max |w| / 127, or (max - min) / 255 with minimum; 4 bits, with minimum only: see fit_ranges.
-    Scales and minima are rounded to float16 before the weights are. Raises OverflowError where a weight is too large
-    for it, ValueError for 4 bits without minimum.
+    8 bits: scale = max |w| / 127, without a minimum; 4 bits: with one, see fit_ranges. Scales and minima are rounded to
+    float16 before the weights are. Raises OverflowError where a weight is too large for it, ValueError for other bits.
     """
-    if bits not in (4, 8) or (bits == 4 and not minimum):
-        raise ValueError(f"weights are not quantised to {bits} bits {'with' if minimum else 'without'} minimum")
+    if bits not in (4, 8):
+        raise ValueError(f"weights are quantised to 4 or 8 bits, not to {bits}")
     grouped = np.ascontiguousarray(weight, np.float32).reshape(len(weight), -1, group)
     check_largest(grouped, FLOAT16)
-    if not minimum:
+    if bits == 8:
         scales = _rounded(np.abs(grouped).max(axis=2) / 127)
         levels = _levels(grouped, scales, None, -127, 127)
         return Quantized((levels + 128).astype(np.uint8), scales, None, 8)
-    if bits == 8:
-        lowest = grouped.min(axis=2)
-        ranges = np.stack([(grouped.max(axis=2) - lowest) / 255, lowest])
-    else:
-        ranges = np.empty((2, *grouped.shape[:2]), np.float32)
-        _compiled_fit()(grouped.reshape(-1), group, ranges[0].reshape(-1), ranges[1].reshape(-1))
+    ranges = np.empty((2, *grouped.shape[:2]), np.float32)
+    _compiled_fit()(grouped.reshape(-1), group, ranges[0].reshape(-1), ranges[1].reshape(-1))
     check_largest(ranges, FLOAT16)
     scales, minima = _rounded(ranges[0]), ranges[1].astype(np.float16)
-    levels = _levels(grouped, scales, minima, 0, (1 << bits) - 1)
-    return Quantized(levels.astype(np.uint8), scales, minima, bits)
+    levels = _levels(grouped, scales, minima, 0, 15)
+    return Quantized(levels.astype(np.uint8), scales, minima, 4)
 
 
 def _rounded(scales: np.ndarray) -> np.ndarray:

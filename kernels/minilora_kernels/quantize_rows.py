@@ -3,7 +3,7 @@
 import numpy as np
 
 from .jit import inlined, kernel
-from .linear import FINE_STEP, GROUP_MIN
+from .linear import FINE_STEP, GROUP_MIN, UNROLLED
 from .simd import i32x16, inverse, magnitude, numbers_of, round_i32, splat_f32, splat_i32, tile, to_f32, vmax_i32
 from .simd_lanes import hmax4_i32, hsum4_i32, lane
 from .simd_memory import load_f32, store_first, store_first_i32, store_i8, store_i16
@@ -60,9 +60,9 @@ def _quantizer(finely):
         """
         to, scale_at, i = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group, 0
         # LLVM unrolls loops over a size it knows; most groups are of 32.
-        while group == GROUP_MIN and i + 4 * GROUP_MIN <= n:
-            four(x, at + i, GROUP_MIN, rows, to + i, scale_at)
-            i, scale_at = i + 4 * GROUP_MIN, scale_at + 4
+        while group == UNROLLED and i + 4 * UNROLLED <= n:
+            four(x, at + i, UNROLLED, rows, to + i, scale_at)
+            i, scale_at = i + 4 * UNROLLED, scale_at + 4
         while i + 4 * group <= n:
             four(x, at + i, group, rows, to + i, scale_at)
             i, scale_at = i + 4 * group, scale_at + 4

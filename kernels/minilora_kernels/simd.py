@@ -328,7 +328,31 @@ high_nibbles = primitive(u8x64, [u8x64], _high_nibbles)
 """The high 4 bits of each byte, as 0 .. 15."""
 
 
+def _add_high(width):
+    """An intrinsic that puts `width` bits of other bytes above nibbles."""
+    mask = constant(_U8, (1 << width) - 1 << 4)
+
+    def emit(builder, low, high, first):
+        # Bits rotate to bit 4 of their byte; what comes over from the bytes beside is masked.
+        words = builder.bitcast(high, _I32)
+        by = builder.sub(builder.trunc(first, _I32.element), ir.Constant(_I32.element, 4))
+        moved = call(builder, "llvm.fshr.v16i32", _I32, words, words, splat(builder, by, _I32))
+        return builder.or_(low, builder.and_(builder.bitcast(moved, _U8), mask))
+
+    return primitive(u8x64, [u8x64, u8x64, types.intp], emit)
+
+
+add_high = {width: _add_high(width) for width in (1, 2)}
+"""add_high[width](low, high, first): low + 16 * the `width` bits of each byte of high from bit `first` on. low < 16."""
+
+
 join_digits = primitive(i32x16, [i32x16] * 2, lambda b, high, low: b.add(b.shl(high, constant(_I32, 7)), low))
 """128 * high + low."""
-times8 = primitive(i32x16, [i32x16], lambda b, v: b.shl(v, constant(_I32, 3)))
-"""8 * v."""
+
+
+def _times(power):
+    return primitive(i32x16, [i32x16], lambda b, v: b.shl(v, constant(_I32, power)))
+
+
+times = {1 << power: _times(power) for power in (3, 4, 5)}
+"""times[n](v): n * v, for 8, 16 and 32."""

@@ -26,11 +26,15 @@ class Checkpoint(Protocol):
         ...
 
     def format(self, name: str) -> int:
-        """The pack format that holds the tensor as it is, or with the least loss."""
+        """The pack format that holds the tensor as it is."""
+        ...
+
+    def group(self, name: str) -> int:
+        """How many columns of the tensor share a scale; 0 of floating-point numbers."""
         ...
 
     def read(self, name: str, rows: slice) -> Quantized | np.ndarray:
-        """Rows of a matrix: Quantized where `format` is an integer format and nothing is rounded anew, else float32."""
+        """Rows of a matrix: Quantized where `format` is an integer format, else float32."""
         ...
 
     def read_float(self, name: str, rows: slice) -> np.ndarray:

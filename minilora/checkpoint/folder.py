@@ -64,6 +64,9 @@ class FolderCheckpoint:
     def format(self, name: str) -> int:
         return self._where[name].format(name)
 
+    def group(self, name: str) -> int:
+        return 0
+
     def read(self, name: str, rows: slice) -> np.ndarray:
         return self._where[name].read(name, rows)
 

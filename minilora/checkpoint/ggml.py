@@ -1,8 +1,7 @@
 """ggml's tensor types: how their blocks become our weights.
 
-Types with groups of 32 are taken over number by number. K-quants are decoded exactly; Q4_K and Q5_K keep their
-integers (their scales, products of a float16 and 6 bits, are rounded to float16), the others, whose groups of
-16 no format here has, become 8-bit integers in groups of 32.
+Types with groups of 32 are taken over number by number. K-quants keep their integers, in groups of 16 or 32; their
+scales and minima, products of a float16 and an integer, are rounded to float16.
 """
 
 from collections.abc import Callable
@@ -16,14 +15,17 @@ from minilora_kernels.pack import (
     FLOAT32,
     INT4,
     INT4_MIN,
+    INT5,
+    INT5_MIN,
+    INT6,
     INT8,
-    INT8_MIN,
     Quantized,
+    bits,
     dequantize,
     widen_bfloat16,
+    zero,
 )
 
-GROUP = 32
 SUPER = 256
 
 
@@ -31,8 +33,7 @@ SUPER = 256
 class BlockType:
     """A ggml type: `values` numbers in `size` bytes. decode: uint8 [rows, blocks, size] -> what it stands for.
 
-    format: the pack format that it becomes; exact: decode's Quantized is the tensor, number by number (else, for
-    K-quants, `decode_exactly` gives its float32 values).
+    format, group: what it becomes; decode_exactly: its float32 values, where decode rounds scales.
     """
 
     name: str
@@ -40,6 +41,7 @@ class BlockType:
     size: int
     format: int
     decode: Callable[[np.ndarray], Quantized | np.ndarray]
+    group: int = 0
     decode_exactly: Callable[[np.ndarray], np.ndarray] | None = None
 
     def blocks(self, raw: np.ndarray) -> np.ndarray:
@@ -47,7 +49,7 @@ class BlockType:
         return raw.reshape(len(raw), -1, self.size)
 
     def weights(self, raw: np.ndarray) -> Quantized | np.ndarray:
-        """Rows of raw bytes as Quantized (integer formats that need no new rounding) or float32 [rows, columns]."""
+        """Rows of raw bytes as Quantized, or float32 [rows, columns] if they are floating-point numbers."""
         return self.decode(self.blocks(raw))
 
     def floats(self, raw: np.ndarray) -> np.ndarray:
@@ -100,12 +102,12 @@ def _decode_q4_1(blocks: np.ndarray) -> Quantized:
 
 def _decode_q5_0(blocks: np.ndarray) -> Quantized:
     values = _nibbles(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6])
-    return _quantized(values + np.uint8(128 - 16), _half(blocks[..., :2]), None, 8)
+    return _quantized(values, _half(blocks[..., :2]), None, 5)
 
 
 def _decode_q5_1(blocks: np.ndarray) -> Quantized:
     values = _nibbles(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8])
-    return _quantized(values, _half(blocks[..., :2]), _half(blocks[..., 2:4]), 8)
+    return _quantized(values, _half(blocks[..., :2]), _half(blocks[..., 2:4]), 5)
 
 
 def _decode_q8_0(blocks: np.ndarray) -> Quantized:
@@ -152,15 +154,16 @@ def _k_scales(head: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _repacked(parts: Callable, bits: int) -> Callable[[np.ndarray], Quantized]:
     def decode(blocks: np.ndarray) -> Quantized:
         values, scales, minima = parts(blocks)
-        return _quantized(values, scales.astype(np.float16), minima.astype(np.float16), bits)
+        minima = None if minima is None else minima.astype(np.float16)
+        return _quantized(values, scales.astype(np.float16), minima, bits)
 
     return decode
 
 
-def _exactly(parts: Callable, group: int = GROUP) -> Callable[[np.ndarray], np.ndarray]:
+def _exactly(parts: Callable, zero: int, group: int) -> Callable[[np.ndarray], np.ndarray]:
     def decode(blocks: np.ndarray) -> np.ndarray:
         values, scales, minima = parts(blocks)
-        grouped = values.reshape(*values.shape[:-1], -1, group).astype(np.float32)
+        grouped = values.reshape(*values.shape[:-1], -1, group).astype(np.float32) - zero
         weights = grouped * scales[..., None]
         if minima is not None:
             weights += minima[..., None]
@@ -176,39 +179,37 @@ def _k2_parts(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _k3_parts(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
-    """Q3_K: 32 bytes of third bits (0 means -4), 64 of low bits, 12 of 6-bit scales, d."""
+    """Q3_K: 32 bytes of third bits, 64 of low bits, 12 of 6-bit scales, d; values 4 .. 11 for -4 .. 3."""
     low, packed = _bit_fields(blocks[..., 32:96], 2, 32), blocks[..., 96:108]
     third = _bit_fields(blocks[..., :32], 1, 32)
     scales = _bit_fields(packed[..., :8], 4, 8) | _bit_fields(packed[..., 8:], 2, 4) << 4
     d = _half(blocks[..., 108:110]).astype(np.float32)
-    return low.astype(np.int8) - (4 - 4 * third.astype(np.int8)), d * (scales.astype(np.int8) - 32), None
+    return (low | third << 2) + np.uint8(4), d * (scales.astype(np.int8) - 32), None
 
 
 def _k6_parts(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
-    """Q6_K: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, d."""
+    """Q6_K: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, d; values 0 .. 63 for -32 .. 31."""
     values = _bit_fields(blocks[..., :128], 4, 64) | _bit_fields(blocks[..., 128:192], 2, 32) << 4
     scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
-    return values.astype(np.int8) - 32, _half(blocks[..., 208:210]).astype(np.float32) * scales, None
+    return values, _half(blocks[..., 208:210]).astype(np.float32) * scales, None
 
 
-def _k_quant(name: str, size: int, fmt: int, parts: Callable) -> BlockType:
-    """A K-quant whose groups of 16 no pack format has: it is decoded and quantised anew."""
-    exactly = _exactly(parts, 16)
-    return BlockType(name, SUPER, size, fmt, exactly, exactly)
+def _k_quant(name: str, size: int, fmt: int, group: int, parts: Callable) -> BlockType:
+    return BlockType(name, SUPER, size, fmt, _repacked(parts, bits(fmt)), group, _exactly(parts, zero(fmt), group))
 
 
 BLOCK_TYPES = {
     0: BlockType("F32", 1, 4, FLOAT32, _float_decoder(np.float32)),
     1: BlockType("F16", 1, 2, FLOAT16, _float_decoder(np.float16)),
-    2: BlockType("Q4_0", 32, 18, INT4, _decode_q4_0),
-    3: BlockType("Q4_1", 32, 20, INT4_MIN, _decode_q4_1),
-    6: BlockType("Q5_0", 32, 22, INT8, _decode_q5_0),
-    7: BlockType("Q5_1", 32, 24, INT8_MIN, _decode_q5_1),
-    8: BlockType("Q8_0", 32, 34, INT8, _decode_q8_0),
-    10: _k_quant("Q2_K", 84, INT8_MIN, _k2_parts),
-    11: _k_quant("Q3_K", 110, INT8_MIN, _k3_parts),
-    12: BlockType("Q4_K", SUPER, 144, INT4_MIN, _repacked(_k4_parts, 4), _exactly(_k4_parts)),
-    13: BlockType("Q5_K", SUPER, 176, INT8_MIN, _repacked(_k5_parts, 8), _exactly(_k5_parts)),
-    14: _k_quant("Q6_K", 210, INT8_MIN, _k6_parts),
+    2: BlockType("Q4_0", 32, 18, INT4, _decode_q4_0, 32),
+    3: BlockType("Q4_1", 32, 20, INT4_MIN, _decode_q4_1, 32),
+    6: BlockType("Q5_0", 32, 22, INT5, _decode_q5_0, 32),
+    7: BlockType("Q5_1", 32, 24, INT5_MIN, _decode_q5_1, 32),
+    8: BlockType("Q8_0", 32, 34, INT8, _decode_q8_0, 32),
+    10: _k_quant("Q2_K", 84, INT4_MIN, 16, _k2_parts),
+    11: _k_quant("Q3_K", 110, INT4, 16, _k3_parts),
+    12: _k_quant("Q4_K", 144, INT4_MIN, 32, _k4_parts),
+    13: _k_quant("Q5_K", 176, INT5_MIN, 32, _k5_parts),
+    14: _k_quant("Q6_K", 210, INT6, 16, _k6_parts),
     30: BlockType("BF16", 1, 2, BFLOAT16, _decode_bf16),
 }

@@ -230,6 +230,9 @@ class GgufCheckpoint:
     def format(self, name: str) -> int:
         return self._tensor(name).kind.format
 
+    def group(self, name: str) -> int:
+        return self._tensor(name).kind.group
+
     def read(self, name: str, rows: slice) -> Quantized | np.ndarray:
         return self._tensor(name).kind.weights(self._raw(name, rows))
 

@@ -74,7 +74,7 @@ def show(name: str, dtype: str, as_json: bool) -> None:
 )
 @click.option(
     "--group-size",
-    type=click.Choice(["32", "64", "128"]),
+    type=click.Choice(["16", "32", "64", "128"]),
     default="32",
     show_default=True,
     help="Weights per scale, for int8 and int4.",

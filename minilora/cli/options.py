@@ -60,7 +60,7 @@ model_options = _options(
     ),
     click.option(
         "--group-size",
-        type=click.Choice(["32", "64", "128"]),
+        type=click.Choice(["16", "32", "64", "128"]),
         default="32",
         show_default=True,
         help="Weights per scale, for int8 and int4.",

@@ -1,7 +1,6 @@
 """Rows of the stream: the inputs of products, normalised and quantised, and those that go on to the end."""
 
 from minilora_kernels.jit import kernel
-from minilora_kernels.linear import GROUP_MIN
 from minilora_kernels.pack import BLOCK, INT8, PANEL
 from minilora_kernels.pointwise import rms_norm
 from minilora_kernels.quantize_rows import quantize_row, quantize_row_finely
@@ -10,6 +9,9 @@ from minilora_kernels.sync import barrier
 
 from .arrays import FEW
 from .work import first_piece, next_piece, share_of, work_of
+
+# Groups of inputs that int8 adapters read beside floating-point weights.
+FLOATS_GROUP = 32
 
 
 @kernel
@@ -32,7 +34,7 @@ def place_of_values(c, group, rows, at, scratch_at):
 @kernel
 def input_group(group):
     """The group in which inputs of a matrix are quantised: for int8 adapters even if its weights are floats."""
-    return max(group, GROUP_MIN)
+    return group if group > 0 else FLOATS_GROUP
 
 
 @kernel

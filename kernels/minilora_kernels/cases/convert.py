@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import convert, lora_pack, reference
-from ..pack import INT8
+from ..pack import GROUPS, INT8
 from ..quantize import fit_ranges
 from .case import Arguments, Case, normal
 
@@ -64,7 +64,7 @@ CASES = [
         reference.fit_ranges,
         _make_fit,
         2e-3,
-        tuple({"groups": 9, "group": g} for g in (32, 64, 128)),
+        tuple({"groups": 9, "group": g} for g in GROUPS),
         ({"groups": 4096, "group": 64},),
         lambda s: 4 * s["groups"] * s["group"],
     ),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import reference
-from ..linear import Rows, make_linear
+from ..linear import GROUP_MIN, Rows, make_linear
 from ..pack import (
     BFLOAT16,
     FLOAT16,
@@ -11,6 +11,9 @@ from ..pack import (
     FORMAT_NAMES,
     INT4,
     INT4_MIN,
+    INT5,
+    INT5_MIN,
+    INT6,
     INT8,
     INT8_MIN,
     Quantized,
@@ -39,7 +42,7 @@ def random_matrix(rng: np.random.Generator, fmt: int, rows: int, columns: int, g
 
 def empty_rows(count: int, width: int) -> Rows:
     """Room for the inputs of a product."""
-    groups = count * width // 32
+    groups = count * width // GROUP_MIN
     return Rows(
         np.zeros(count * width, np.float32),
         np.zeros(count * width, np.int8),
@@ -84,7 +87,7 @@ def _linear_case(fmt: int) -> Case:
     group = {} if is_float(fmt) else {"group": 32}
     tests = [{"N": 80, "K": 96, "M": m, **group, "add": m % 2} for m in (1, 3, 8, 15, 33)]
     if group:
-        tests += [{"N": 64, "K": 256, "M": m, "group": g} for m in (5, 20) for g in (64, 128)]
+        tests += [{"N": 64, "K": 256, "M": m, "group": g} for m in (5, 20) for g in (16, 64, 128)]
     shapes = [{"N": 2048, "K": 2048, "M": m, **group} for m in (1, 8, 512)]
     if group:
         shapes += [{"N": 2048, "K": 2048, "M": m, "group": g} for m in (1, 512) for g in (64, 128)]
@@ -101,6 +104,6 @@ def _linear_case(fmt: int) -> Case:
     )
 
 
-FORMATS = (FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN)
+FORMATS = (FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN, INT5, INT5_MIN, INT6)
 
 CASES = [_linear_case(fmt) for fmt in FORMATS]

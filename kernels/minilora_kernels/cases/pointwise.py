@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import pointwise, quantize_rows, reference
-from ..pack import FORMAT_NAMES, bits, is_float, table_row
+from ..pack import FORMAT_NAMES, GROUPS, bits, is_float, table_row
 from .case import Arguments, Case, Make, normal
 from .linear import FORMATS, empty_rows, random_matrix
 
@@ -64,7 +64,7 @@ def _embed_case(fmt: int) -> Case:
         reference.embed,
         _make_embed(fmt),
         1e-6,
-        tuple({"V": 96, "E": 256, "token": t, "group": g} for t, g in ((0, 32), (17, 64), (95, 128))),
+        tuple({"V": 96, "E": 256, "token": t, "group": g} for t, g in ((0, 16), (17, 32), (95, 64), (80, 128))),
         ({"V": 4096, "E": 2048, "token": 777, "group": 32},),
         bytes=lambda s: s["E"] * bits(fmt) // 8,
     )
@@ -88,7 +88,7 @@ CASES = [
             getattr(reference, name),
             _make_quantize,
             1e-6,
-            (*({"n": 640, "group": g} for g in (32, 64, 128)), {"n": 80, "group": 32}),
+            (*({"n": 640, "group": g} for g in GROUPS), {"n": 80, "group": 32}),
             ({"n": 2048, "group": 32}, {"n": 2048, "group": 128}),
             lambda s: 4 * s["n"],
         )

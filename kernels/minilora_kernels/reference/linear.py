@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..linear import GROUP_MIN
 from ..pack import BLOCK, COLUMNS, FORMAT, GROUP, is_float, unpack, unpack_quantized, zero
 from .flat import grid
 
@@ -23,7 +24,8 @@ def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_a
 def _grouped_product(matrix, x, x_row, rows, columns, group, chosen):
     """Sum over groups of scale * x_scale * (integer dot) + minimum * x_scale * (sum of q)."""
     q = grid(x.q, x_row * x.stride, x.stride, rows, columns).astype(np.int64).reshape(rows, -1, group)
-    x_scale = grid(x.scales, x_row * (x.stride // 32), x.stride // 32, rows, columns // group).astype(np.float64)
+    stride = x.stride // GROUP_MIN
+    x_scale = grid(x.scales, x_row * stride, stride, rows, columns // group).astype(np.float64)
     u = matrix.values[chosen].astype(np.int64).reshape(-1, columns // group, group) - zero(matrix.format)
     dots = np.einsum("mgk,ngk->mng", q, u)
     y = np.einsum("mng,ng,mg->mn", dots, matrix.scales[chosen].astype(np.float64), x_scale)

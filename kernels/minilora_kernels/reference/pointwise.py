@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..linear import FINE_STEP
+from ..linear import FINE_STEP, GROUP_MIN
 from ..pack import COLUMNS, PANEL, unpack
 from .flat import span
 
@@ -33,7 +33,7 @@ def _quantize(x, at, n, group, rows, row, column):
     scale = np.where(finite, np.abs(v).max(axis=1, keepdims=True) / np.float32(127), np.float32(np.nan))
     steps = v * np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
     q = np.rint(steps).astype(np.int32)
-    to, scale_to = row * rows.stride + column, row * (rows.stride // 32) + column // group
+    to, scale_to = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group
     groups = slice(scale_to, scale_to + len(v))
     rows.q[to : to + n] = q.reshape(-1)[:n]
     rows.scales[groups] = scale[:, 0]
