@@ -41,8 +41,8 @@ TRIALS = 3
 # Above this load for each thread the ratios are not to be trusted.
 BUSY = 0.5
 PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
-# Random weights in these shapes, by the first word of a file's key. tools/random_gguf.py makes these types,
-# llama-quantize makes others of float16 ones.
+# Random weights in these shapes, by the first word of a file's key. tools/random_gguf.py makes these of the types,
+# llama-quantize makes all others of float16.
 SHAPES, MADE = {"big": "tinyllama-1.1b", "wide": "llama-3.2-1b"}, ("q4_0", "q8_0", "f16")
 
 

@@ -18,8 +18,8 @@ class LLM:
     """A model and an engine for it.
 
     model: a name from `minilora list`, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
-    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at the start; report:
-    called with a line of text when something takes long; the rest are EngineConfig's fields.
+    params.DTYPES; group_size: 16, 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at the start;
+    report: called with a line of text when something takes long; the rest are EngineConfig's fields.
 
     generate and chat take prompts and return when all texts are done; stream yields one prompt's texts as they grow;
     submit queues a prompt with a callback, and run, or step by step `step`, works the queue off.

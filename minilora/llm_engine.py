@@ -74,8 +74,8 @@ class LLMEngine:
     """A model, an engine for it, and the requests under way. All calls from one thread unless they say otherwise.
 
     model: a name from `minilora list`, a hub repo (org/name or org/name@revision), a folder or a .gguf file; dtype: see
-    params.DTYPES; group_size: 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at the start; report:
-    called with a line of text when something takes long; the rest are EngineConfig's fields.
+    params.DTYPES; group_size: 16, 32, 64 or 128, for int8 and int4; lora: names -> adapters to load at the start;
+    report: called with a line of text when something takes long; the rest are EngineConfig's fields.
     """
 
     def __init__(

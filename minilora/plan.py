@@ -17,7 +17,7 @@ from minilora_kernels.pack import BLOCK, FLOAT32, GROUPS, INT8, Quantized
 
 from .checkpoint.base import Checkpoint
 from .config import ModelConfig
-from .errors import FormatError, UnsupportedError, UsageError
+from .errors import FormatError, UsageError
 from .params import DTYPES
 
 # Columns of the layers table: byte offsets of float32 vectors in the arena (-1: none), rows of the matrices
@@ -176,7 +176,10 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """The format that weights are brought into. dtype: one of DTYPES; group: one of GROUPS, for int8 and int4."""
+    """The format that weights are brought into. dtype: one of DTYPES; group: one of GROUPS, for int8 and int4.
+
+    A matrix whose columns the group does not divide takes the next smaller one that does.
+    """
 
     dtype: str = "auto"
     group: int = DEFAULT_GROUP
@@ -198,12 +201,8 @@ class Target:
             return natural
         if self.dtype in FLOAT_DTYPES:
             return FLOAT_DTYPES[self.dtype], 0
-        group = max((g for g in GROUPS if g <= self.group and columns % g == 0), default=0)
-        if not group:
-            raise UnsupportedError(
-                f"{self.dtype} takes matrices of a multiple of 16 columns, this model has one of {columns}",
-                "Take float32, float16 or bfloat16.",
-            )
+        # Columns are a multiple of 16, see config.py.
+        group = max(g for g in GROUPS if g <= self.group and columns % g == 0)
         # The embedding and the head lose most by 4 bits: they keep 8.
         return (INT8, group) if self.dtype == "int8" or is_head else (pack.INT4_MIN, group)
 

@@ -61,6 +61,7 @@ def check_tables(weights: Weights) -> None:
         found = matrices[role.first : role.first + role.parts]
         right = found[:, pack.ROWS].sum() == role.rows and (found[:, pack.COLUMNS] == role.columns).all()
         _require(right, "a matrix is not of the size that the config says")
+        _require(len(set(found[:, pack.GROUP].tolist())) == 1, "matrices with the same inputs have other groups")
     _require(tuple(layers[:, WINDOW].tolist()) == config.windows, "the windows are not the config's")
     _require(tuple((layers[:, ROTARY] == 1).tolist()) == config.rotary, "the rotated layers are not the config's")
     for offset, length in _vectors(config, layers, weights.final_norm):

@@ -1,5 +1,6 @@
 """Makers of tiny random checkpoints, adapters, engines, and of trouble in the middle of something."""
 
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -249,6 +250,8 @@ def interrupts_at(line: int, act: Callable[[], object]) -> bool:
             raise KeyboardInterrupt
         return interrupt
 
+    # A collection of garbage would run callbacks, Hypothesis' for one, which swallow the interrupt.
+    gc.disable()
     sys.settrace(interrupt)
     try:
         act()
@@ -256,4 +259,5 @@ def interrupts_at(line: int, act: Callable[[], object]) -> bool:
         pass
     finally:
         sys.settrace(None)
+        gc.enable()
     return interrupted

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from minilora.checkpoint import open_checkpoint
 from minilora.config import ModelConfig
 from minilora.errors import FormatError, MiniloraError, NotFoundError, UnsupportedError
-from minilora_kernels.pack import BFLOAT16, FLOAT16, FLOAT32, narrow_bfloat16
+from minilora_kernels.pack import BFLOAT16, COLUMNS, FLOAT16, FLOAT32, GROUP, narrow_bfloat16
 
 from .support import BASE_CONFIG, load_weights, make_checkpoint
 
@@ -120,11 +120,11 @@ def test_wrong_tensors_are_named(tmp_path, change, word):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_groups_that_do_not_fit_are_named(tmp_path, dtype):
+def test_a_group_that_does_not_fit_becomes_the_next_smaller_one(tmp_path, dtype):
     make_checkpoint(tmp_path, num_attention_heads=3, num_key_value_heads=1, head_dim=48)
-    load_weights(tmp_path)
-    with pytest.raises(UnsupportedError, match=f"{dtype} takes .* one of 144"):
-        load_weights(tmp_path, dtype)
+    weights = load_weights(tmp_path, dtype, 64)
+    groups = {int(row[COLUMNS]): int(row[GROUP]) for row in weights.matrices}
+    assert groups == {64: 64, 144: 16, 96: 32}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])

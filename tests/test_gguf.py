@@ -13,10 +13,10 @@ from minilora.checkpoint import open_checkpoint
 from minilora.checkpoint.ggml import BLOCK_TYPES
 from minilora.checkpoint.gguf import Gguf
 from minilora.errors import FormatError, MiniloraError, UnsupportedError
-from minilora.plan import DOWN, GATE_UP, QKV, QKV_PARTS, O
+from minilora.plan import DOWN, GATE_UP, QKV, QKV_PARTS, O, convert
 from minilora.reference import Reference
 from minilora.rope import Rope
-from minilora_kernels.pack import FORMAT, FORMAT_NAMES, GROUP, INT6, INT8_MIN, dequantize
+from minilora_kernels.pack import FORMAT, FORMAT_NAMES, GROUP, INT5, INT6, INT8_MIN, Quantized, dequantize
 
 from .gguf_maker import K_QUANTS, QUANTISED, entry, header, random_blocks, string, tensor, write_llama
 from .support import load_weights, make_engine, prompt_logits, random_tokens
@@ -205,6 +205,8 @@ def test_types_may_differ_within_a_layer(tmp_path):
             stored = gguf.quants.dequantize(gguf.quants.quantize(original, qtype), qtype)
             assert np.allclose(floats[name], stored, rtol=1e-3, atol=1e-6), name
     weights = load_weights(path)
+    # The smallest format that holds Q4_0 and Q5_0.
+    assert weights.matrices[weights.layers[0, GATE_UP], FORMAT] == INT5
     tokens = random_tokens(np.random.default_rng(1), 40)
     engine = make_engine(weights)
     assert (
@@ -394,6 +396,38 @@ def test_one_layer_under_two_numbers_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Gguf, "__init__", changed)
     with pytest.raises(FormatError, match="another name"):
         open_checkpoint(path)
+
+
+def change_first(path, name, at, numbers):
+    """Write float16 numbers into a tensor's first block, from byte `at` on."""
+    raw, start = bytearray(path.read_bytes()), Gguf(path).tensors[name].start
+    raw[start + at : start + at + 2 * len(numbers)] = np.array(numbers, np.float16).tobytes()
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("numbers", [[np.inf], [0.01, np.nan]])
+def test_scales_and_minima_that_are_not_finite_are_refused(tmp_path, numbers):
+    path = tmp_path / "model.gguf"
+    write_llama(path, "Q4_1")
+    change_first(path, "blk.0.ffn_up.weight", 0, numbers)
+    with pytest.raises(FormatError, match=r"up_proj.* not finite"):
+        load_weights(path)
+
+
+def test_scales_that_float16_cannot_hold_are_named(tmp_path):
+    """Products of a float16 and an integer: as float32 the model is fine."""
+    path = tmp_path / "model.gguf"
+    write_llama(path, "Q6_K", hidden_size=256, intermediate_size=512, num_attention_heads=8, head_dim=32)
+    change_first(path, "blk.0.ffn_up.weight", 208, [60000])
+    with pytest.raises(FormatError, match=r"up_proj.*float16 ends at 65504"):
+        load_weights(path)
+    assert np.abs(load_weights(path, "float32").floats()["model.layers.0.mlp.up_proj.weight"]).max() > 65504
+
+
+def test_minima_that_float16_cannot_hold_are_refused():
+    large = Quantized(np.zeros((32, 32), np.uint8), np.full((32, 1), 600, np.float16), None, 8)
+    with pytest.raises(OverflowError, match="float16 ends at 65504"):
+        convert(large, INT8_MIN, 32)
 
 
 def test_not_finite_weights_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from minilora.params import SamplingParams
 from minilora.sequence import AdapterUse
 from minilora_kernels.attention import partial_size
 from minilora_kernels.cases import CASES
+from minilora_kernels.pack import GROUPS
 from minilora_kernels.pages import NOBODY
 
 from .support import EVERYTHING, GREEDY, load_weights, make_adapter, make_engine, random_tokens, run
@@ -20,12 +21,15 @@ RANKS = (2, 8, 16, 24)
 
 
 def linear_cases():
-    return [case for case in CASES if case.name.startswith("linear")]
+    """(case, group), 0 of floating-point weights."""
+    for case in CASES:
+        if case.name.startswith("linear"):
+            yield from ((case, group) for group in (GROUPS if "group" in case.small[0] else (0,)))
 
 
-@pytest.mark.parametrize("case", linear_cases(), ids=lambda case: case.name)
-def test_linear_rows_do_not_depend_on_their_number(case):
-    size = {**case.small[0], "M": 41}
+@pytest.mark.parametrize("case, group", list(linear_cases()), ids=lambda value: getattr(value, "name", value))
+def test_linear_rows_do_not_depend_on_their_number(case, group):
+    size = {**case.small[0], "M": 41, "K": 256, "group": group}
     weights, table, matrix, rows, row, count, first, end, out, at, stride, _ = case.make(np.random.default_rng(1), size)
     together = np.zeros_like(out)
     case.compiled(weights, table, matrix, rows, row, count, first, end, together, at, stride, 0)

@@ -161,9 +161,10 @@ def test_several_adapters_in_one_request(tiny):
     assert largest_error(found, expected, tokens) < 5e-4
 
 
-@pytest.mark.parametrize(("dtype", "lora_dtype"), [("int8", "int8"), ("int4", "int8"), ("int8", "float16")])
-def test_adapters_on_quantised_weights(tiny, dtype, lora_dtype):
-    weights = load_weights(tiny("llama"), dtype)
+@pytest.mark.parametrize("dtype, group", [("int8", 32), ("int4", 32), ("int4", 16), ("bfloat16", 32)])
+@pytest.mark.parametrize("lora_dtype", ["int8", "float16"])
+def test_adapters_on_other_weights(tiny, dtype, group, lora_dtype):
+    weights = load_weights(tiny("llama"), dtype, group)
     adapter = make_adapter(weights.config, rank=8)
     engine = make_engine(weights, lora_dtype=lora_dtype)
     tokens = random_tokens(np.random.default_rng(6), 60)

@@ -26,7 +26,7 @@ from minilora.packed import (
     write_packed,
 )
 from minilora.plan import DOWN, INPUT_NORM, Q_NORM, QKV, QKV_PARTS, WINDOW, Plan, Target
-from minilora_kernels.pack import BLOCK_BYTES, FORMAT, GROUP, INT8, OFFSET, ROWS
+from minilora_kernels.pack import BLOCK_BYTES, FORMAT, FORMAT_NAMES, GROUP, INT8, OFFSET, ROWS
 
 from .gguf_maker import write_llama
 from .support import make_checkpoint
@@ -356,6 +356,8 @@ def at(*place, value):
         at("matrices", 0, OFFSET, value=-64),
         at("matrices", 1, OFFSET, value=8),
         at("matrices", 2, FORMAT, value=99),
+        at("matrices", 2, FORMAT, value=len(FORMAT_NAMES)),
+        at("matrices", 2, FORMAT, value=-1),
         at("matrices", 2, GROUP, value=1 << 20),
         at("matrices", 3, ROWS, value=1 << 30),
         at("matrices", 3, BLOCK_BYTES, value=64),

@@ -73,7 +73,7 @@ from .simd_memory import (
 from .unit import unit
 
 ZERO = np.float32(0)
-# The smallest group. Steps of MANY rows are unrolled for UNROLLED columns.
+# The smallest group, and the most usual one, for which loops are unrolled.
 GROUP_MIN, UNROLLED = 16, 32
 # The step of `fine`, relative to that of q.
 FINE_STEP = np.float32(1 / 256)

@@ -59,7 +59,7 @@ def _quantizer(finely):
         its integers, which may be anything, would hide that.
         """
         to, scale_at, i = row * rows.stride + column, row * (rows.stride // GROUP_MIN) + column // group, 0
-        # LLVM unrolls loops over a size it knows; most groups are of 32.
+        # LLVM unrolls loops over a size it knows.
         while group == UNROLLED and i + 4 * UNROLLED <= n:
             four(x, at + i, UNROLLED, rows, to + i, scale_at)
             i, scale_at = i + 4 * UNROLLED, scale_at + 4

@@ -21,6 +21,7 @@ from minilora_kernels.pack import (
     INT8,
     Quantized,
     bits,
+    check_largest,
     dequantize,
     widen_bfloat16,
     zero,
@@ -49,7 +50,10 @@ class BlockType:
         return raw.reshape(len(raw), -1, self.size)
 
     def weights(self, raw: np.ndarray) -> Quantized | np.ndarray:
-        """Rows of raw bytes as Quantized, or float32 [rows, columns] if they are floating-point numbers."""
+        """Rows of raw bytes as Quantized, or float32 [rows, columns] if they are floating-point numbers.
+
+        Raises OverflowError where the scale of a K-quant is too large for float16.
+        """
         return self.decode(self.blocks(raw))
 
     def floats(self, raw: np.ndarray) -> np.ndarray:
@@ -154,10 +158,14 @@ def _k_scales(head: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _repacked(parts: Callable, bits: int) -> Callable[[np.ndarray], Quantized]:
     def decode(blocks: np.ndarray) -> Quantized:
         values, scales, minima = parts(blocks)
-        minima = None if minima is None else minima.astype(np.float16)
-        return _quantized(values, scales.astype(np.float16), minima, bits)
+        return _quantized(values, _narrowed(scales), None if minima is None else _narrowed(minima), bits)
 
     return decode
+
+
+def _narrowed(numbers: np.ndarray) -> np.ndarray:
+    check_largest(numbers, FLOAT16)
+    return numbers.astype(np.float16)
 
 
 def _exactly(parts: Callable, zero: int, group: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -77,7 +77,7 @@ def show(name: str, dtype: str, as_json: bool) -> None:
     type=click.Choice(["16", "32", "64", "128"]),
     default="32",
     show_default=True,
-    help="Weights per scale, for int8 and int4.",
+    help="Weights per scale at most, for int8 and int4.",
 )
 def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     """Write SOURCE as a packed model into the folder TARGET."""

@@ -63,7 +63,7 @@ model_options = _options(
         type=click.Choice(["16", "32", "64", "128"]),
         default="32",
         show_default=True,
-        help="Weights per scale, for int8 and int4.",
+        help="Weights per scale at most, for int8 and int4.",
     ),
     click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads; all usable cores if not given."),
 )
