@@ -145,7 +145,7 @@ def _quantized_tile(rows: int, width: int, fmt: int):
     # Zen 4 are slower at an even stride, perhaps because the hardware prefetcher then joins in.
     step, swapped = (64, 1) if nibbles else (128, 0)
     if nibbles:
-        dot, start_at = dot4_small if high else dot4_short, times[8] if minimum else times[zero(fmt)]
+        dot, start_at = dot4_small if high else dot4_short, times[zero(fmt)]
     else:
         dot, start_at = dot4_bytes, start_unsigned if minimum else start_bytes
     short, add_bits = nibbles and not high, _bits_adder(high)
@@ -176,11 +176,9 @@ def _quantized_tile(rows: int, width: int, fmt: int):
                 for i in range(0, header, 64):
                     fetch(weights, soon + i)
             for m in range(rows):
+                start = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
                 for n in range(width):
-                    if nibbles and minimum:
-                        dots[m, n] = splat_i32(np.int32(0))
-                    else:
-                        dots[m, n] = start_at(splat_i32(load_word(x.sums, s + m * groups_stride)))
+                    dots[m, n] = start
             # LLVM unrolls loops of known length and reorders their sums. Only MANY rows leave registers for that.
             if rows == MANY:
                 parts, steps = group // UNROLLED, UNROLLED // 4

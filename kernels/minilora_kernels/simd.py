@@ -350,9 +350,12 @@ join_digits = primitive(i32x16, [i32x16] * 2, lambda b, high, low: b.add(b.shl(h
 """128 * high + low."""
 
 
-def _times(power):
-    return primitive(i32x16, [i32x16], lambda b, v: b.shl(v, constant(_I32, power)))
+def _times(n):
+    def emit(builder, v):
+        return builder.shl(v, constant(_I32, n.bit_length() - 1)) if n else constant(_I32, 0)
+
+    return primitive(i32x16, [i32x16], emit)
 
 
-times = {1 << power: _times(power) for power in (3, 4, 5)}
-"""times[n](v): n * v, for 8, 16 and 32."""
+times = {n: _times(n) for n in (0, 8, 16, 32)}
+"""times[n](v): n * v."""
