@@ -66,10 +66,10 @@ class Quantized(NamedTuple):
         return integer_format(self.bits, self.minima is not None)
 
 
-def integer_format(bits: int, minimum: bool) -> int:
-    """The smallest format of integers of at least so many bits, with a minimum or without."""
+def integer_format(width: int, minimum: bool) -> int:
+    """The smallest format of integers of at least `width` bits, with a minimum or without."""
     integers = [fmt for fmt in range(len(_BITS)) if not is_float(fmt) and has_minimum(fmt) == minimum]
-    return min((fmt for fmt in integers if _BITS[fmt] >= bits), key=_BITS.__getitem__)
+    return min((fmt for fmt in integers if _BITS[fmt] >= width), key=_BITS.__getitem__)
 
 
 def is_float(fmt: int) -> bool:
@@ -202,8 +202,8 @@ def pack_quantized(matrix: Quantized) -> np.ndarray:
 
 def _high_shifts(high: int) -> np.ndarray:
     """Where the high bits of step t and panel p lie in their byte: uint8 [1, 2 panels, 1, 1, 1, 4 steps, 1]."""
-    panels, steps = np.arange(2, dtype=np.uint8), np.arange(4, dtype=np.uint8)
-    return (2 * steps + (panels[:, None] if high == 1 else 0 * panels[:, None])).reshape(1, 2, 1, 1, 1, 4, 1)
+    steps, panels = np.arange(4, dtype=np.uint8), np.arange(2, dtype=np.uint8)[:, None]
+    return (2 * steps + panels * (2 - high)).reshape(1, 2, 1, 1, 1, 4, 1)
 
 
 def _high_parts(lanes: np.ndarray, high: int) -> list[np.ndarray]:

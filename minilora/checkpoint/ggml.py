@@ -155,10 +155,10 @@ def _k_scales(head: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return d * scales, -(dmin * minima)
 
 
-def _repacked(parts: Callable, bits: int) -> Callable[[np.ndarray], Quantized]:
+def _repacked(parts: Callable, width: int) -> Callable[[np.ndarray], Quantized]:
     def decode(blocks: np.ndarray) -> Quantized:
         values, scales, minima = parts(blocks)
-        return _quantized(values, _narrowed(scales), None if minima is None else _narrowed(minima), bits)
+        return _quantized(values, _narrowed(scales), None if minima is None else _narrowed(minima), width)
 
     return decode
 
@@ -168,10 +168,10 @@ def _narrowed(numbers: np.ndarray) -> np.ndarray:
     return numbers.astype(np.float16)
 
 
-def _exactly(parts: Callable, zero: int, group: int) -> Callable[[np.ndarray], np.ndarray]:
+def _exactly(parts: Callable, nought: int, group: int) -> Callable[[np.ndarray], np.ndarray]:
     def decode(blocks: np.ndarray) -> np.ndarray:
         values, scales, minima = parts(blocks)
-        grouped = values.reshape(*values.shape[:-1], -1, group).astype(np.float32) - zero
+        grouped = values.reshape(*values.shape[:-1], -1, group).astype(np.float32) - nought
         weights = grouped * scales[..., None]
         if minima is not None:
             weights += minima[..., None]
