@@ -196,7 +196,7 @@ class Target:
         return self.dtype, self.group if self.dtype in ("int8", "int4") else 0
 
     def of(self, natural: tuple[int, int], columns: int, is_head: bool) -> tuple[int, int]:
-        """(format, group) for a matrix that the checkpoint holds in `natural` ones."""
+        """(format, group) for a matrix, from the `natural` ones in which the checkpoint holds it."""
         if self.dtype == "auto":
             return natural
         if self.dtype in FLOAT_DTYPES:
@@ -228,9 +228,9 @@ def convert(matrix: Quantized, fmt: int, group: int) -> Quantized:
         minima = lowest.astype(np.float16)
     elif pack.zero(fmt) != zero:
         values = values + np.uint8(pack.zero(fmt) - zero)
-    if times := matrix.group // group - 1:
-        scales = np.repeat(scales, times + 1, axis=1)
-        minima = None if minima is None else np.repeat(minima, times + 1, axis=1)
+    if (times := matrix.group // group) > 1:
+        scales = np.repeat(scales, times, axis=1)
+        minima = None if minima is None else np.repeat(minima, times, axis=1)
     return Quantized(values, scales, minima, pack.bits(fmt))
 
 

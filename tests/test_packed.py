@@ -26,10 +26,11 @@ from minilora.packed import (
     write_packed,
 )
 from minilora.plan import DOWN, INPUT_NORM, Q_NORM, QKV, QKV_PARTS, WINDOW, Plan, Target
-from minilora_kernels.pack import BLOCK_BYTES, FORMAT, FORMAT_NAMES, GROUP, INT8, OFFSET, ROWS
+from minilora.tables import check_tables
+from minilora_kernels.pack import BLOCK_BYTES, COLUMNS, FORMAT, FORMAT_NAMES, GROUP, INT8, OFFSET, ROWS, block_bytes
 
 from .gguf_maker import write_llama
-from .support import make_checkpoint
+from .support import load_weights, make_checkpoint
 
 
 @pytest.fixture
@@ -385,6 +386,18 @@ def test_tables_that_lead_elsewhere_are_refused(cache, model, change):
     (folder / MANIFEST).write_text(json.dumps({**content, "digest": _digest(content)}))
     with pytest.raises(FormatError):
         read_packed(folder, "m")
+
+
+def test_matrices_with_the_same_inputs_have_one_group(tmp_path):
+    """These are quantised once, in the group of the first."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
+    write_llama(tmp_path / "m.gguf", "Q4_K", mixed={"blk.0.attn_v.weight": "Q6_K"}, **shape)
+    weights = load_weights(tmp_path / "m.gguf")
+    check_tables(weights)
+    row = weights.matrices[weights.layers[0, QKV]]
+    row[GROUP], row[BLOCK_BYTES] = 32, block_bytes(row[FORMAT], row[COLUMNS], 32)
+    with pytest.raises(FormatError, match="same inputs"):
+        check_tables(weights)
 
 
 def test_checksum_sees_every_byte():

@@ -64,7 +64,6 @@ from minilora_kernels.wide import LARGEST, SECOND, SECOND_SUM, join_sums
 
 ALL_HALVES = np.arange(1 << 16, dtype=np.uint16)
 
-
 _times8 = times[8]
 
 

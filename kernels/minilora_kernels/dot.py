@@ -168,7 +168,7 @@ dot4_bytes = _dot(lambda family: family.bytes)
 u, s >= -127. Once all of s went through it, the total is that of (u - 128) * s if acc began as `start_bytes`, and that
 of u * s if it began as `start_unsigned`. Exact, where the sum fits."""
 dot4_small = _dot(lambda family: family.small)
-"""Likewise for u <= 127, any s, and always as they are."""
+"""acc[i] + sum over j < 4 of u[4i + j] * s[4i + j] on every CPU, for u <= 127 and any s. Exact, where the sum fits."""
 start_bytes = primitive(i32x16, [i32x16], _start_bytes)
 """The acc that dot4_bytes begins with for (u - 128) * s, from minus the sum of all s."""
 start_unsigned = primitive(i32x16, [i32x16], _start_unsigned)
