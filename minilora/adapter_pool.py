@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from minilora_kernels.formats import FLOAT16
 from minilora_kernels.memory import CACHE_LINE, aligned_zeros
-from minilora_kernels.pack import FLOAT16
 
 from .adapters import AdapterArrays, PackedAdapter
 from .config import ModelConfig

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minilora_kernels.formats import INT8
 from minilora_kernels.lora_pack import pack_expand, pack_gather, pack_shrink, padded_rank, panel_bytes
 from minilora_kernels.memory import CACHE_LINE
-from minilora_kernels.pack import INT8, PANEL
+from minilora_kernels.pack import PANEL
 
 from .config import ModelConfig
 from .errors import AdapterError

@@ -10,8 +10,9 @@ import psutil
 
 from minilora_kernels import cpu
 from minilora_kernels.code_files import cache_root, code_folder
+from minilora_kernels.formats import FORMAT_NAMES
 from minilora_kernels.limits import usable_cores
-from minilora_kernels.pack import COLUMNS, FORMAT_NAMES, ROWS
+from minilora_kernels.pack import COLUMNS, ROWS
 
 from . import __version__
 from .checkpoint.resolve import resolve

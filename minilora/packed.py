@@ -42,7 +42,7 @@ from .tokenizer import DEFINITION, SETTINGS, SPECIAL_TOKENS, TEMPLATE, Tokenizer
 from .weights import Weights
 
 MANIFEST, ARENA = "minilora.json", "weights.bin"
-VERSION = 3
+VERSION = 4
 CHECKED_WORDS = 1 << 17
 # A checkpoint's file is recognised by this many pieces of this many bytes.
 PIECES, PIECE = 32, 1 << 14
@@ -179,7 +179,7 @@ def _makers() -> str:
     here, kernels = Path(__file__).parent, Path(pack.__file__).parent
     names = ("config", "config_keys", "packed", "packer", "plan", "rope", "tokenizer", "tokenizer_gguf")
     files = [*sorted(here.glob("checkpoint/*.py")), *(here / f"{name}.py" for name in names)]
-    files += [kernels / f"{name}.py" for name in ("convert", "pack", "quantize")]
+    files += [kernels / f"{name}.py" for name in ("convert", "floats", "formats", "pack", "quantize", "quantized")]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels import pack
+from minilora_kernels.formats import bits, is_float
 from minilora_kernels.memory import aligned_zeros
-from minilora_kernels.pack import BLOCK, PANEL, Quantized
+from minilora_kernels.pack import BLOCK, PANEL
 from minilora_kernels.quantize import quantize
+from minilora_kernels.quantized import Quantized, convert
 
 from .errors import FormatError
-from .plan import Matrix, Part, Plan, Vector, convert
+from .plan import Matrix, Part, Plan, Vector
 from .weights import Weights
 
 CHUNK_ROWS = 4096
@@ -90,7 +92,7 @@ class Packer:
     def _packed(self, piece: _Piece) -> np.ndarray:
         if not isinstance(piece.item, Matrix):
             return np.ascontiguousarray(self._floats(piece)).view(np.uint8)
-        if pack.is_float(piece.item.format):
+        if is_float(piece.item.format):
             return pack.pack_float(self._floats(piece), piece.item.format)
         return pack.pack_quantized(self._quantized(piece))
 
@@ -109,21 +111,29 @@ class Packer:
         item = piece.item
         assert isinstance(item, Matrix)
         done = [self._quantize(part.name, rows, item) for part, rows in self._rows(piece)]
-        values = _arrange([q.values for q in done], item.interleaved)
-        scales = _arrange([q.scales for q in done], item.interleaved)
-        minima = [q.minima for q in done if q.minima is not None]
-        return Quantized(values, scales, _arrange(minima, item.interleaved) if minima else None, pack.bits(item.format))
+
+        def stacked(arrays: list[np.ndarray | None]) -> np.ndarray | None:
+            there = [array for array in arrays if array is not None]
+            return _arrange(there, item.interleaved) if there else None
+
+        return Quantized(
+            _arrange([q.values for q in done], item.interleaved),
+            _arrange([q.scales for q in done], item.interleaved),
+            stacked([q.minima for q in done]),
+            bits(item.format),
+            stacked([q.units for q in done]),
+        )
 
     def _quantize(self, name: str, rows: slice, item: Matrix) -> Quantized:
         """Rows of a tensor in the item's format: as they are stored where that is possible."""
         if self._plan.target.dtype == "auto":
             stored = self._checkpoint.read(name, rows)
             assert isinstance(stored, Quantized)
-            _check_finite(name, stored.scales, stored.minima)
+            _check_finite(name, stored.scales, stored.minima, stored.units)
             return convert(stored, item.format, item.group)
         weights = self._checkpoint.read_float(name, rows)
         _check_finite(name, weights)
-        return quantize(weights, pack.bits(item.format), item.group)
+        return quantize(weights, bits(item.format), item.group)
 
 
 def _ahead(

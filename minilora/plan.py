@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels import pack
+from minilora_kernels.formats import BFLOAT16, FLOAT16, FLOAT32, GROUPS, INT4_MIN, INT8, common_format, is_float
 from minilora_kernels.memory import CACHE_LINE
-from minilora_kernels.pack import BLOCK, FLOAT32, GROUPS, INT8, Quantized
+from minilora_kernels.pack import BLOCK
 
 from .checkpoint.base import Checkpoint
 from .config import ModelConfig
@@ -41,7 +42,7 @@ from .params import DTYPES
 ) = range(15)
 LAYER_WIDTH = 15
 
-FLOAT_DTYPES = {"float32": pack.FLOAT32, "float16": pack.FLOAT16, "bfloat16": pack.BFLOAT16}
+FLOAT_DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 DEFAULT_GROUP = 32
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -204,34 +205,7 @@ class Target:
         # Columns are a multiple of 16, see config.py.
         group = max(g for g in GROUPS if g <= self.group and columns % g == 0)
         # The embedding and the head lose most by 4 bits: they keep 8.
-        return (INT8, group) if self.dtype == "int8" or is_head else (pack.INT4_MIN, group)
-
-
-def common_format(formats: set[int]) -> int:
-    """The smallest format that holds weights of all these formats without a new rounding."""
-    if len(formats) == 1:
-        return next(iter(formats))
-    if any(pack.is_float(fmt) for fmt in formats):
-        return FLOAT32
-    return pack.integer_format(max(map(pack.bits, formats)), any(map(pack.has_minimum, formats)))
-
-
-def convert(matrix: Quantized, fmt: int, group: int) -> Quantized:
-    """The same weights in a format that common_format allows, and in groups that divide theirs.
-
-    Raises OverflowError where float16 can't hold a minimum.
-    """
-    values, scales, minima, zero = matrix.values, matrix.scales, matrix.minima, pack.zero(matrix.format)
-    if pack.has_minimum(fmt) and minima is None:
-        lowest = -zero * scales.astype(np.float32)
-        pack.check_largest(lowest, pack.FLOAT16)
-        minima = lowest.astype(np.float16)
-    elif pack.zero(fmt) != zero:
-        values = values + np.uint8(pack.zero(fmt) - zero)
-    if (times := matrix.group // group) > 1:
-        scales = np.repeat(scales, times, axis=1)
-        minima = None if minima is None else np.repeat(minima, times, axis=1)
-    return Quantized(values, scales, minima, pack.bits(fmt))
+        return (INT8, group) if self.dtype == "int8" or is_head else (INT4_MIN, group)
 
 
 # ---------------------------------------------------------------- the plan
@@ -279,12 +253,12 @@ class Plan:
         stored = [(self.checkpoint.format(part.name), self.checkpoint.group(part.name)) for part in parts]
         chosen = [self.target.of(natural, columns, is_head) for natural in stored]
         fmt = common_format({fmt for fmt, _ in chosen})
-        return fmt, 0 if pack.is_float(fmt) else min(group for _, group in chosen)
+        return fmt, 0 if is_float(fmt) else min(group for _, group in chosen)
 
     def _runs(self, parts: list[Part], columns: int) -> Iterator[list[Part]]:
         """q, k and v: one matrix where they can share a format, else one for each format (if blocks allow it)."""
         formats = [self._format([part], columns)[0] for part in parts]
-        ints = not any(pack.is_float(fmt) for fmt in formats)
+        ints = not any(is_float(fmt) for fmt in formats)
         if self.config.head_dim % BLOCK or not ints or len(set(formats)) == 1:
             yield parts
             return

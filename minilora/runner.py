@@ -7,10 +7,11 @@ from collections.abc import Collection
 import numpy as np
 
 from minilora_kernels.attention import part_scratch_size, scratch_size
+from minilora_kernels.formats import FLOAT16, FLOAT32, INT8
 from minilora_kernels.limits import usable_cores
 from minilora_kernels.linear import GROUP_MIN, Rows
 from minilora_kernels.memory import aligned_zeros
-from minilora_kernels.pack import BLOCK, FLOAT16, FLOAT32, INT8, ROWS, padded_rows
+from minilora_kernels.pack import BLOCK, ROWS, padded_rows
 from minilora_kernels.pages import KV_FLOAT16, KV_FLOAT32, SPLIT
 from minilora_kernels.team import Each, Team
 

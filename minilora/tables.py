@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels import pack
+from minilora_kernels.formats import FORMATS, GROUPS, SUPER, is_float, is_nested
 from minilora_kernels.memory import CACHE_LINE
 
 from .config import ModelConfig
@@ -74,9 +75,11 @@ def check_tables(weights: Weights) -> None:
 
 def _check_matrix(row: np.ndarray, size: int) -> None:
     fmt, rows, columns, group = (int(row[i]) for i in (pack.FORMAT, pack.ROWS, pack.COLUMNS, pack.GROUP))
-    known = 0 <= fmt < len(pack.FORMAT_NAMES) and rows > 0 and columns > 0 and rows % pack.BLOCK == 0
+    known = 0 <= fmt < len(FORMATS) and rows > 0 and columns > 0 and rows % pack.BLOCK == 0
     _require(known, "a matrix is of a format or size that is not known")
-    _require(group == 0 if pack.is_float(fmt) else group in pack.GROUPS and columns % group == 0, "a group is wrong")
+    whole = SUPER if is_nested(fmt) else group
+    grouped = group in GROUPS and columns % whole == 0
+    _require(group == 0 if is_float(fmt) else grouped, "a group is wrong")
     _require(int(row[pack.BLOCK_BYTES]) == pack.block_bytes(fmt, columns, group), "a matrix has blocks of another size")
     offset, needed = int(row[pack.OFFSET]), pack.packed_bytes(fmt, rows, columns, group)
     _require(0 <= offset <= size - needed and offset % CACHE_LINE == 0, "a matrix is not in the weights")

@@ -17,7 +17,7 @@ from minilora.adapters import Adapter, Pair, pack_adapter
 from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, MiniloraError, NotFoundError, ResourceError, UnsupportedError
 from minilora.peft import TENSORS, adapter_settings, load_adapter, open_tensors
-from minilora_kernels.pack import FLOAT16, FLOAT32, INT8
+from minilora_kernels.formats import FLOAT16, FLOAT32, INT8
 
 from .support import BASE_CONFIG, load_weights, make_adapter, peft_tensors, save_adapter
 

@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 from minilora.checkpoint import open_checkpoint
 from minilora.config import ModelConfig
 from minilora.errors import FormatError, MiniloraError, NotFoundError, UnsupportedError
-from minilora_kernels.pack import BFLOAT16, COLUMNS, FLOAT16, FLOAT32, GROUP, narrow_bfloat16
+from minilora_kernels.floats import narrow_bfloat16
+from minilora_kernels.formats import BFLOAT16, FLOAT16, FLOAT32
+from minilora_kernels.pack import COLUMNS, GROUP
 
 from .support import BASE_CONFIG, load_weights, make_checkpoint
 

@@ -11,7 +11,7 @@ from minilora.params import SamplingParams
 from minilora.sequence import AdapterUse
 from minilora_kernels.attention import partial_size
 from minilora_kernels.cases import CASES
-from minilora_kernels.pack import GROUPS
+from minilora_kernels.formats import GROUPS
 from minilora_kernels.pages import NOBODY
 
 from .support import EVERYTHING, GREEDY, load_weights, make_adapter, make_engine, random_tokens, run

@@ -5,8 +5,10 @@ import pytest
 
 from minilora_kernels import quantize_rows, reference, sample
 from minilora_kernels.cases import CASES, empty_rows
+from minilora_kernels.formats import FORMATS
 from minilora_kernels.jit import program
-from minilora_kernels.pack import FORMAT_NAMES, Quantized, pack_quantized
+from minilora_kernels.pack import pack_quantized
+from minilora_kernels.quantized import Quantized
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -18,13 +20,14 @@ def test_equals_twin(case):
 
 @pytest.mark.parametrize("count", [15, 20])
 @pytest.mark.parametrize("lowest", [False, True])
-@pytest.mark.parametrize("name", [f"linear {name}" for name in FORMAT_NAMES if name.startswith("int")])
-def test_the_largest_integers_do_not_overflow(name, lowest, count):
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if not fmt.is_float], ids=lambda fmt: fmt.name)
+def test_the_largest_integers_do_not_overflow(fmt, lowest, count):
     """All weights at one end of their range and all activations at +-127, in every tile: sums are as large as can be."""
-    [case] = [case for case in CASES if case.name == name]
-    bits, scales = int(name[10]), np.full((32, 2), 0.01, np.float16)
-    levels = np.full((32, 256), 0 if lowest else 2**bits - 1, np.uint8)
-    packed = pack_quantized(Quantized(levels, scales, -scales if "min" in name else None, bits))
+    [case] = [case for case in CASES if case.name == f"linear {fmt.name}"]
+    levels = np.full((32, 256), 0 if lowest else 2**fmt.bits - 1, np.uint8)
+    scales = np.full((32, 2), 1 if fmt.is_nested else 0.01, np.int8 if fmt.is_nested else np.float16)
+    units = np.full((32, 1, 1 + fmt.has_minimum), 0.01, np.float16) if fmt.is_nested else None
+    packed = pack_quantized(Quantized(levels, scales, -scales if fmt.has_minimum else None, fmt.bits, units))
     size = {"N": 32, "K": 256, "M": count, "group": 128}
     arguments = (packed, *case.make(np.random.default_rng(0), size)[1:])
     rows = arguments[3]

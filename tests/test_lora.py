@@ -8,8 +8,8 @@ from minilora.peft import adapter_from_arrays
 from minilora.sequence import AdapterUse
 from minilora_kernels import reference
 from minilora_kernels.cases import CASES
+from minilora_kernels.formats import INT8
 from minilora_kernels.lora_pack import pack_shrink
-from minilora_kernels.pack import INT8
 
 from .support import EVERYTHING, load_weights, make_adapter, make_engine, peft_tensors, prompt_logits, random_tokens
 from .test_network import largest_error, reference_logprobs

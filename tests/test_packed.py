@@ -27,7 +27,8 @@ from minilora.packed import (
 )
 from minilora.plan import DOWN, INPUT_NORM, Q_NORM, QKV, QKV_PARTS, WINDOW, Plan, Target
 from minilora.tables import check_tables
-from minilora_kernels.pack import BLOCK_BYTES, COLUMNS, FORMAT, FORMAT_NAMES, GROUP, INT8, OFFSET, ROWS, block_bytes
+from minilora_kernels.formats import FORMAT_NAMES, INT4K, INT8
+from minilora_kernels.pack import BLOCK_BYTES, COLUMNS, FORMAT, GROUP, OFFSET, ROWS, block_bytes
 
 from .gguf_maker import write_llama
 from .support import load_weights, make_checkpoint
@@ -386,6 +387,16 @@ def test_tables_that_lead_elsewhere_are_refused(cache, model, change):
     (folder / MANIFEST).write_text(json.dumps({**content, "digest": _digest(content)}))
     with pytest.raises(FormatError):
         read_packed(folder, "m")
+
+
+def test_nested_formats_need_whole_records(cache, model):
+    """Units are for 256 columns, which this model does not have."""
+    weights = load(model)[0].weights
+    row = weights.matrices[0]
+    assert row[COLUMNS] % 256
+    row[FORMAT], row[BLOCK_BYTES] = INT4K, block_bytes(INT4K, row[COLUMNS], row[GROUP])
+    with pytest.raises(FormatError, match="group is wrong"):
+        check_tables(weights)
 
 
 def test_matrices_with_the_same_inputs_have_one_group(tmp_path):

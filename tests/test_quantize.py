@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from minilora_kernels.pack import FLOAT16, check_largest, dequantize
+from minilora_kernels.floats import check_largest
+from minilora_kernels.formats import FLOAT16
 from minilora_kernels.quantize import quantize
+from minilora_kernels.quantized import dequantize
 
 BITS = [4, 8]
 

@@ -18,7 +18,7 @@ from minilora.config import ModelConfig
 from minilora.errors import AdapterError, FormatError, NotFoundError, ResourceError, UsageError
 from minilora.peft import load_adapter
 from minilora.registry import AHEAD, AdapterRegistry
-from minilora_kernels.pack import FLOAT16
+from minilora_kernels.formats import FLOAT16
 
 from .support import BASE_CONFIG, make_adapter, peft_tensors, save_adapter
 

@@ -22,10 +22,11 @@ from minilora_kernels.dot import (
     wide_second_signed,
     wide_second_unsigned,
 )
+from minilora_kernels.floats import narrow_bfloat16, widen_bfloat16
 from minilora_kernels.jit import inlined, kernel, program
-from minilora_kernels.pack import narrow_bfloat16, widen_bfloat16
 from minilora_kernels.simd import (
     add_high,
+    bit_pairs,
     exp,
     f32x16,
     fma,
@@ -309,29 +310,36 @@ def test_sums_of_nibbles_are_exact_for_32_columns():
     assert np.array_equal(out.reshape(64, 16), acc + (u * s).sum(axis=(1, 3)))
 
 
-def _adds_high(width):
-    add = add_high[width]
-
+def _unpacks(unpack, width):
     @kernel
-    def adds_high(low, high, out):
+    def unpacks(low, high, out):
         for first in range(8 - width + 1):
             # What follows reads bytes: the dot product with ones of every fourth is the byte itself.
             for j in range(4):
                 alone = repeat4(np.int32(1 << 8 * j))
-                u = add(load_u8(low, 0), load_u8(high, 0), first)
+                u = unpack(load_u8(low, 0), load_u8(high, 0), first)
                 store_f32(out, 64 * first + 16 * j, to_f32(dot4_small(splat_i32(np.int32(0)), u, alone)))
 
-    return adds_high
+    return unpacks
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_high_bits_go_above_nibbles(width):
+@inlined
+def _pairs_of_the_second(low, high, first):
+    return bit_pairs(high, first)
+
+
+@pytest.mark.parametrize(
+    ("unpack", "width", "times"), [(add_high[1], 1, 16), (add_high[2], 2, 16), (_pairs_of_the_second, 2, 1)]
+)
+def test_bits_anywhere_in_a_byte(unpack, width, times):
+    """Above nibbles, or by themselves."""
     rng = np.random.default_rng(6)
     low, high = rng.integers(0, 16, 64, np.uint8), rng.integers(0, 256, 64, np.uint8)
     out = np.zeros(64 * (8 - width + 1), np.float32)
-    program(_adds_high(width))(low, high, out)
+    program(_unpacks(unpack, width), (width, times))(low, high, out)
     found = out.reshape(-1, 4, 16).swapaxes(1, 2).reshape(-1, 64)
-    expected = [low + 16 * (high >> first & (1 << width) - 1) for first in range(8 - width + 1)]
+    under = low if times > 1 else 0
+    expected = [under + times * (high >> first & (1 << width) - 1) for first in range(8 - width + 1)]
     assert np.array_equal(found, expected)
 
 

@@ -4,8 +4,9 @@ from functools import cache
 
 import numpy as np
 
+from .floats import check_largest
+from .formats import FLOAT16
 from .jit import kernel, program
-from .pack import FLOAT16, check_largest
 from .simd import round_i32, splat_f32, splat_i32, vabs, vmax
 from .simd_lanes import hmax
 from .simd_memory import load_f16, load_f32, scatter_i8, store_f16, store_f32

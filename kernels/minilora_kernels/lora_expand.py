@@ -9,10 +9,11 @@ import numpy as np
 
 from . import cpu
 from .dot import start_wide, wide_first_unsigned, wide_second_unsigned
+from .formats import FLOAT16, FLOAT32, INT8
 from .jit import inlined, kernel
 from .lora_pack import head_bytes, number_bytes
 from .memory import CACHE_LINE
-from .pack import FLOAT16, FLOAT32, INT8, PANEL
+from .pack import PANEL
 from .simd import f32x16, fma, i32x16, repeat4, splat_f32, splat_i32, tile, to_f32, u8x64
 from .simd_memory import (
     compiler_barrier,

@@ -11,7 +11,8 @@ column is read at a time; B's, + 128, as [rank / 4][16][4].
 import numpy as np
 
 from .convert import narrow_float16, quantize_panels_int8
-from .pack import FLOAT32, INT8, PANEL, bits
+from .formats import FLOAT32, INT8, bits
+from .pack import PANEL
 
 
 def padded_rank(rank: int) -> int:

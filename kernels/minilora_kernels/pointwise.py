@@ -5,24 +5,10 @@ Row lengths are multiples of 16. Offsets count elements; in the arena, bytes.
 
 import numpy as np
 
-from .jit import kernel
-from .pack import (
-    BFLOAT16,
-    BLOCK,
-    BLOCK_BYTES,
-    COLUMNS,
-    FLOAT16,
-    FLOAT32,
-    FORMAT,
-    FORMAT_NAMES,
-    GROUP,
-    OFFSET,
-    PANEL,
-    bits,
-    header_bytes,
-    high_bits,
-    zero,
-)
+from .formats import BFLOAT16, FLOAT16, FLOAT32, FORMAT_NAMES, SUPER, bits, has_minimum, high_bits, zero
+from .jit import inlined, kernel
+from .memory import CACHE_LINE
+from .pack import BLOCK, BLOCK_BYTES, COLUMNS, FORMAT, GROUP, OFFSET, PANEL, header_bytes, unit_bytes
 from .simd import exp, f32x16, fma, splat_f32, tile, vmin
 from .simd_lanes import hsum
 from .simd_memory import load_f32, load_scalar_bf16, load_scalar_f16, load_scalar_f32, store_f32
@@ -31,8 +17,9 @@ ZERO, ONE = np.float32(0), np.float32(1)
 # The largest argument that exp takes.
 MOST = np.float32(88)
 # What embed must know of each format.
-WIDTHS, ZEROS, HEADERS, HIGH_BITS = (
-    tuple(of(fmt) for fmt in range(len(FORMAT_NAMES))) for of in (bits, zero, header_bytes, high_bits)
+WIDTHS, ZEROS, HIGH_BITS, MINIMA, HEADERS, UNITS = (
+    tuple(of(fmt) for fmt in range(len(FORMAT_NAMES)))
+    for of in (bits, zero, high_bits, has_minimum, header_bytes, unit_bytes)
 )
 
 _four_sums = tile(f32x16, 4)
@@ -103,27 +90,50 @@ def rope(x, at, half, cos, sin, table_at):
         x[at + half + i] = v * cos[table_at + i] + u * sin[table_at + i]
 
 
+@inlined
+def _stored_scale(weights, units, nested, at, which, lane):
+    """A group's scale (which = 0) or minimum (1) in row `lane`. units, at: where units and the group's scales lie."""
+    if nested:
+        unit = load_scalar_f16(weights, units + 64 * which + 2 * lane)
+        return unit * np.float32(np.int8(weights[at + 32 * which + lane]))
+    return load_scalar_f16(weights, at + 64 * which + 2 * lane)
+
+
+@inlined
+def _stored_integer(fmt, weights, at, group, lane, k):
+    """Integer k of row `lane` of the group whose values begin at byte `at`."""
+    high, panel, step = HIGH_BITS[fmt], lane // PANEL, k // 4
+    byte = at + 4 * (lane % PANEL) + k % 4
+    if WIDTHS[fmt] == 8:
+        return np.int32(weights[byte + 128 * step + 64 * panel])
+    if WIDTHS[fmt] == 2:
+        return np.int32(weights[byte + 64 * (step // 2)]) >> 4 * (step % 2) + 2 * panel & 3
+    u = np.int32(weights[byte + 64 * step]) >> 4 * panel & 15
+    if high > 0:
+        above = np.int32(weights[byte + 16 * group + 64 * high * (step // 4) + 64 * panel * (high - 1)])
+        u += (above >> 2 * (step % 4) + panel * (2 - high) & (1 << high) - 1) << 4
+    return u
+
+
 @kernel
 def _stored_row(fmt, weights, at, columns, group, lane, out, out_at):
     """Dequantise row `lane` of the integer block at byte `at`."""
-    width, zero, header, panel = WIDTHS[fmt], ZEROS[fmt], HEADERS[fmt], lane // PANEL
-    high, byte = HIGH_BITS[fmt], at + header + 4 * (lane % PANEL)
+    zero, header, nested, size = ZEROS[fmt], HEADERS[fmt], UNITS[fmt] > 0, 4 * group * WIDTHS[fmt]
+    units, scales = at, at
     for g in range(columns // group):
-        scale = load_scalar_f16(weights, at + 2 * lane)
-        lowest = load_scalar_f16(weights, at + 64 + 2 * lane) if header > 64 else ZERO
+        if nested and g % (SUPER // group) == 0:
+            units, at = at, at + UNITS[fmt]
+        # Of two groups without minima the scales lie together.
+        if g * header % CACHE_LINE == 0:
+            scales, at = at, at + max(header, CACHE_LINE)
+        else:
+            scales += header
+        scale = _stored_scale(weights, units, nested, scales, 0, lane)
+        lowest = _stored_scale(weights, units, nested, scales, 1, lane) if MINIMA[fmt] else ZERO
         for k in range(group):
-            step, column = k // 4, k % 4
-            if width == 8:
-                u = np.int32(weights[byte + 128 * step + 64 * panel + column])
-            else:
-                u = np.int32(weights[byte + 64 * step + column]) >> 4 * panel & 15
-            if high > 0:
-                line = 16 * group + 64 * high * (step // 4) + 64 * panel * (high - 1)
-                byte_of_bits = np.int32(weights[byte + line + column])
-                u += (byte_of_bits >> 2 * (step % 4) + panel * (2 - high) & (1 << high) - 1) << 4
+            u = _stored_integer(fmt, weights, at, group, lane, k)
             out[out_at + g * group + k] = np.float32(u - zero) * scale + lowest
-        at += header + 4 * group * width
-        byte += header + 4 * group * width
+        at += size
 
 
 @kernel

@@ -4,8 +4,10 @@ from functools import cache
 
 import numpy as np
 
+from .floats import check_largest
+from .formats import FLOAT16
 from .jit import kernel, program
-from .pack import FLOAT16, Quantized, check_largest
+from .quantized import Quantized
 from .simd import f32x16, fma, round_i32, splat_f32, tile, to_f32, vmax, vmin
 from .simd_lanes import hmax, hsum
 from .simd_memory import load_f32

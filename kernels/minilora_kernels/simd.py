@@ -322,6 +322,13 @@ def _high_nibbles(builder, v):
     return _low_nibbles(builder, builder.bitcast(shifted, _U8))
 
 
+def _bit_pairs(builder, v, first):
+    by = splat(builder, builder.trunc(first, _I32.element), _I32)
+    return builder.and_(builder.bitcast(builder.lshr(builder.bitcast(v, _I32), by), _U8), constant(_U8, 3))
+
+
+bit_pairs = primitive(u8x64, [u8x64, types.intp], _bit_pairs)
+"""The 2 bits of each byte from bit `first` on."""
 low_nibbles = primitive(u8x64, [u8x64], _low_nibbles)
 """The low 4 bits of each byte."""
 high_nibbles = primitive(u8x64, [u8x64], _high_nibbles)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minilora_kernels.pack import Quantized
+from minilora_kernels.quantized import Quantized
 
 from ..config import ModelConfig
 from ..tokenizer import TokenizerFiles

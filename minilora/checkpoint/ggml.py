@@ -1,7 +1,6 @@
-"""ggml's tensor types: how their blocks become our weights.
+"""ggml's tensor types: how their blocks become our weights, number by number.
 
-Types with groups of 32 are taken over number by number. K-quants keep their integers, in groups of 16 or 32; their
-scales and minima, products of a float16 and an integer, are rounded to float16.
+K-quants become nested formats, the others those with float16 scales.
 """
 
 from collections.abc import Callable
@@ -9,32 +8,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minilora_kernels.pack import (
+from minilora_kernels.floats import widen_bfloat16
+from minilora_kernels.formats import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
+    INT2K_MIN,
     INT4,
     INT4_MIN,
+    INT4K,
+    INT4K_MIN,
     INT5,
     INT5_MIN,
-    INT6,
+    INT5K_MIN,
+    INT6K,
     INT8,
-    Quantized,
-    bits,
-    check_largest,
-    dequantize,
-    widen_bfloat16,
-    zero,
+    SUPER,
 )
-
-SUPER = 256
+from minilora_kernels.quantized import Quantized, dequantize
 
 
 @dataclass(frozen=True)
 class BlockType:
     """A ggml type: `values` numbers in `size` bytes. decode: uint8 [rows, blocks, size] -> what it stands for.
 
-    format, group: what it becomes; decode_exactly: its float32 values, where decode rounds scales.
+    format, group: what it becomes.
     """
 
     name: str
@@ -43,23 +41,17 @@ class BlockType:
     format: int
     decode: Callable[[np.ndarray], Quantized | np.ndarray]
     group: int = 0
-    decode_exactly: Callable[[np.ndarray], np.ndarray] | None = None
 
     def blocks(self, raw: np.ndarray) -> np.ndarray:
         """uint8 [rows, bytes] as [rows, blocks, size]."""
         return raw.reshape(len(raw), -1, self.size)
 
     def weights(self, raw: np.ndarray) -> Quantized | np.ndarray:
-        """Rows of raw bytes as Quantized, or float32 [rows, columns] if they are floating-point numbers.
-
-        Raises OverflowError where the scale of a K-quant is too large for float16.
-        """
+        """Rows of raw bytes as Quantized, or float32 [rows, columns] if they are floating-point numbers."""
         return self.decode(self.blocks(raw))
 
     def floats(self, raw: np.ndarray) -> np.ndarray:
         """Rows of raw bytes as float32, exactly as the type defines them."""
-        if self.decode_exactly:
-            return self.decode_exactly(self.blocks(raw))
         decoded = self.weights(raw)
         return dequantize(decoded) if isinstance(decoded, Quantized) else decoded
 
@@ -137,73 +129,47 @@ def _six_bit_pairs(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scales, minima
 
 
-def _k4_parts(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values 0..15, float32 scales, float32 minima) of Q4_K: 144 bytes."""
-    scales, minima = _k_scales(blocks[..., :16])
-    return _bit_fields(blocks[..., 16:], 4, 32), scales, minima
+def _nested(
+    values: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, width: int, units: np.ndarray
+) -> Quantized:
+    """A K-quant. scales, minima: bytes; units: float16 [rows, blocks, 1 or 2], d and dmin: minima count in -dmin."""
+
+    def integers(stored: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(stored).view(np.int8).reshape(len(values), -1)
+
+    flat = np.ascontiguousarray(values).reshape(len(values), -1)
+    signs = np.array([1, -1], np.float16)[: units.shape[2]]
+    return Quantized(flat, integers(scales), None if minima is None else integers(minima), width, units * signs)
 
 
-def _k5_parts(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values 0..31, float32 scales, float32 minima) of Q5_K: 176 bytes."""
-    scales, minima = _k_scales(blocks[..., :16])
-    return _bit_fields(blocks[..., 48:], 4, 32) | _bit_fields(blocks[..., 16:48], 1, 32) << 4, scales, minima
+def _decode_q2_k(blocks: np.ndarray) -> Quantized:
+    """16 bytes of scale and minimum nibbles, 64 of values, d and dmin."""
+    nibbles, units = blocks[..., :16], _half(blocks[..., 80:84])
+    return _nested(_bit_fields(blocks[..., 16:80], 2, 32), nibbles & 15, nibbles >> 4, 2, units)
 
 
-def _k_scales(head: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scales, minima = _six_bit_pairs(head[..., 4:])
-    d, dmin = _half(head[..., :2]).astype(np.float32), _half(head[..., 2:4]).astype(np.float32)
-    return d * scales, -(dmin * minima)
+def _decode_q3_k(blocks: np.ndarray) -> Quantized:
+    """32 bytes of third bits, 64 of low bits, 12 of 6-bit scales, d; values 4 .. 11 for -4 .. 3."""
+    values = _bit_fields(blocks[..., 32:96], 2, 32) | _bit_fields(blocks[..., :32], 1, 32) << 2
+    scales = _bit_fields(blocks[..., 96:104], 4, 8) | _bit_fields(blocks[..., 104:108], 2, 4) << 4
+    return _nested(values + np.uint8(4), scales - np.uint8(32), None, 4, _half(blocks[..., 108:110]))
 
 
-def _repacked(parts: Callable, width: int) -> Callable[[np.ndarray], Quantized]:
-    def decode(blocks: np.ndarray) -> Quantized:
-        values, scales, minima = parts(blocks)
-        return _quantized(values, _narrowed(scales), None if minima is None else _narrowed(minima), width)
-
-    return decode
+def _decode_q4_k(blocks: np.ndarray) -> Quantized:
+    """d and dmin, 12 bytes of 6-bit scales and minima, 128 of nibbles."""
+    return _nested(_bit_fields(blocks[..., 16:], 4, 32), *_six_bit_pairs(blocks[..., 4:16]), 4, _half(blocks[..., :4]))
 
 
-def _narrowed(numbers: np.ndarray) -> np.ndarray:
-    check_largest(numbers, FLOAT16)
-    return numbers.astype(np.float16)
+def _decode_q5_k(blocks: np.ndarray) -> Quantized:
+    """As Q4_K, with 32 bytes of fifth bits before the nibbles."""
+    values = _bit_fields(blocks[..., 48:], 4, 32) | _bit_fields(blocks[..., 16:48], 1, 32) << 4
+    return _nested(values, *_six_bit_pairs(blocks[..., 4:16]), 5, _half(blocks[..., :4]))
 
 
-def _exactly(parts: Callable, nought: int, group: int) -> Callable[[np.ndarray], np.ndarray]:
-    def decode(blocks: np.ndarray) -> np.ndarray:
-        values, scales, minima = parts(blocks)
-        grouped = values.reshape(*values.shape[:-1], -1, group).astype(np.float32) - nought
-        weights = grouped * scales[..., None]
-        if minima is not None:
-            weights += minima[..., None]
-        return weights.reshape(len(blocks), -1)
-
-    return decode
-
-
-def _k2_parts(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Q2_K: 16 bytes of scale and minimum nibbles, 64 of values, d and dmin."""
-    d, dmin = _half(blocks[..., 80:82]).astype(np.float32), _half(blocks[..., 82:84]).astype(np.float32)
-    return _bit_fields(blocks[..., 16:80], 2, 32), d * (blocks[..., :16] & 15), -(dmin * (blocks[..., :16] >> 4))
-
-
-def _k3_parts(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
-    """Q3_K: 32 bytes of third bits, 64 of low bits, 12 of 6-bit scales, d; values 4 .. 11 for -4 .. 3."""
-    low, packed = _bit_fields(blocks[..., 32:96], 2, 32), blocks[..., 96:108]
-    third = _bit_fields(blocks[..., :32], 1, 32)
-    scales = _bit_fields(packed[..., :8], 4, 8) | _bit_fields(packed[..., 8:], 2, 4) << 4
-    d = _half(blocks[..., 108:110]).astype(np.float32)
-    return (low | third << 2) + np.uint8(4), d * (scales.astype(np.int8) - 32), None
-
-
-def _k6_parts(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
-    """Q6_K: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, d; values 0 .. 63 for -32 .. 31."""
+def _decode_q6_k(blocks: np.ndarray) -> Quantized:
+    """128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, d; values 0 .. 63 for -32 .. 31."""
     values = _bit_fields(blocks[..., :128], 4, 64) | _bit_fields(blocks[..., 128:192], 2, 32) << 4
-    scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
-    return values, _half(blocks[..., 208:210]).astype(np.float32) * scales, None
-
-
-def _k_quant(name: str, size: int, fmt: int, group: int, parts: Callable) -> BlockType:
-    return BlockType(name, SUPER, size, fmt, _repacked(parts, bits(fmt)), group, _exactly(parts, zero(fmt), group))
+    return _nested(values, blocks[..., 192:208], None, 6, _half(blocks[..., 208:210]))
 
 
 BLOCK_TYPES = {
@@ -214,10 +180,10 @@ BLOCK_TYPES = {
     6: BlockType("Q5_0", 32, 22, INT5, _decode_q5_0, 32),
     7: BlockType("Q5_1", 32, 24, INT5_MIN, _decode_q5_1, 32),
     8: BlockType("Q8_0", 32, 34, INT8, _decode_q8_0, 32),
-    10: _k_quant("Q2_K", 84, INT4_MIN, 16, _k2_parts),
-    11: _k_quant("Q3_K", 110, INT4, 16, _k3_parts),
-    12: _k_quant("Q4_K", 144, INT4_MIN, 32, _k4_parts),
-    13: _k_quant("Q5_K", 176, INT5_MIN, 32, _k5_parts),
-    14: _k_quant("Q6_K", 210, INT6, 16, _k6_parts),
+    10: BlockType("Q2_K", SUPER, 84, INT2K_MIN, _decode_q2_k, 16),
+    11: BlockType("Q3_K", SUPER, 110, INT4K, _decode_q3_k, 16),
+    12: BlockType("Q4_K", SUPER, 144, INT4K_MIN, _decode_q4_k, 32),
+    13: BlockType("Q5_K", SUPER, 176, INT5K_MIN, _decode_q5_k, 32),
+    14: BlockType("Q6_K", SUPER, 210, INT6K, _decode_q6_k, 16),
     30: BlockType("BF16", 1, 2, BFLOAT16, _decode_bf16),
 }

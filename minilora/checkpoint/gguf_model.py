@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora_kernels.pack import Quantized
+from minilora_kernels.quantized import Quantized
 
 from ..config import ModelConfig
 from ..errors import FormatError, UnsupportedError

@@ -13,7 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from minilora_kernels.convert import widen_float16
-from minilora_kernels.pack import BFLOAT16, FLOAT16, FLOAT32, widen_bfloat16
+from minilora_kernels.floats import widen_bfloat16
+from minilora_kernels.formats import BFLOAT16, FLOAT16, FLOAT32
 
 from ..errors import FormatError, UnsupportedError
 

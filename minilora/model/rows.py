@@ -1,7 +1,8 @@
 """Rows of the stream: the inputs of products, normalised and quantised, and those that go on to the end."""
 
+from minilora_kernels.formats import INT8
 from minilora_kernels.jit import kernel
-from minilora_kernels.pack import BLOCK, INT8, PANEL
+from minilora_kernels.pack import BLOCK, PANEL
 from minilora_kernels.pointwise import rms_norm
 from minilora_kernels.quantize_rows import quantize_row, quantize_row_finely
 from minilora_kernels.simd_memory import load_f32, store_f32

@@ -2,7 +2,7 @@
 
 import socket
 
-from minilora_kernels.pack import FORMAT_NAMES
+from minilora_kernels.formats import FORMAT_NAMES
 
 from .. import __version__
 from .settings import ServerConfig

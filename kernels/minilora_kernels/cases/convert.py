@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import convert, lora_pack, reference
-from ..pack import GROUPS, INT8
+from ..formats import GROUPS, INT8
 from ..quantize import fit_ranges
 from .case import Arguments, Case, normal
 

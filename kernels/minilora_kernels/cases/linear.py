@@ -3,29 +3,10 @@
 import numpy as np
 
 from .. import reference
+from ..formats import FORMAT_NAMES, FORMATS, SUPER, bits, has_minimum, is_float, is_nested
 from ..linear import GROUP_MIN, Rows, make_linear
-from ..pack import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    FORMAT_NAMES,
-    INT4,
-    INT4_MIN,
-    INT5,
-    INT5_MIN,
-    INT6,
-    INT8,
-    INT8_MIN,
-    Quantized,
-    bits,
-    has_minimum,
-    is_float,
-    pack_float,
-    pack_quantized,
-    packed_bytes,
-    padded_rows,
-    table_row,
-)
+from ..pack import pack_float, pack_quantized, packed_bytes, padded_rows, table_row
+from ..quantized import Quantized
 from .case import Arguments, Case, Make, normal
 
 
@@ -34,10 +15,16 @@ def random_matrix(rng: np.random.Generator, fmt: int, rows: int, columns: int, g
     if is_float(fmt):
         return pack_float(normal(rng, rows * columns).reshape(rows, columns), fmt)
     groups = (rows, columns // group)
-    scales = (rng.random(groups, np.float32) * 0.01).astype(np.float16)
-    minima = (normal(rng, rows * groups[1]).reshape(groups) * 0.01).astype(np.float16) if has_minimum(fmt) else None
     values = rng.integers(0, 1 << bits(fmt), (rows, columns), np.uint8)
-    return pack_quantized(Quantized(values, scales, minima, bits(fmt)))
+    if is_nested(fmt):
+        kinds = 1 + has_minimum(fmt)
+        scales, minima = rng.integers(-128, 128, (2, *groups), np.int8)
+        units = (normal(rng, rows * columns // SUPER * kinds) * 1e-4).astype(np.float16).reshape(rows, -1, kinds)
+    else:
+        scales = (rng.random(groups, np.float32) * 0.01).astype(np.float16)
+        minima = (normal(rng, rows * groups[1]).reshape(groups) * 0.01).astype(np.float16)
+        units = None
+    return pack_quantized(Quantized(values, scales, minima if has_minimum(fmt) else None, bits(fmt), units))
 
 
 def empty_rows(count: int, width: int) -> Rows:
@@ -85,7 +72,8 @@ def _make_linear(fmt: int) -> Make:
 
 def _linear_case(fmt: int) -> Case:
     group = {} if is_float(fmt) else {"group": 32}
-    tests = [{"N": 80, "K": 96, "M": m, **group, "add": m % 2} for m in (1, 3, 8, 15, 33)]
+    columns = 512 if is_nested(fmt) else 96
+    tests = [{"N": 80, "K": columns, "M": m, **group, "add": m % 2} for m in (1, 3, 8, 15, 33)]
     if group:
         tests += [{"N": 64, "K": 256, "M": m, "group": g} for m in (5, 20) for g in (16, 64, 128)]
     shapes = [{"N": 2048, "K": 2048, "M": m, **group} for m in (1, 8, 512)]
@@ -104,6 +92,4 @@ def _linear_case(fmt: int) -> Case:
     )
 
 
-FORMATS = (FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN, INT5, INT5_MIN, INT6)
-
-CASES = [_linear_case(fmt) for fmt in FORMATS]
+CASES = [_linear_case(fmt) for fmt in range(len(FORMATS))]

@@ -3,9 +3,10 @@
 import numpy as np
 
 from .. import lora, lora_pack, reference
+from ..formats import FLOAT16, FLOAT32, FORMAT_NAMES, INT8
 from ..linear import Rows
 from ..lora_expand import Place
-from ..pack import FLOAT16, FLOAT32, FORMAT_NAMES, INT8, padded_rows
+from ..pack import padded_rows
 from .case import Arguments, Case, normal
 from .linear import empty_rows
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from ..formats import is_float
 from ..linear import GROUP_MIN
-from ..pack import BLOCK, COLUMNS, FORMAT, GROUP, is_float, unpack, unpack_quantized, zero
+from ..pack import BLOCK, COLUMNS, FORMAT, GROUP, unpack, unpack_quantized
 from .flat import grid
 
 
@@ -26,11 +27,12 @@ def _grouped_product(matrix, x, x_row, rows, columns, group, chosen):
     q = grid(x.q, x_row * x.stride, x.stride, rows, columns).astype(np.int64).reshape(rows, -1, group)
     stride = x.stride // GROUP_MIN
     x_scale = grid(x.scales, x_row * stride, stride, rows, columns // group).astype(np.float64)
-    u = matrix.values[chosen].astype(np.int64).reshape(-1, columns // group, group) - zero(matrix.format)
+    u = matrix.values[chosen].astype(np.int64).reshape(-1, columns // group, group) - matrix.zero
     dots = np.einsum("mgk,ngk->mng", q, u)
-    y = np.einsum("mng,ng,mg->mn", dots, matrix.scales[chosen].astype(np.float64), x_scale)
-    if matrix.minima is not None:
-        y += np.einsum("mg,ng->mn", x_scale * q.sum(axis=2), matrix.minima[chosen].astype(np.float64))
+    y = np.einsum("mng,ng,mg->mn", dots, matrix.float_scales()[chosen].astype(np.float64), x_scale)
+    minima = matrix.float_minima()
+    if minima is not None:
+        y += np.einsum("mg,ng->mn", x_scale * q.sum(axis=2), minima[chosen].astype(np.float64))
     return y
 
 

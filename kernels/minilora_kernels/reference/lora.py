@@ -3,8 +3,9 @@
 import numpy as np
 
 from ..dot import PAIRS
+from ..formats import FLOAT16, FLOAT32, INT8
 from ..linear import FINE_STEP, GROUP_MIN
-from ..pack import FLOAT16, FLOAT32, INT8, PANEL
+from ..pack import PANEL
 from .flat import grid
 
 
