@@ -26,7 +26,7 @@ class Checkpoint(Protocol):
         ...
 
     def format(self, name: str) -> int:
-        """The pack format that holds the tensor as it is."""
+        """The format that holds the tensor as it is."""
         ...
 
     def group(self, name: str) -> int:
