@@ -6,14 +6,14 @@ Scales and minima are float16; in *nested* formats they are int8, in units that 
 scales and one for the minima.
 
 With groups of 32, int4, int4+min, int5, int5+min and int8 hold GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 unchanged; the
-nested formats, whose names end in k, hold its K-quants.
+nested formats, int2k+min to int6k, hold its K-quants.
 """
 
 from typing import NamedTuple
 
 
 class Format(NamedTuple):
-    """A format's name, the bits of one value without scales, and what integers have beside a scale for each group."""
+    """bits: of one value, scales not counted; has_minimum, is_nested: of integers, see the module docstring."""
 
     name: str
     bits: int

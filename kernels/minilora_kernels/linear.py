@@ -174,11 +174,12 @@ def _quantized_tile(rows: int, width: int, fmt: int):
     sharers = SHARERS if rows == MANY else 1
     nibbles, high, minimum, nested = 4 <= bits(fmt) < 8, high_bits(fmt), has_minimum(fmt), is_nested(fmt)
     header, inside = header_bytes(fmt), 0 if nested else header_bytes(fmt)
-    # A share of one group's header is less than a line, and is prefetched with its neighbours.
+    # inside: from where a group begins to its values. open_group prefetches what nested formats have before them; a
+    # share of it is less than a line, as one of other headers is, and is prefetched with its neighbours.
     fetches_headers = not nested and sharers == 1
     # A step's weights are half a line, one or two. Of each two lines of nibbles the second is prefetched first: single
     # rows on Zen 4 are slower at an even stride, perhaps because the hardware prefetcher then joins in.
-    step, swapped = 16 * min(bits(fmt) - high, 8), int(nibbles)
+    step, swapped = 16 * (bits(fmt) - high), int(nibbles)
     if bits(fmt) < 8:
         dot, start_at = dot4_small if high else dot4_short, times[zero(fmt)]
     else:

@@ -68,7 +68,7 @@ class TensorFile:
         }
 
     def format(self, name: str) -> int:
-        """The pack format of a tensor's numbers. Raises UnsupportedError for integers and the like."""
+        """The format of a tensor's numbers. Raises UnsupportedError for integers and the like."""
         dtype = self.tensors[name].dtype
         if dtype not in FORMATS:
             raise UnsupportedError(f"{self.path.name}: tensor {name!r} is {dtype}, known are {', '.join(FORMATS)}")
