@@ -446,9 +446,9 @@ def test_k_quants_in_a_format_for_two(code, other, group):
     raw = random_blocks(kind, np.random.default_rng(code), 6, 4)
     exact, joined = kind.floats(raw), convert(kind.weights(raw), fmt, group)
     assert joined.format == fmt and joined.group == group and is_nested(fmt) == (joined.units is not None)
-    with_minimum = {10, 12, 13} & {code, other} != set()
-    six_bits = 14 in (code, other)
-    assert is_nested(fmt) == (other in K_CODES and not (with_minimum and six_bits))
+    names = {kind.name, BLOCK_TYPES[other].name}
+    six_bits_and_minimum = "Q6_K" in names and bool(names & {"Q2_K", "Q4_K", "Q5_K"})
+    assert is_nested(fmt) == (other in K_CODES and not six_bits_and_minimum)
     if is_nested(fmt):
         assert np.array_equal(dequantize(joined), exact)
     else:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Format(NamedTuple):
-    """bits: of one value, scales not counted; has_minimum, is_nested: of integers, see the module docstring."""
+    """A format of weights. bits: of one value, scales not counted; has_minimum, is_nested: of integers, see above."""
 
     name: str
     bits: int

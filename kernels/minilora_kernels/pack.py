@@ -129,7 +129,7 @@ def unpack_quantized(arena: np.ndarray, row: np.ndarray) -> Quantized:
 def _apart(packed: np.ndarray, parts: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The inverse of _beside: the first `size` bytes of each of so many parts of a block, and the rest."""
     split = packed.reshape(len(packed), parts, -1)
-    return split[:, :, :size], np.ascontiguousarray(split[:, :, size:])
+    return split[:, :, :size], split[:, :, size:]
 
 
 def unpack(arena: np.ndarray, row: np.ndarray) -> np.ndarray:

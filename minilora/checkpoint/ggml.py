@@ -133,13 +133,9 @@ def _nested(
     values: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, width: int, units: np.ndarray
 ) -> Quantized:
     """A K-quant. scales, minima: bytes; units: float16 [rows, blocks, 1 or 2], d and dmin: minima count in -dmin."""
-
-    def integers(stored: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(stored).view(np.int8).reshape(len(values), -1)
-
-    flat = np.ascontiguousarray(values).reshape(len(values), -1)
     signs = np.array([1, -1], np.float16)[: units.shape[2]]
-    return Quantized(flat, integers(scales), None if minima is None else integers(minima), width, units * signs)
+    signed = None if minima is None else minima.view(np.int8)
+    return _quantized(values, scales.view(np.int8), signed, width)._replace(units=units * signs)
 
 
 def _decode_q2_k(blocks: np.ndarray) -> Quantized:
