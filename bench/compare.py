@@ -50,7 +50,7 @@ SHAPES, MADE = {"big": "tinyllama-1.1b", "wide": "llama-3.2-1b"}, ("q4_0", "q8_0
 class Case:
     """A row of the table. ours, theirs: keys of Files; test: what Bench runs; target: the ratio to reach.
 
-    cache: both sides' KV cache format; depth: tokens before the first new one.
+    cache: both sides' KV cache format; depth: tokens before the first new one; dtype: of our weights.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Case:
     adapters: int = 0
     depth: int = 128
     cache: str = "float16"
+    dtype: str = "auto"
 
 
 CASES = [
@@ -79,8 +80,12 @@ CASES = [
     Case("decode, Llama-3.2-1B int4, against Q4_0", "wide-q4_0", "wide-q4_0", "decode", 1.05),
     Case("prefill 512, 1.1B Q4_K_M, same file", "big-q4_k_m", "big-q4_k_m", "prefill", 1.1),
     Case("prefill 512, 1.1B Q6_K, same file", "big-q6_k", "big-q6_k", "prefill", 1.1),
+    Case("prefill 512, 1.1B BF16, same file", "big-bf16", "big-bf16", "prefill", 1.1),
+    Case("prefill 512, 1.1B BF16, inputs too", "big-bf16", "big-bf16", "prefill", 1.1, dtype="bfloat16+inputs"),
     Case("decode, 1.1B Q4_K_M, same file", "big-q4_k_m", "big-q4_k_m", "decode", 1.05),
     Case("decode, 1.1B Q6_K, same file", "big-q6_k", "big-q6_k", "decode", 1.05),
+    Case("decode, 1.1B BF16, same file", "big-bf16", "big-bf16", "decode", 1.05),
+    Case("decode, 1.1B BF16, inputs too", "big-bf16", "big-bf16", "decode", 1.05, dtype="bfloat16+inputs"),
     Case("decode batch 8, 135M Q4_1, against Q4_0", "small", "small-q4_0", "decode", 3, batch=8),
     Case("decode batch 8, 135M Q4_0, same file", "small-q4_0", "small-q4_0", "decode", 3, batch=8),
     Case("decode at depth 4096, 135M, float16 pages", "small", "small-q4_0", "decode", 2.5, depth=4096),
@@ -176,7 +181,7 @@ class Ours:
         self.bench = Bench(
             argparse.Namespace(
                 model=str(file),
-                dtype="auto",
+                dtype=case.dtype,
                 group_size=32,
                 prompt=PROMPT,
                 generate=64,

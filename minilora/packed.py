@@ -42,7 +42,7 @@ from .tokenizer import DEFINITION, SETTINGS, SPECIAL_TOKENS, TEMPLATE, Tokenizer
 from .weights import Weights
 
 MANIFEST, ARENA = "minilora.json", "weights.bin"
-VERSION = 4
+VERSION = 5
 CHECKED_WORDS = 1 << 17
 # A checkpoint's file is recognised by this many pieces of this many bytes.
 PIECES, PIECE = 32, 1 << 14

@@ -188,8 +188,8 @@ def check_order(salt: Any, priority: Any, tenant: Any) -> None:
 
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-# Number formats of weights, of pages and of adapters.
-DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
+# Number formats of weights, of pages and of adapters. bfloat16+inputs: the inputs of products are bfloat16, too.
+DTYPES = ("auto", "float32", "float16", "bfloat16", "bfloat16+inputs", "int8", "int4")
 ENGINE_DTYPES = ("auto", "float32", "float16", "int8")
 NUMA_MODES = ("off", "interleave", "replicate")
 

@@ -12,7 +12,18 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels import pack
-from minilora_kernels.formats import BFLOAT16, FLOAT16, FLOAT32, GROUPS, INT4_MIN, INT8, common_format, is_float
+from minilora_kernels.formats import (
+    BFLOAT16,
+    BFLOAT16_INPUTS,
+    FLOAT16,
+    FLOAT32,
+    GROUPS,
+    INT4_MIN,
+    INT8,
+    common_format,
+    group_of,
+    is_float,
+)
 from minilora_kernels.memory import CACHE_LINE
 from minilora_kernels.pack import BLOCK
 
@@ -42,7 +53,7 @@ from .params import DTYPES
 ) = range(15)
 LAYER_WIDTH = 15
 
-FLOAT_DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
+FLOAT_DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16, "bfloat16+inputs": BFLOAT16_INPUTS}
 DEFAULT_GROUP = 32
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -253,7 +264,7 @@ class Plan:
         stored = [(self.checkpoint.format(part.name), self.checkpoint.group(part.name)) for part in parts]
         chosen = [self.target.of(natural, columns, is_head) for natural in stored]
         fmt = common_format({fmt for fmt, _ in chosen})
-        return fmt, 0 if is_float(fmt) else min(group for _, group in chosen)
+        return fmt, group_of(fmt, min(group for _, group in chosen))
 
     def _runs(self, parts: list[Part], columns: int) -> Iterator[list[Part]]:
         """q, k and v: one matrix where they can share a format, else one for each format (if blocks allow it)."""

@@ -8,8 +8,8 @@ import numpy as np
 
 from minilora_kernels.attention import part_scratch_size, scratch_size
 from minilora_kernels.formats import FLOAT16, FLOAT32, INT8
+from minilora_kernels.inputs import GROUP_MIN, Rows
 from minilora_kernels.limits import usable_cores
-from minilora_kernels.linear import GROUP_MIN, Rows
 from minilora_kernels.memory import aligned_zeros
 from minilora_kernels.pack import BLOCK, ROWS, padded_rows
 from minilora_kernels.pages import KV_FLOAT16, KV_FLOAT32, SPLIT
@@ -217,6 +217,7 @@ def _rows(count: int, width: int) -> Rows:
     groups = count * stride // GROUP_MIN
     return Rows(
         _floats(count * stride),
+        aligned_zeros(count * stride, np.int16),
         aligned_zeros(count * stride, np.int8),
         aligned_zeros(count * stride, np.int16),
         _floats(groups),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels import pack
-from minilora_kernels.formats import FORMATS, GROUPS, SUPER, is_float, is_nested
+from minilora_kernels.formats import FORMATS, GROUPS, SUPER, group_of, is_float, is_nested
 from minilora_kernels.memory import CACHE_LINE
 
 from .config import ModelConfig
@@ -79,7 +79,7 @@ def _check_matrix(row: np.ndarray, size: int) -> None:
     _require(known, "a matrix is of a format or size that is not known")
     whole = SUPER if is_nested(fmt) else group
     grouped = group in GROUPS and columns % whole == 0
-    _require(group == 0 if is_float(fmt) else grouped, "a group is wrong")
+    _require(group == group_of(fmt, 0) if is_float(fmt) else grouped, "a group is wrong")
     _require(int(row[pack.BLOCK_BYTES]) == pack.block_bytes(fmt, columns, group), "a matrix has blocks of another size")
     offset, needed = int(row[pack.OFFSET]), pack.packed_bytes(fmt, rows, columns, group)
     _require(0 <= offset <= size - needed and offset % CACHE_LINE == 0, "a matrix is not in the weights")

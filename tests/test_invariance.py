@@ -110,8 +110,9 @@ PARAMS = SamplingParams(max_tokens=12, seed=3, temperature=0.8, top_p=0.9, logpr
         ("llama", "int4"),
         ("llama", "int8"),
         ("llama-large", "int8"),
+        ("llama-bias", "bfloat16+inputs"),
     ],
-    ids=["float32", "float16", "int4", "int8", "large"],
+    ids=["float32", "float16", "int4", "int8", "large", "rounded"],
 )
 def world(request, tiny):
     """(weights, adapters, the needle's trace alone), the needle with two adapters; they are int8 but beside float32."""

@@ -7,6 +7,7 @@ from minilora.model.head import NONE, better
 from minilora.params import SamplingParams
 from minilora.reference import Reference
 from minilora.sequence import AdapterUse
+from minilora_kernels.floats import narrow_bfloat16, widen_bfloat16
 from minilora_kernels.jit import kernel, program
 
 from .support import (
@@ -29,13 +30,20 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-def reference_logprobs(weights, tokens, length, adapters=()):
+class RoundedInputs(Reference):
+    """The inputs of products are bfloat16."""
+
+    def linear(self, x, name):
+        return super().linear(widen_bfloat16(narrow_bfloat16(x)), name)
+
+
+def reference_logprobs(weights, tokens, length, adapters=(), network=Reference):
     floats = weights.floats()
     for adapter, scale in adapters:
         for module, (a, b) in adapter.pairs.items():
             update = (b @ a).T if module == "model.embed_tokens" else b @ a
             floats[f"{module}.weight"] = floats[f"{module}.weight"] + np.float32(scale) * update
-    return log_softmax(Reference(weights.config, floats, length).forward(tokens))
+    return log_softmax(network(weights.config, floats, length).forward(tokens))
 
 
 def largest_error(found, expected, tokens):
@@ -96,6 +104,19 @@ def test_formats_equal_the_reference_on_their_own_weights(tiny, dtype, kv, bound
     tokens = random_tokens(np.random.default_rng(3), 100)
     found = prompt_logits(engine, tokens)
     assert largest_error(found, reference_logprobs(weights, tokens, engine.length), tokens) < bound
+
+
+def test_inputs_are_rounded_where_the_format_says_so(tiny):
+    """But for those that fall to the other side of half a step, and what they round then."""
+    weights = load_weights(tiny("llama"), "bfloat16+inputs")
+    engine = make_engine(weights, kv_cache_dtype="float32")
+    tokens = random_tokens(np.random.default_rng(3), 100)
+    found = prompt_logits(engine, tokens)
+    rounded, exact = (
+        largest_error(found, reference_logprobs(weights, tokens, engine.length, network=network), tokens)
+        for network in (RoundedInputs, Reference)
+    )
+    assert rounded < 0.01 < exact < 0.1
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -161,7 +182,9 @@ def test_several_adapters_in_one_request(tiny):
     assert largest_error(found, expected, tokens) < 5e-4
 
 
-@pytest.mark.parametrize("dtype, group", [("int8", 32), ("int4", 32), ("int4", 16), ("bfloat16", 32)])
+@pytest.mark.parametrize(
+    "dtype, group", [("int8", 32), ("int4", 32), ("int4", 16), ("bfloat16", 32), ("bfloat16+inputs", 32)]
+)
 @pytest.mark.parametrize("lora_dtype", ["int8", "float16"])
 def test_adapters_on_other_weights(tiny, dtype, group, lora_dtype):
     weights = load_weights(tiny("llama"), dtype, group)

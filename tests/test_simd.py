@@ -10,6 +10,7 @@ from minilora_kernels.convert import widen_float16
 from minilora_kernels.dot import (
     begin_short,
     dot2,
+    dot2_bf16,
     dot4_bytes,
     dot4_short,
     dot4_small,
@@ -27,12 +28,14 @@ from minilora_kernels.jit import inlined, kernel, program
 from minilora_kernels.simd import (
     add_high,
     bit_pairs,
+    even_bf16,
     exp,
     f32x16,
     fma,
     i32x16,
     inverse,
     magnitude,
+    odd_bf16,
     repeat2,
     repeat4,
     round_i32,
@@ -48,9 +51,9 @@ from minilora_kernels.simd import (
 from minilora_kernels.simd_lanes import count_above, hmax, hmax4_i32, hmax_i32, hsum, hsum4_i32, keep_lanes, lane
 from minilora_kernels.simd_memory import (
     compiler_barrier,
-    load_bf16,
     load_f16,
     load_f32,
+    load_i16,
     load_i16_of_i8,
     load_i32,
     load_scalar_f16,
@@ -82,8 +85,16 @@ def _widen_scalars(x, out):
 
 @kernel
 def _widen_bf16(x, out):
-    for i in range(0, len(x), 16):
-        store_f32(out, i, load_bf16(x, i))
+    for i in range(0, len(x) // 2, 16):
+        pairs = load_i16(x, 2 * i)
+        store_f32(out, i, even_bf16(pairs))
+        store_f32(out, len(x) // 2 + i, odd_bf16(pairs))
+
+
+@kernel
+def _dot2_bf16(acc, a, b):
+    for i in range(0, len(acc), 16):
+        store_f32(acc, i, dot2_bf16(load_f32(acc, i), load_i16(a, 2 * i), load_i16(b, 2 * i)))
 
 
 @kernel
@@ -253,7 +264,20 @@ def test_float16_that_fills_no_vector_widens_too():
 def test_every_bfloat16_widens_exactly():
     out = np.zeros(1 << 16, np.float32)
     program(_widen_bf16)(ALL_HALVES, out)
-    assert np.array_equal(out, (ALL_HALVES.astype(np.uint32) << 16).view(np.float32), equal_nan=True)
+    halves = np.concatenate([ALL_HALVES[::2], ALL_HALVES[1::2]])
+    assert np.array_equal(out, (halves.astype(np.uint32) << 16).view(np.float32), equal_nan=True)
+
+
+def test_products_of_bfloat16_add_up_in_the_same_order_on_every_cpu():
+    """The odd one first, each sum rounded once: products of bfloat16 are exact in float32, their sums in float64."""
+    rng = np.random.default_rng(4)
+    acc = rng.standard_normal(1600, np.float32)
+    a, b = (narrow_bfloat16(rng.standard_normal(3200, np.float32)) for _ in range(2))
+    products = widen_bfloat16(a).astype(np.float64) * widen_bfloat16(b)
+    expected = ((acc + products[1::2]).astype(np.float32) + products[::2]).astype(np.float32)
+    assert (expected != ((acc + products[::2]).astype(np.float32) + products[1::2]).astype(np.float32)).any()
+    program(_dot2_bf16)(acc, a.view(np.int16), b.view(np.int16))
+    assert np.array_equal(acc, expected)
 
 
 def test_bfloat16_is_rounded_to_even_and_nan_stays():

@@ -76,6 +76,12 @@ def has_half() -> bool:
 
 
 @cache
+def has_bf16() -> bool:
+    """Whether 512 bits of bfloat16 are multiplied in pairs by instruction here."""
+    return "avx512bf16" in target()[2]
+
+
+@cache
 def has_i8mm() -> bool:
     """Whether ARM's mixed-sign dot product (usdot) is there."""
     return "i8mm" in target()[2]

@@ -1,10 +1,10 @@
-"""Dot products of integers, with one lowering per CPU family. All integer weights go through that of bytes:
+"""Dot products, with one lowering per CPU family. All integer weights go through that of bytes:
 
     dot4(acc, u, s)[i] = acc[i] + sum over j < 4 of u[4 i + j] * s[4 i + j]
 
 u is unsigned, s signed; sums are int32, and exact where they fit. int8 weights are stored as u = 128 + weight;
 `dot4_bytes` multiplies them in the way that suits the CPU, and nibbles have sums of their own. Products of bytes with
-wide integers, see `wide`, are here too.
+wide integers, see `wide`, and of bfloat16 are here too.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,21 @@ from typing import NamedTuple
 from llvmlite import binding, ir
 
 from . import cpu
-from .simd import Vector, call, constant, i16x32, i32x16, join, pick_lanes, primitive, u8x64
+from .simd import (
+    Vector,
+    call,
+    constant,
+    f32x16,
+    i16x32,
+    i32x16,
+    join,
+    multiply_add,
+    pick_lanes,
+    primitive,
+    u8x64,
+    widen_even,
+    widen_odd,
+)
 
 _I32 = i32x16.llvm
 
@@ -180,6 +194,34 @@ start_unsigned = primitive(i32x16, [i32x16], _start_unsigned)
 
 dot2 = _dot(lambda family: family.shorts, factors=i16x32)
 """acc[i] + sum over j < 2 of a[2i + j] * b[2i + j]. Exact, where the sum fits."""
+
+
+# ---------------------------------------------------------------- pairs of bfloat16
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self):
+        return "bfloat"
+
+
+_BFLOATS = ir.VectorType(_BFloat(), 32)
+
+
+def _dot2_bf16(builder, acc, a, b):
+    if cpu.has_bf16():
+        pairs = (builder.bitcast(v, _BFLOATS) for v in (a, b))
+        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", acc.type, acc, *pairs)
+    for widen in (widen_odd, widen_even):
+        acc = multiply_add(builder, widen(builder, a), widen(builder, b), acc)
+    return acc
+
+
+dot2_bf16 = primitive(f32x16, [f32x16, i16x32, i16x32], _dot2_bf16)
+"""acc[i] + a[2i + 1] * b[2i + 1], then + a[2i] * b[2i], of bfloat16 held as their bits: as AVX512_BF16 does it.
+
+Where that is an instruction, numbers below 2^-126 count as 0 and sums below it become 0."""
 
 
 # ---------------------------------------------------------------- bytes with wide integers

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from .formats import BFLOAT16, FLOAT16, FLOAT32, FORMAT_NAMES
+from .formats import BFLOAT16, BFLOAT16_INPUTS, FLOAT16, FLOAT32, FORMAT_NAMES
 
-# The largest finite number of each format.
-LARGEST = {FLOAT32: float(np.finfo(np.float32).max), FLOAT16: 65504.0, BFLOAT16: 3.3895313892515355e38}
+# Formats that hold bfloat16, and the largest finite number of each format.
+BFLOATS = (BFLOAT16, BFLOAT16_INPUTS)
+LARGEST = {FLOAT32: float(np.finfo(np.float32).max), FLOAT16: 65504.0, **dict.fromkeys(BFLOATS, 3.3895313892515355e38)}
 
 
 def widen_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -38,11 +39,11 @@ def encode(x: np.ndarray, fmt: int) -> np.ndarray:
     check_largest(x, fmt)
     if fmt == FLOAT16:
         return x.astype(np.float16)
-    return narrow_bfloat16(x) if fmt == BFLOAT16 else x.astype(np.float32, copy=False)
+    return narrow_bfloat16(x) if fmt in BFLOATS else x.astype(np.float32, copy=False)
 
 
 def decode(raw: np.ndarray, fmt: int) -> np.ndarray:
     """The inverse: float32 of the bytes of a floating-point format."""
     if fmt == FLOAT16:
         return raw.view(np.float16).astype(np.float32)
-    return widen_bfloat16(raw.view(np.uint16)) if fmt == BFLOAT16 else raw.view(np.float32)
+    return widen_bfloat16(raw.view(np.uint16)) if fmt in BFLOATS else raw.view(np.float32)

@@ -2,6 +2,7 @@
 
 Floating-point numbers, or unsigned integers u in groups of 16, 32, 64 or 128 columns of a row, which share a scale.
 Symmetric formats: weight = scale * (u - zero), zero = 2^(bits - 1). Formats with minimum: weight = scale * u + minimum.
+Floating-point formats multiply float32 inputs, but for bfloat16+inputs, whose inputs are rounded to bfloat16, too.
 Scales and minima are float16; in *nested* formats they are int8, in units that 256 columns share, one float16 for the
 scales and one for the minima.
 
@@ -13,13 +14,15 @@ from typing import NamedTuple
 
 
 class Format(NamedTuple):
-    """A format of weights. bits: of one value, scales not counted; has_minimum, is_nested: of integers, see above."""
+    """A format of weights. bits: of one value, scales not counted; has_minimum, is_nested: of integers, see above;
+    rounds_inputs: of floating-point numbers."""
 
     name: str
     bits: int
     is_float: bool = False
     has_minimum: bool = False
     is_nested: bool = False
+    rounds_inputs: bool = False
 
 
 FORMATS = (
@@ -37,13 +40,15 @@ FORMATS = (
     Format("int4k+min", 4, has_minimum=True, is_nested=True),
     Format("int5k+min", 5, has_minimum=True, is_nested=True),
     Format("int6k", 6, is_nested=True),
+    # Packed models hold numbers of formats: new ones come last.
+    Format("bfloat16+inputs", 16, is_float=True, rounds_inputs=True),
 )
-FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN, INT5, INT5_MIN, *_NESTED = range(len(FORMATS))
-INT2K_MIN, INT4K, INT4K_MIN, INT5K_MIN, INT6K = _NESTED
+FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN, INT5, INT5_MIN, *_LATER = range(len(FORMATS))
+INT2K_MIN, INT4K, INT4K_MIN, INT5K_MIN, INT6K, BFLOAT16_INPUTS = _LATER
 FORMAT_NAMES = tuple(fmt.name for fmt in FORMATS)
 
-# Columns of a group.
-GROUPS = (16, 32, 64, 128)
+# Columns of a group of integers, and of what multiplies rounded inputs.
+GROUPS, PAIR = (16, 32, 64, 128), 2
 # Columns that share the units of a nested format.
 SUPER = 256
 
@@ -51,6 +56,18 @@ SUPER = 256
 def is_float(fmt: int) -> bool:
     """Whether a format holds floating-point numbers."""
     return FORMATS[fmt].is_float
+
+
+def rounds_inputs(fmt: int) -> bool:
+    """Whether the inputs of a format's products are rounded to bfloat16."""
+    return FORMATS[fmt].rounds_inputs
+
+
+def group_of(fmt: int, group: int) -> int:
+    """The GROUP of a matrix: `group` for integers, else PAIR where inputs are rounded and 0 where they are float32."""
+    if not is_float(fmt):
+        return group
+    return PAIR if rounds_inputs(fmt) else 0
 
 
 def bits(fmt: int) -> int:

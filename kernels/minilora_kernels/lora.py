@@ -7,9 +7,9 @@ How A and B lie in memory: see `lora_pack`. Sums run in a fixed order: see the t
 from numba import types
 from numba.core.typing import signature
 
+from .inputs import INPUTS
 from .jit import kernel
 from .kinds import BYTES, FLOATS, NUMBER, named
-from .linear import INPUTS
 from .lora_expand import Panels, Place, expand_rows, row_of, rows_at_once
 from .lora_pack import head_bytes, number_bytes
 from .lora_shrink import TILE_ROWS, gather_panel, most_rows, shrink_tile

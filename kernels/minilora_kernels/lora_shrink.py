@@ -9,8 +9,8 @@ import numpy as np
 from . import cpu
 from .dot import dot2
 from .formats import FLOAT16, FLOAT32, INT8
+from .inputs import FINE_STEP, GROUP_MIN
 from .jit import inlined, kernel
-from .linear import FINE_STEP, GROUP_MIN
 from .lora_pack import head_bytes, number_bytes
 from .pack import PANEL
 from .simd import f32x16, fma, i32x16, repeat2, splat_f32, splat_i32, tile, to_f32

@@ -1,8 +1,8 @@
 """The block layout of matrices that the linear kernels read.
 
 A matrix of N output rows and K input columns is cut into *blocks* of 32 rows (N is padded with zeros); a block
-holds two *panels* of 16 rows. Floating-point blocks are [K][32] numbers. Quantised blocks are a sequence of records,
-one for each group of columns (nothing for minima where there are none):
+holds two *panels* of 16 rows. Floating-point blocks are [K][32] numbers, those of bfloat16 [K / 2][32][2]. Quantised
+blocks are a sequence of records, one for each group of columns (nothing for minima where there are none):
 
     32 float16 scales | 32 float16 minima | the group's values
 
@@ -29,7 +29,7 @@ FORMAT, ROWS (padded), COLUMNS, GROUP, OFFSET and BLOCK_BYTES (both in bytes).
 
 import numpy as np
 
-from .floats import decode, encode
+from .floats import BFLOATS, decode, encode
 from .formats import SUPER, bits, has_minimum, high_bits, is_float, is_nested
 from .memory import CACHE_LINE
 from .quantized import Quantized, dequantize
@@ -38,6 +38,11 @@ FORMAT, ROWS, COLUMNS, GROUP, OFFSET, BLOCK_BYTES = range(6)
 
 BLOCK = 32
 PANEL = 16
+
+
+def columns_together(fmt: int) -> int:
+    """Columns of a floating-point matrix that lie beside each other, so that one multiplication takes them: 2 or 1."""
+    return 2 if fmt in BFLOATS else 1
 
 
 def padded_rows(rows: int) -> int:
@@ -74,7 +79,7 @@ def packed_bytes(fmt: int, rows: int, columns: int, group: int) -> int:
 
 
 def table_row(fmt: int, rows: int, columns: int, group: int, offset: int) -> list[int]:
-    """A row of the matrices table; group is 0 for floating-point formats."""
+    """A row of the matrices table; group is 0 for floating-point formats, PAIR for those that round inputs."""
     return [fmt, padded_rows(rows), columns, group, offset, block_bytes(fmt, columns, group)]
 
 
@@ -86,7 +91,7 @@ def _pad(x: np.ndarray) -> np.ndarray:
 def pack_float(weight: np.ndarray, fmt: int) -> np.ndarray:
     """The blocks of a floating-point matrix [N, K] as uint8. Raises OverflowError where a number is too large."""
     encoded = _pad(encode(weight, fmt))
-    blocks = encoded.reshape(len(encoded) // BLOCK, BLOCK, -1).transpose(0, 2, 1)
+    blocks = encoded.reshape(len(encoded) // BLOCK, BLOCK, -1, columns_together(fmt)).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(blocks).reshape(-1).view(np.uint8)
 
 
@@ -138,8 +143,8 @@ def unpack(arena: np.ndarray, row: np.ndarray) -> np.ndarray:
     if not is_float(fmt):
         return dequantize(unpack_quantized(arena, row))
     raw = arena[offset : offset + packed_bytes(fmt, rows, columns, group)]
-    blocks = decode(raw, fmt).reshape(rows // BLOCK, columns, BLOCK)
-    return np.ascontiguousarray(blocks.transpose(0, 2, 1)).reshape(rows, columns)
+    blocks = decode(raw, fmt).reshape(rows // BLOCK, -1, BLOCK, columns_together(fmt))
+    return np.ascontiguousarray(blocks.transpose(0, 2, 1, 3)).reshape(rows, columns)
 
 
 def _lines(numbers: np.ndarray) -> np.ndarray:

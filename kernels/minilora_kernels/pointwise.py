@@ -5,7 +5,7 @@ Row lengths are multiples of 16. Offsets count elements; in the arena, bytes.
 
 import numpy as np
 
-from .formats import BFLOAT16, FLOAT16, FLOAT32, FORMAT_NAMES, SUPER, bits, has_minimum, high_bits, zero
+from .formats import FLOAT16, FLOAT32, FORMAT_NAMES, SUPER, bits, has_minimum, high_bits, zero
 from .jit import inlined, kernel
 from .memory import CACHE_LINE
 from .pack import BLOCK, BLOCK_BYTES, COLUMNS, FORMAT, GROUP, OFFSET, PANEL, header_bytes, unit_bytes
@@ -148,9 +148,11 @@ def embed(weights, matrices, matrix, token, out, out_at):
     if fmt == FLOAT32:
         for k in range(columns):
             out[out_at + k] = load_scalar_f32(weights, at + (k * BLOCK + lane) * 4)
-    elif fmt == FLOAT16 or fmt == BFLOAT16:
+    elif fmt == FLOAT16:
         for k in range(columns):
-            place = at + (k * BLOCK + lane) * 2
-            out[out_at + k] = load_scalar_f16(weights, place) if fmt == FLOAT16 else load_scalar_bf16(weights, place)
+            out[out_at + k] = load_scalar_f16(weights, at + (k * BLOCK + lane) * 2)
+    elif WIDTHS[fmt] == 16:
+        for k in range(columns):
+            out[out_at + k] = load_scalar_bf16(weights, at + (k // 2 * BLOCK + lane) * 4 + k % 2 * 2)
     else:
         _stored_row(fmt, weights, at, columns, group, lane, out, out_at)

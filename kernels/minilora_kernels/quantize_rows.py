@@ -1,12 +1,12 @@
-"""Inputs of products become groups of integers, row by row, in every step."""
+"""Inputs of products become groups of integers, or bfloat16, row by row, in every step."""
 
 import numpy as np
 
+from .inputs import FINE_STEP, GROUP_MIN, UNROLLED
 from .jit import inlined, kernel
-from .linear import FINE_STEP, GROUP_MIN, UNROLLED
 from .simd import i32x16, inverse, magnitude, numbers_of, round_i32, splat_f32, splat_i32, tile, to_f32, vmax_i32
 from .simd_lanes import hmax4_i32, hsum4_i32, lane
-from .simd_memory import load_f32, store_first, store_first_i32, store_i8, store_i16
+from .simd_memory import load_f32, store_bf16, store_first, store_first_i32, store_i8, store_i16
 
 LARGEST_INT8, FINE_STEPS, NOTHING = np.float32(127), np.float32(1) / FINE_STEP, np.int32(0)
 
@@ -74,3 +74,14 @@ def _quantizer(finely):
 
 
 quantize_row, quantize_row_finely = _quantizer(False), _quantizer(True)
+
+
+@kernel
+def round_row(x, at, n, rows, row, column):
+    """rounded = x as bfloat16, to nearest, ties to even: columns column .. column + n of one row.
+
+    x: float32, n values from at, n a multiple of 16; rows: Rows. NaN stays NaN.
+    """
+    to = row * rows.stride + column
+    for i in range(0, n, 16):
+        store_bf16(rows.rounded, to + i, load_f32(x, at + i))

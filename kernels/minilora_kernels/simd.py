@@ -198,7 +198,8 @@ def _float_call(name):
     return lambda b, *args: call(b, f"llvm.{name}.v16f32", _F32, *args)
 
 
-def _fma(builder, x, y, z):
+def multiply_add(builder, x, y, z):
+    """x * y + z, rounded once where the CPU can."""
     if cpu.has_fma():
         return call(builder, "llvm.fma.v16f32", _F32, x, y, z)
     return builder.fadd(builder.fmul(x, y), z)
@@ -223,7 +224,7 @@ def _magnitude(builder, v):
     return builder.and_(builder.bitcast(v, _I32), constant(_I32, 0x7FFFFFFF))
 
 
-fma = primitive(f32x16, [f32x16] * 3, _fma)
+fma = primitive(f32x16, [f32x16] * 3, multiply_add)
 """x * y + z, rounded once where the CPU can."""
 vmax = primitive(f32x16, [f32x16] * 2, maximum)
 """The larger of two; the second where one of them is NaN."""
@@ -256,6 +257,20 @@ inverse = primitive(f32x16, [f32x16], _inverse)
 Reciprocals of smaller numbers may be infinite; a scale that is not finite is then the only mark of its numbers."""
 
 
+def widen_even(builder, v):
+    """Lanes 0, 2, 4 ... of bfloat16 held as their bits, as float32."""
+    return builder.bitcast(builder.shl(builder.bitcast(v, _I32), constant(_I32, 16)), _F32)
+
+
+def widen_odd(builder, v):
+    """Lanes 1, 3, 5 ... likewise."""
+    return builder.bitcast(builder.and_(builder.bitcast(v, _I32), constant(_I32, 0xFFFF0000)), _F32)
+
+
+even_bf16, odd_bf16 = (primitive(f32x16, [i16x32], widen) for widen in (widen_even, widen_odd))
+"""These as intrinsics."""
+
+
 def _operator(op, **emitters):
     """Define `x op y` for two vectors of the same type: its emitter by the type's name."""
     vectors = [v for v in (f32x16, i32x16) if v.name in emitters]
@@ -286,17 +301,17 @@ def _exp(builder, x):
     """
     underflow = builder.fcmp_ordered("<", x, constant(_F32, -87.0))
     large = constant(_F32, 1.5 * 2**23 + 127)
-    shifted = _fma(builder, x, constant(_F32, 1.4426950408889634), large)
+    shifted = multiply_add(builder, x, constant(_F32, 1.4426950408889634), large)
     n = builder.fsub(shifted, large)
-    r = _fma(builder, n, constant(_F32, -0.693359375), x)
-    r = _fma(builder, n, constant(_F32, 2.12194440e-4), r)
+    r = multiply_add(builder, n, constant(_F32, -0.693359375), x)
+    r = multiply_add(builder, n, constant(_F32, 2.12194440e-4), r)
     c2, c3, c4, c5, c6 = (
         constant(_F32, c) for c in (0.49999994, 0.166665206, 0.041668388, 0.0083687169, 0.00138145986)
     )
     square = builder.fmul(r, r)
-    high = _fma(builder, square, c6, _fma(builder, r, c5, c4))
-    p = _fma(builder, square, high, _fma(builder, r, c3, c2))
-    p = builder.fadd(_fma(builder, square, p, r), constant(_F32, 1.0))
+    high = multiply_add(builder, square, c6, multiply_add(builder, r, c5, c4))
+    p = multiply_add(builder, square, high, multiply_add(builder, r, c3, c2))
+    p = builder.fadd(multiply_add(builder, square, p, r), constant(_F32, 1.0))
     power = builder.bitcast(builder.shl(builder.bitcast(shifted, _I32), constant(_I32, 23)), _F32)
     return builder.select(underflow, constant(_F32, 0.0), builder.fmul(p, power))
 

@@ -55,10 +55,6 @@ def _storer(vector, narrow=None):
     return store
 
 
-def _widen_bf16(builder, v):
-    return builder.bitcast(builder.shl(builder.zext(v, _I32), constant(_I32, 16)), _F32)
-
-
 def _widen_scalar_bf16(builder, x):
     return builder.bitcast(builder.shl(builder.zext(x, _WORD), ir.Constant(_WORD, 16)), ir.FloatType())
 
@@ -101,6 +97,15 @@ def _narrow_f16(builder, v):
     not_a_number = builder.icmp_unsigned(">", size, constant(_I32, 0x7F800000))
     value = builder.select(not_a_number, constant(_I32, 0x7E00), value)
     return builder.trunc(builder.or_(value, sign), _SHORT)
+
+
+def _narrow_bf16(builder, v):
+    """Round to nearest, ties to even. NaN stays NaN."""
+    raw = builder.bitcast(v, _I32)
+    odd = builder.and_(builder.lshr(raw, constant(_I32, 16)), constant(_I32, 1))
+    rounded = builder.add(raw, builder.add(odd, constant(_I32, 0x7FFF)))
+    value = builder.select(builder.fcmp_unordered("uno", v, v), constant(_I32, 0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(value, constant(_I32, 16)), _SHORT)
 
 
 def _narrow_i8(builder, v):
@@ -148,10 +153,10 @@ load_f32 = _loader(f32x16, _F32)
 """16 float32."""
 load_f16 = _loader(f32x16, _SHORT, lambda b, v: _widen_f16(b, v, _F32, _I32))
 """16 float16, as float32."""
-load_bf16 = _loader(f32x16, _SHORT, _widen_bf16)
-"""16 bfloat16, as float32."""
 load_i8 = _loader(f32x16, _BYTE, lambda b, v: b.sitofp(v, _F32))
 """16 int8, as float32."""
+load_i16 = _loader(i16x32, i16x32.llvm)
+"""32 int16."""
 load_i16_of_i8 = _loader(i16x32, ir.VectorType(ir.IntType(8), 32), lambda b, v: b.sext(v, i16x32.llvm))
 """32 int8, as int16."""
 load_i32 = _loader(i32x16, _I32)
@@ -169,6 +174,8 @@ store_f32 = _storer(f32x16)
 """16 float32."""
 store_f16 = _storer(f32x16, _narrow_f16)
 """16 float32, as float16; beyond its range as its largest number."""
+store_bf16 = _storer(f32x16, _narrow_bf16)
+"""16 float32, as bfloat16."""
 store_i8 = _storer(i32x16, _narrow_i8)
 """16 int32 in -128..127 as 16 bytes."""
 store_i16 = _storer(i32x16, lambda b, v: b.trunc(v, _SHORT))

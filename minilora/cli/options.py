@@ -56,7 +56,7 @@ model_options = _options(
         type=click.Choice(DTYPES),
         default="auto",
         show_default=True,
-        help="Number format of the weights; auto keeps the file's.",
+        help="Number format of the weights; auto keeps the file's. bfloat16+inputs rounds the inputs of products, too.",
     ),
     click.option(
         "--group-size",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora_kernels.batch import StepInput, StepRows
-from minilora_kernels.linear import Rows
+from minilora_kernels.inputs import Rows
 from minilora_kernels.pages import KV
 
 from ..adapters import AdapterArrays

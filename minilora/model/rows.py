@@ -1,10 +1,10 @@
-"""Rows of the stream: the inputs of products, normalised and quantised, and those that go on to the end."""
+"""Rows of the stream: the inputs of products, normalised and quantised or rounded, and those that go on to the end."""
 
-from minilora_kernels.formats import INT8
+from minilora_kernels.formats import INT8, PAIR
 from minilora_kernels.jit import kernel
 from minilora_kernels.pack import BLOCK, PANEL
 from minilora_kernels.pointwise import rms_norm
-from minilora_kernels.quantize_rows import quantize_row, quantize_row_finely
+from minilora_kernels.quantize_rows import quantize_row, quantize_row_finely, round_row
 from minilora_kernels.simd_memory import load_f32, store_f32
 from minilora_kernels.sync import barrier
 
@@ -25,7 +25,7 @@ def has_int8_adapters(c):
 def place_of_values(c, group, rows, at, scratch_at):
     """(array, at): where a row's floats go: rows.values[at] if adapters, or weights that are floats, read them there.
 
-    If they are only to be quantised they stay in scratch, in the nearest cache.
+    If they are only to be quantised or rounded they stay in scratch, in the nearest cache.
     """
     if group == 0 or (len(c.rows.segments) > 0 and not has_int8_adapters(c)):
         return rows.values, at
@@ -35,16 +35,18 @@ def place_of_values(c, group, rows, at, scratch_at):
 @kernel
 def input_group(group):
     """The group in which inputs of a matrix are quantised: for int8 adapters even if its weights are floats."""
-    return group if group > 0 else FLOATS_GROUP
+    return group if group > PAIR else FLOATS_GROUP
 
 
 @kernel
 def quantize_if_read(c, x, at, n, group, rows, row, column):
-    """quantize_row for a matrix of this group, or finely for adapters, too; nothing if both read floats."""
+    """quantize_row or round_row for a matrix of this group, and finely for adapters; nothing if both read floats."""
     if has_int8_adapters(c):
         quantize_row_finely(x, at, n, input_group(group), rows, row, column)
-    elif group > 0:
+    elif group > PAIR:
         quantize_row(x, at, n, group, rows, row, column)
+    if group == PAIR:
+        round_row(x, at, n, rows, row, column)
 
 
 @kernel

@@ -3,8 +3,9 @@
 import numpy as np
 
 from .. import reference
-from ..formats import FORMAT_NAMES, FORMATS, SUPER, bits, has_minimum, is_float, is_nested
-from ..linear import GROUP_MIN, Rows, make_linear
+from ..formats import FORMAT_NAMES, FORMATS, SUPER, bits, group_of, has_minimum, is_float, is_nested, rounds_inputs
+from ..inputs import GROUP_MIN, Rows
+from ..linear import make_linear
 from ..pack import pack_float, pack_quantized, packed_bytes, padded_rows, table_row
 from ..quantized import Quantized
 from .case import Arguments, Case, Make, normal
@@ -32,6 +33,7 @@ def empty_rows(count: int, width: int) -> Rows:
     groups = count * width // GROUP_MIN
     return Rows(
         np.zeros(count * width, np.float32),
+        np.zeros(count * width, np.int16),
         np.zeros(count * width, np.int8),
         np.zeros(count * width, np.int16),
         np.zeros(groups, np.float32),
@@ -48,9 +50,11 @@ def _make_linear(fmt: int) -> Make:
         for r in range(m):
             values = normal(rng, k)
             rows.values[r * rows.stride : r * rows.stride + k] = values
-            if group:
+            if rounds_inputs(fmt):
+                reference.round_row(values, 0, k, rows, r, 0)
+            elif group:
                 reference.quantize_row(values, 0, k, group, rows, r, 0)
-        table = np.array([table_row(fmt, n, k, group, 0)], np.int64)
+        table = np.array([table_row(fmt, n, k, group_of(fmt, group), 0)], np.int64)
         out = normal(rng, m * padded_rows(n))
         return (
             random_matrix(rng, fmt, n, k, group),

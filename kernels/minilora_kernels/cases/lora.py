@@ -4,7 +4,7 @@ import numpy as np
 
 from .. import lora, lora_pack, reference
 from ..formats import FLOAT16, FLOAT32, FORMAT_NAMES, INT8
-from ..linear import Rows
+from ..inputs import Rows
 from ..lora_expand import Place
 from ..pack import padded_rows
 from .case import Arguments, Case, normal

@@ -3,10 +3,12 @@
 import numpy as np
 
 from .. import pointwise, quantize_rows, reference
-from ..formats import FORMAT_NAMES, FORMATS, GROUPS, bits, is_float
+from ..formats import FORMAT_NAMES, FORMATS, GROUPS, bits, group_of
 from ..pack import table_row
 from .case import Arguments, Case, Make, normal
 from .linear import empty_rows, random_matrix
+
+_ROUNDED = 0x3F808000, 0x3F818000, 0x3F818001, 0xBF80FFFF, 0x7F7FFFFF, 0x7F800000, 0x00018000, 1, 0x7FC00001, 0xFFFFFFFF
 
 
 def _weight_bytes(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -23,6 +25,14 @@ def _make_quantize(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
     x = normal(rng, n)
     x[:group] = 0
     return x, 0, n, group, empty_rows(2, 2 * n + 64), 1, 2 * group
+
+
+def _make_round(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
+    n = size["n"]
+    x = normal(rng, n)
+    # Halfway between two bfloat16, both ways, what rounds up to infinity, subnormal numbers and what is none.
+    x.view(np.uint32)[:10] = _ROUNDED
+    return x, 0, n, empty_rows(2, 2 * n + 64), 1, 16
 
 
 def _make_silu(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
@@ -44,7 +54,7 @@ def _make_rope(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
 
 def _make_embed(fmt: int) -> Make:
     def make(rng: np.random.Generator, size: dict[str, int]) -> Arguments:
-        group = 0 if is_float(fmt) else size["group"]
+        group = group_of(fmt, size["group"])
         table = np.array([table_row(fmt, size["V"], size["E"], group, 0)], np.int64)
         return (
             random_matrix(rng, fmt, size["V"], size["E"], group),
@@ -94,6 +104,16 @@ CASES = [
             lambda s: 4 * s["n"],
         )
         for name in ("quantize_row", "quantize_row_finely")
+    ),
+    Case(
+        "round_row",
+        quantize_rows.round_row,
+        reference.round_row,
+        _make_round,
+        0,
+        ({"n": 16}, {"n": 96}),
+        ({"n": 2048},),
+        lambda s: 4 * s["n"],
     ),
     Case(
         "silu_mul",

@@ -9,7 +9,7 @@ from .attention import attend, attend_part, merge_parts, write_key, write_value
 from .convert import fit_ranges, narrow, quantize_panels, widen
 from .linear import dot4, linear
 from .lora import from_wide, make_lora, to_wide, wide_integers, wide_words
-from .pointwise import add_row, embed, quantize_row, quantize_row_finely, rms_norm, rope, silu_mul
+from .pointwise import add_row, embed, quantize_row, quantize_row_finely, rms_norm, rope, round_row, silu_mul
 from .sample import argmax, log_sum_exp, rank, sample, top, uniform
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "rank",
     "rms_norm",
     "rope",
+    "round_row",
     "sample",
     "silu_mul",
     "to_wide",

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from ..formats import is_float
-from ..linear import GROUP_MIN
+from ..floats import widen_bfloat16
+from ..formats import is_float, rounds_inputs
+from ..inputs import GROUP_MIN
 from ..pack import BLOCK, COLUMNS, FORMAT, GROUP, unpack, unpack_quantized
 from .flat import grid
 
@@ -14,12 +15,17 @@ def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_a
     columns, group = int(row[COLUMNS]), int(row[GROUP])
     chosen = slice(block0 * BLOCK, block1 * BLOCK)
     if is_float(row[FORMAT]):
-        values = grid(x.values, x_row * x.stride, x.stride, rows, columns)
+        values = grid(_floats(x, int(row[FORMAT])), x_row * x.stride, x.stride, rows, columns)
         y = values.astype(np.float64) @ unpack(weights, row)[chosen].T.astype(np.float64)
     else:
         y = _grouped_product(unpack_quantized(weights, row), x, x_row, rows, columns, group, chosen)
     target = grid(out, out_at, out_stride, rows, y.shape[1])
     target[:] = target + y if add else y
+
+
+def _floats(x, fmt):
+    """The inputs that a floating-point format multiplies."""
+    return widen_bfloat16(x.rounded.view(np.uint16)) if rounds_inputs(fmt) else x.values
 
 
 def _grouped_product(matrix, x, x_row, rows, columns, group, chosen):

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..dot import PAIRS
 from ..formats import FLOAT16, FLOAT32, INT8
-from ..linear import FINE_STEP, GROUP_MIN
+from ..inputs import FINE_STEP, GROUP_MIN
 from ..pack import PANEL
 from .flat import grid
 

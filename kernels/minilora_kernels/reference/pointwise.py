@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ..linear import FINE_STEP, GROUP_MIN
+from ..floats import narrow_bfloat16
+from ..inputs import FINE_STEP, GROUP_MIN
 from ..pack import COLUMNS, PANEL, unpack
 from .flat import span
 
@@ -23,6 +24,12 @@ def quantize_row_finely(x, at, n, group, rows, row, column):
     """quantize_row, and fine = round(x / (scale * FINE_STEP))."""
     steps, to = _quantize(x, at, n, group, rows, row, column), row * rows.stride + column
     rows.fine[to : to + n] = np.rint(steps / FINE_STEP).reshape(-1)[:n]
+
+
+def round_row(x, at, n, rows, row, column):
+    """rounded = x as bfloat16, to nearest, ties to even; NaN stays NaN."""
+    to = row * rows.stride + column
+    rows.rounded[to : to + n] = narrow_bfloat16(span(x, at, n)).view(np.int16)
 
 
 def _quantize(x, at, n, group, rows, row, column):
