@@ -1,4 +1,4 @@
-"""The engine: schedule, run, sample, retire. Token ids only.
+"""The engine: schedule, run, keep the results. Token ids only.
 
 Everything is called from one thread. A request that fails ends alone; a step that fails ends the requests that were
 in it, and the engine goes on.
@@ -10,11 +10,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
 
 from .adapters import Adapter, pack_adapter
-from .asked import Answer, Question, chunk_of, draws_of, ends_of, expected
-from .batch import Draw
 from .bounds import Bounds
 from .cache import PagePool
 from .errors import EngineClosedError, RequestError, UnloadedError, UsageError
@@ -25,25 +22,15 @@ from .peft import load_adapter, tiny_adapter
 from .registry import AdapterRegistry, AdapterVersion
 from .runner import PROMPT_LOGITS, Runner
 from .scheduler import Scheduler, Work
-from .sequence import AdapterUse, Sequence, State, TokenLogprobs
+from .sequence import AdapterUse, Sequence, State
 from .stats import AdapterStats, Recorder, Stats, adapter_states, load_by_adapter
 from .step_guard import StepGuard
+from .step_inputs import chunk_of, draws_of, ends_of, expected
+from .step_results import Output, StepResults
 from .weights import Weights
 
 # Steps in a row that may find no work while requests wait and nothing is being read; more are a bug, and raise.
 PATIENCE = 10
-
-
-class Output(NamedTuple):
-    """A new token of a sequence, with logprobs where its parameters ask for them; or None: it ended without one.
-
-    last: the sequence ended with this token.
-    """
-
-    sequence: Sequence
-    token: int | None
-    logprobs: TokenLogprobs | None = None
-    last: bool = False
 
 
 class Engine:
@@ -92,6 +79,9 @@ class Engine:
             None if config.max_step_ms is None else config.max_step_ms / 1000, rows, config.num_scheduler_steps
         )
         self._recorder = Recorder(self.adapters.names.__contains__)
+        self._results = StepResults(
+            self.runner, self.scheduler, self.pool, self.adapters, self._recorder, self.bounds, self.eos
+        )
         self._sequences = 0
         # Whether the last step found nothing that could run.
         self.stalled = self._closed = False
@@ -289,10 +279,7 @@ class Engine:
             rounds = self._rounds(plan)
             with self._interrupts.let_through():
                 tokens = self.runner.run(chunks, draws, rounds, ends_of(plan, self.eos) if rounds > 1 else set())
-            # All that can fail comes before the first token is kept: each token kept is also reported.
-            logprobs = self._logprobs(draws, tokens[0])
-            self._note_computed(plan, questions)
-            outputs = self._answer(answers, tokens, logprobs)
+            outputs = self._results.keep(plan, answers, questions, draws, tokens)
         except Exception as error:
             self._give_up(plan, error)
             return []
@@ -325,91 +312,6 @@ class Engine:
         for sequence in [*(work.sequence for work in plan), *copies]:
             self.scheduler.fail(sequence, cause)
 
-    def _note_computed(self, plan: list[Work], questions: list[Question]) -> None:
-        """Note what was computed, log-probabilities of prompts too, and start copies."""
-        for sequence, length in plan:
-            done = sequence.computed + length == len(sequence.tokens)
-            self.scheduler.computed(sequence, length - len(sequence.drop_drafts()))
-            if done and sequence.siblings:
-                self._start_copies(sequence)
-        wanted = [(row, asker.tokens[place], asker.params.prompt_logprobs or 0) for asker, row, place in questions]
-        for question, found in zip(questions, self.runner.sampler.look_up(wanted), strict=True):
-            question.sequence.prompt_logprobs.append(found)
-
-    def _answer(
-        self, answers: list[Answer], tokens: list[list[int | Exception]], logprobs: list[TokenLogprobs | None]
-    ) -> list[Output]:
-        """Keep what was drawn, round after round. tokens: of each round, one for each draw; logprobs: of the first."""
-        outputs: list[Output] = []
-        first, (once, *again) = 0, tokens
-        for answer in answers:
-            end = first + 1 + len(answer.draft_tokens)
-            drawn = [*once[first:end], *(later[first] for later in again)]
-            self._keep(answer, drawn, [*logprobs[first:end], *(None for _ in again)], outputs)
-            first = end
-        return outputs
-
-    def _logprobs(self, draws: list[Draw], tokens: list[int | Exception]) -> list[TokenLogprobs | None]:
-        """For each draw whose text asks for them."""
-        if all(draw.params.logprobs is None for draw in draws):
-            return [None] * len(draws)
-        wanted = [
-            None if d.params.logprobs is None or isinstance(token, Exception) else (d.row, token, d.params.logprobs)
-            for d, token in zip(draws, tokens, strict=True)
-        ]
-        found = iter(self.runner.sampler.look_up([question for question in wanted if question is not None]))
-        return [None if question is None else next(found) for question in wanted]
-
-    def _keep(
-        self, answer: Answer, tokens: list[int | Exception], logprobs: list[TokenLogprobs | None], outputs: list[Output]
-    ) -> None:
-        """Append the drawn tokens that count, up to the text's end or the first wrong draft, to text and outputs."""
-        sequence = answer.sequence
-        for i, token in enumerate(tokens):
-            if isinstance(token, Exception):
-                self.scheduler.unpublish(sequence)
-                self.scheduler.fail(sequence, token)
-                break
-            self._append(sequence, token)
-            last = sequence.state is State.FINISHED
-            outputs.append(Output(sequence, token, logprobs[i], last))
-            if last or i + 1 == len(tokens) or (answer.draft_tokens and token != answer.draft_tokens[i]):
-                break
-            # The step went on with this token, so it is computed already.
-            self.scheduler.computed(sequence, 1)
-        if answer.draft_tokens:
-            self._recorder.drafted(len(answer.draft_tokens), i)
-            if sequence.state is State.RUNNING:
-                self.scheduler.roll_back(sequence)
-
-    def _start_copies(self, sequence: Sequence) -> None:
-        """Siblings share the full pages of a finished prompt and copy the last one."""
-        full = sequence.computed // self.config.block_size
-        rest = sequence.pages[full:]
-        for sibling in sequence.siblings:
-            if sibling.state is State.FINISHED:
-                continue
-            if self.pool.available >= len(rest) and self.adapters.acquire(sibling.adapters):
-                sibling.holds_adapters = True
-                copies = [self.pool.take() for _ in rest]
-                for source, target in zip(rest, copies, strict=True):
-                    self.runner.copy_page(source, target)
-                for page in sequence.pages[:full]:
-                    self.pool.share(page)
-                sibling.pages, sibling.computed = sequence.pages[:full] + copies, sequence.computed
-            # Copies began with the prompt that they share, and share what it found in the cache.
-            sibling.times.started, sibling.cached = sequence.times.started, sequence.cached
-            sibling.prompt_logprobs = sequence.prompt_logprobs
-            self.scheduler.start_copy(sibling)
-        sequence.siblings = []
-
-    def _append(self, sequence: Sequence, token: int) -> None:
-        most = self.bounds.final_length(sequence.prompt_length, sequence.params)
-        reason = sequence.append(token, self.eos, most)
-        self.scheduler.generated(sequence)
-        if reason is not None:
-            self.scheduler.finish(sequence, reason)
-
     # ------------------------------------------------------------ state
 
     def warm_up(self) -> None:
@@ -422,7 +324,7 @@ class Engine:
         while self.busy:
             self.step()
         self.adapters.read(tiny_adapter(self.model))
-        self._recorder = Recorder(self.adapters.names.__contains__)
+        self._recorder.clear()
 
     def reset_prefix_cache(self) -> None:
         """Forget what was kept of finished texts."""

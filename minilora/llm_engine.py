@@ -14,7 +14,7 @@ import numpy as np
 
 from .adapters import Adapter
 from .checkpoint.resolve import resolve_adapter, resolve_model
-from .engine import Engine, Output
+from .engine import Engine
 from .errors import UsageError, did_you_mean
 from .outputs import CompletionOutput, LogprobsAt, LoRARequest, RequestOutput, TextBuilder, logprobs_at
 from .packed import load_model
@@ -24,6 +24,7 @@ from .plan import DEFAULT_GROUP, Target
 from .progress import Report, silent
 from .registry import AdapterVersion, Loaded
 from .sequence import AdapterUse
+from .step_results import Output
 
 # Larger scales would overflow float32.
 LARGEST_SCALE = 1e6

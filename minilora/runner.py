@@ -19,12 +19,12 @@ from . import numa
 from .adapter_pool import AdapterPool
 from .batch import ROWS_PER_TILE, Chunk, Draw, Packer, split_size
 from .cache import KV_FORMATS, copy_page, make_kv, page_bytes, poison_page
-from .crew import Crew
 from .errors import ResourceError
 from .memory import free_memory
 from .model import CHUNK_BLOCKS, FEW, MOST_ROWS, Buffers, Fixed, Shape, make_step
 from .params import MOST_LORAS, EngineConfig
 from .sampler import Sampler
+from .thread_count import ThreadCount
 from .weights import Network, Weights
 
 KV_SHARE, ADAPTER_SHARE = 0.5, 0.25
@@ -48,7 +48,7 @@ class Runner:
         self.team = Team(threads, [place.cpus for place in self._places] or None)
         # Threads that wait for a run would keep the arrays of the last one, weights included, once the engine is gone.
         weakref.finalize(self, self.team.dismiss).atexit = False
-        self._crew = Crew(self.team.size)
+        self._thread_count = ThreadCount(self.team.size)
         free = free_memory()
         self._setup_pages(int(free * KV_SHARE))
         self._setup_adapters(int(free * ADAPTER_SHARE))
@@ -181,8 +181,8 @@ class Runner:
         plain = [draw for draw in draws if not draw.params.changes_logits]
         batch = self._packer.pack(chunks, plain, rounds, ends)
         self.team.run(self._step, batch, self._fixed)
-        self._crew.observe(time.perf_counter() - started, self.team.lost)
-        self.team.active = self._crew.size
+        self._thread_count.observe(time.perf_counter() - started, self.team.lost)
+        self.team.active = self._thread_count.size
         return self.sampler.draw(draws, batch.chosen)
 
     def make_room(self, rank: int) -> None:

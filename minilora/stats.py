@@ -193,6 +193,10 @@ class Recorder:
 
     def __init__(self, is_known: Callable[[str], bool]):
         self._is_known = is_known
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew; texts under way are not followed any more."""
         self.total, self.course = Traffic(), Course()
         self.by_adapter: dict[str, Traffic] = {}
         # Of each sequence under way, by number: the counters that it goes into.

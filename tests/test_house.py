@@ -42,9 +42,9 @@ LAYERS = [
     },
     {"plan", "weights", "packer", "packed", "numa", "tables"},
     {"adapters", "peft", "adapter_pool", "registry", "cache", "batch", "sequence"},
-    {"model", "reference", "sampler", "runner", "crew", "pace", "stats"},
-    {"fairness", "scheduler", "asked", "bounds", "step_guard", "engine"},
-    {"outputs", "llm_engine", "llm", "async_engine", "plain", "inspect"},
+    {"model", "reference", "sampler", "runner", "thread_count", "pace", "stats"},
+    {"fairness", "scheduler", "step_inputs", "step_results", "bounds", "step_guard", "engine"},
+    {"outputs", "llm_engine", "llm", "async_engine", "plain", "describing"},
     {"server"},
     {"cli", "__main__"},
 ]

@@ -29,6 +29,6 @@ def warmup(model: str, dtype: str, group_size: str, threads: int | None) -> None
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def env(as_json: bool) -> None:
     """Show versions, CPU and folders, for bug reports."""
-    from ..inspect import environment
+    from ..describing import environment
 
     print_facts(environment(), as_json)

@@ -58,7 +58,7 @@ def list_(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show(name: str, dtype: str, as_json: bool) -> None:
     """Show a model's or adapter's shapes, formats and bytes."""
-    from ..inspect import describe
+    from ..describing import describe
 
     reporter = Reporter()
     facts = describe(name, dtype, reporter)

@@ -1,13 +1,13 @@
 """The engine behind HTTP: OpenAI's routes and vLLM's, with many adapters, for many users.
 
-settings, run, start_page, drain    options; start; what is said then; signals and the end
+settings, run, start_page, shutdown    options; start; what is said then; signals and the end
 app, state                          the application, and what its routes share
 wire, guard, body, admission        what is let in: connections, requests, their bodies; how many requests at once
 chat, completions, tokens, models, health, page    the routes
 protocol, fields, sampling, names   requests: their fields, those that have no effect; parameters; adapters
 generation, stream, logprobs        what both generation routes do; how answers are sent; log-probabilities
 answers, failures                   the shapes of answers and of errors
-metrics, board                      what Prometheus and the page's dashboard read
+metrics, dashboard                  what Prometheus and the page's dashboard read
 """
 
 from importlib import import_module

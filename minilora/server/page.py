@@ -14,7 +14,7 @@ from importlib.resources import files
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from .board import Board
+from .dashboard import Dashboard
 from .failures import failure_of
 from .state import ServerDep
 
@@ -95,16 +95,16 @@ async def file(request: Request, name: str) -> Response:
 async def stats(request: Request, server: ServerDep) -> Response:
     """The dashboard's figures: a JSON document, or server-sent events once a second if the client accepts them."""
     if "text/event-stream" not in request.headers.get("Accept", ""):
-        return JSONResponse(await server.board.read(), headers={"Cache-Control": "no-store", "Vary": "Accept"})
-    server.board.check_room()
+        return JSONResponse(await server.dashboard.read(), headers={"Cache-Control": "no-store", "Vary": "Accept"})
+    server.dashboard.check_room()
     headers = {"Cache-Control": "no-store", "Vary": "Accept", "X-Accel-Buffering": "no"}
-    return StreamingResponse(follow(server.board), headers=headers, media_type="text/event-stream")
+    return StreamingResponse(follow(server.dashboard), headers=headers, media_type="text/event-stream")
 
 
-async def follow(board: Board) -> AsyncGenerator[str]:
+async def follow(dashboard: Dashboard) -> AsyncGenerator[str]:
     """A dashboard's events; an error is the last one."""
     try:
-        async with aclosing(board.watch()) as documents:
+        async with aclosing(dashboard.watch()) as documents:
             async for document in documents:
                 yield f"data: {json.dumps(document)}\n\n"
     except Exception as error:

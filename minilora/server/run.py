@@ -22,10 +22,10 @@ from ..errors import ResourceError, UsageError
 from ..memory import give_back_freed_arrays
 from ..peft import adapter_settings
 from .app import create_app
-from .drain import Ending
 from .guard import is_loopback, uvicorn_options
 from .names import check_name
 from .settings import ServerConfig
+from .shutdown import Shutdown
 from .start_page import start_page
 from .state import Server
 from .wire import BACKLOG, allow_connections, tls_context
@@ -81,20 +81,20 @@ async def _serve(
     gc.collect()
     gc.freeze()
     web = _Web(uvicorn_config(app, config))
-    ending = Ending(web, server, say)
+    shutdown = Shutdown(web, server, say)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ending.signal)
-    watch = asyncio.ensure_future(ending.watch())
+        loop.add_signal_handler(number, shutdown.signal)
+    watch = asyncio.ensure_future(shutdown.watch())
     listen(listener, config)
     say(await start_page(server, listener))
     await web.serve([listener])
     watch.cancel()
-    return ending.exit_code
+    return shutdown.exit_code
 
 
 class _Web(uvicorn.Server):
-    """uvicorn's server, which leaves signals to Ending."""
+    """uvicorn's server, which leaves signals to Shutdown."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -7,8 +7,8 @@ from fastapi import Depends, Request
 
 from ..async_engine import AsyncEngine
 from .admission import Gate
-from .board import Board
 from .body import BodyReader
+from .dashboard import Dashboard
 from .failures import ApiError
 from .metrics import Metrics
 from .names import Names
@@ -32,7 +32,7 @@ class Server:
         self.gate = Gate(config, engine)
         self.bodies = BodyReader(config)
         self.metrics = Metrics(engine, self.gate, self.names.base[0])
-        self.board = Board(engine, self.names, self.gate)
+        self.dashboard = Dashboard(engine, self.names, self.gate)
         self.started = time.time()
         self.longest = min(engine.max_model_len, engine.kv_tokens)
         # No text of more characters than this can fit.

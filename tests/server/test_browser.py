@@ -283,7 +283,7 @@ def test_dashboard_is_live_and_rests_when_nobody_looks(slow, visit):
     board = visit(slow, [REFUSED])
     board.page.goto("/#dashboard")
     give_key(board.page)
-    watchers = slow.app.state.server.board
+    watchers = slow.app.state.server.dashboard
     expect(board.page.locator("#tile-running")).to_have_text("0")
     with slow.client.stream("POST", "/v1/completions", json=long_request()):
         expect(board.page.locator("#tile-running")).to_have_text("1", timeout=WAIT)

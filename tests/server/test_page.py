@@ -12,8 +12,8 @@ from math import inf
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from minilora.server import board as boards
-from minilora.server.board import MOST_WATCHERS, Rates, adapter_rows, quantile
+from minilora.server import dashboard
+from minilora.server.dashboard import MOST_WATCHERS, Rates, adapter_rows, quantile
 from minilora.server.page import FILES
 from minilora.stats import Histogram
 
@@ -236,7 +236,7 @@ def test_stats_while_texts_run(server):
 
 
 def test_no_more_watchers_than_there_is_room_for(server):
-    watched = server.app.state.server.board
+    watched = server.app.state.server.dashboard
 
     def follow():
         answer = server.client.send(server.client.build_request("GET", "/stats", headers=accept), stream=True)
@@ -306,7 +306,7 @@ def test_quantile():
 
 def test_rates(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(boards.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(dashboard.time, "monotonic", lambda: now[0])
     rates = Rates()
     for second, counters, expected in (
         (10, (100, 20), (10.0, 2.0)),

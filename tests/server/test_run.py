@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from minilora.cli import serve
-from minilora.server import drain
+from minilora.server import shutdown
 
 from .raw import connect, read_all
 
@@ -196,10 +196,10 @@ def test_what_does_not_finish_is_told(start, second):
 
 def test_s17_a_dead_engine_ends_the_process(serve, monkeypatch):
     """/health tells it for a moment, then the process ends with 1, so that a supervisor starts another."""
-    monkeypatch.setattr(drain, "LAST_WORDS", 0.3)
+    monkeypatch.setattr(shutdown, "LAST_WORDS", 0.3)
     running = serve()
     said, web = [], SimpleNamespace(should_exit=False)
-    ending = drain.Ending(web, running.app.state.server, said.append)
+    ending = shutdown.Shutdown(web, running.app.state.server, said.append)
 
     async def watch():
         task = asyncio.ensure_future(ending.watch())
@@ -218,7 +218,7 @@ def test_s17_a_dead_engine_ends_the_process(serve, monkeypatch):
 def test_s17_an_engine_that_dies_while_the_server_drains_is_told(serve, monkeypatch):
     running = serve()
     said, web = [], SimpleNamespace(should_exit=False)
-    ending = drain.Ending(web, running.app.state.server, said.append)
+    ending = shutdown.Shutdown(web, running.app.state.server, said.append)
     body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True}
 
     async def main():

@@ -41,7 +41,7 @@ class Rates:
         return (counters[0] - before[0]) / seconds, (counters[1] - before[1]) / seconds
 
 
-class Board:
+class Dashboard:
     """The dashboard's document. All calls from one event loop."""
 
     def __init__(self, engine: AsyncEngine, names: Names, gate: Gate):

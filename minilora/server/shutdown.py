@@ -12,7 +12,7 @@ LAST_WORDS = 2.0
 WATCH_SECONDS = 0.25
 
 
-class Ending:
+class Shutdown:
     """Ends a server in order. say: called with a line of text for the operator.
 
     The first signal lets nobody in any more, and running requests finish within `shutdown_timeout`; a second one ends

@@ -4,14 +4,14 @@ Threads that meet at barriers wait for the slowest. When other programs want the
 for some milliseconds stops all of them: fewer threads that all run are faster. Results do not depend on their number.
 """
 
-# Seconds of steps that one judgement rests on; how many cores lost to others are too many; and how long a smaller crew
-# works before a larger one is tried: twice as long after each attempt that failed.
+# Seconds of steps that one judgement rests on; how many cores lost to others are too many; and how long a smaller
+# number works before a larger one is tried: twice as long after each attempt that failed.
 WINDOW = 0.02
 TOO_MUCH = 0.25
 FIRST_WAIT, LONGEST_WAIT = 0.1, 1.6
 
 
-class Crew:
+class ThreadCount:
     """size: threads to use, from 1 to `most`."""
 
     def __init__(self, most: int):
