@@ -20,7 +20,7 @@ from workload import adapter_tensors, numbers, say
 
 from minilora.checkpoint.resolve import resolve_model
 from minilora.engine import Engine
-from minilora.packed import load_model
+from minilora.loading import load_model
 from minilora.params import EngineConfig, SamplingParams
 from minilora.peft import adapter_from_arrays
 from minilora.plan import Target

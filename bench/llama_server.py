@@ -30,7 +30,7 @@ from serving import measure
 from workload import adapter_tensors, add_arguments, make_arrivals, say
 
 from minilora.checkpoint.resolve import resolve_model
-from minilora.packed import load_model
+from minilora.loading import load_model
 from minilora_kernels.limits import usable_cores
 
 NAMES = {

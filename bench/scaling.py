@@ -17,8 +17,8 @@ import ceilings
 from workload import numbers, say
 
 from minilora.checkpoint.resolve import resolve_model
+from minilora.loading import load_model
 from minilora.model.work import rows_at_once
-from minilora.packed import load_model
 from minilora.weights import Weights
 from minilora_kernels.jit import kernel
 from minilora_kernels.limits import usable_cores

@@ -29,7 +29,7 @@ from http_servers import OwnServer, on_engine, on_llama_server, wait_until_ready
 from workload import Arrival, add_arguments, make_arrivals, save_random_adapter, say
 
 from minilora.checkpoint.resolve import resolve_model
-from minilora.packed import load_model
+from minilora.loading import load_model
 from minilora_kernels import cpu
 
 # ------------------------------------------------------------ one load

@@ -42,7 +42,7 @@ from soak import by_tenth
 from workload import numbers, save_random_adapter, say, span
 
 from minilora.checkpoint.resolve import resolve_model
-from minilora.packed import load_model
+from minilora.loading import load_model
 
 # Errors that a request may get whose adapter is unloaded while it arrives or runs.
 UNLOADED = ("model_not_found", "adapter_unloaded")

@@ -17,8 +17,8 @@ from minilora_kernels.pack import COLUMNS, ROWS
 from . import __version__
 from .checkpoint.resolve import resolve
 from .errors import UsageError
+from .loading import load_model
 from .memory import free_memory
-from .packed import load_model
 from .peft import CONFIG, adapter_settings, open_tensors
 from .plan import Target
 from .progress import Report

@@ -16,8 +16,8 @@ from .adapters import Adapter
 from .checkpoint.resolve import resolve_adapter, resolve_model
 from .engine import Engine
 from .errors import UsageError, did_you_mean
+from .loading import load_model
 from .outputs import CompletionOutput, LogprobsAt, LoRARequest, RequestOutput, TextBuilder, logprobs_at
-from .packed import load_model
 from .params import DEFAULT_MODEL, EngineConfig, SamplingParams, shown, vllm_hint
 from .peft import adapter_from_arrays
 from .plan import DEFAULT_GROUP, Target

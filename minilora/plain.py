@@ -13,8 +13,8 @@ from .batch import Draw
 from .checkpoint.resolve import resolve_adapter, resolve_model
 from .errors import UsageError
 from .llm_engine import token_ids
+from .loading import load_model
 from .outputs import LoRARequest, RequestOutput, TextBuilder
-from .packed import load_model
 from .params import SamplingParams
 from .peft import load_adapter
 from .plan import DEFAULT_GROUP, Target

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 
 from minilora.checkpoint.resolve import resolve_model
-from minilora.packed import load_model
+from minilora.loading import load_model
 from minilora_kernels.code_files import cache_root
 
 from .side_runs import SideRuns, is_side_run

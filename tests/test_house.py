@@ -40,7 +40,7 @@ LAYERS = [
         "chat",
         "checkpoint",
     },
-    {"plan", "weights", "packer", "packed", "numa", "tables"},
+    {"plan", "weights", "packer", "packed", "loading", "numa", "tables"},
     {"adapters", "peft", "adapter_pool", "registry", "cache", "batch", "sequence"},
     {"model", "reference", "sampler", "runner", "thread_count", "pace", "stats"},
     {"fairness", "scheduler", "step_inputs", "step_results", "bounds", "step_guard", "engine"},

@@ -12,19 +12,9 @@ import pytest
 
 from minilora.checkpoint import open_checkpoint
 from minilora.errors import FormatError, NotFoundError, UsageError
+from minilora.loading import PIECES, _key, load_model
 from minilora.memory import HUGE_PAGE
-from minilora.packed import (
-    ARENA,
-    MANIFEST,
-    PIECES,
-    _digest,
-    _key,
-    _write_arena,
-    checksum,
-    load_model,
-    read_packed,
-    write_packed,
-)
+from minilora.packed import ARENA, MANIFEST, _digest, _write_arena, checksum, read_packed, write_packed
 from minilora.plan import DOWN, INPUT_NORM, Q_NORM, QKV, QKV_PARTS, WINDOW, Plan, Target
 from minilora.tables import check_tables
 from minilora_kernels.formats import FORMAT_NAMES, INT4K, INT8
@@ -62,7 +52,7 @@ def test_packed_once_and_mapped_afterwards(cache, model, monkeypatch):
     first, said = load(model)
     assert any("packing" in message for message in said)
     # A checkpoint's header alone can take as long to read as all else together.
-    monkeypatch.setattr("minilora.packed.open_checkpoint", None)
+    monkeypatch.setattr("minilora.loading.open_checkpoint", None)
     again, said = load(model)
     assert said == [] and again.folder == first.folder == folder_of(cache)
     assert np.array_equal(first.weights.arena, again.weights.arena)
@@ -115,7 +105,7 @@ def test_a_folder_replaced_while_it_is_read_is_done_without(cache, model, monkey
         write_packed(folder, *given, **more)
         (folder / MANIFEST).unlink()
 
-    monkeypatch.setattr("minilora.packed.write_packed", replaced)
+    monkeypatch.setattr("minilora.loading.write_packed", replaced)
     loaded, said = load(model)
     assert loaded.folder is None and any("cannot read what was just packed" in message for message in said)
 
@@ -187,7 +177,7 @@ def test_other_weights_of_the_same_size_and_times_are_packed_anew(cache, tmp_pat
 
 @pytest.mark.parametrize("piece", [0, 16, PIECES - 1])
 def test_a_large_file_is_known_by_pieces(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("minilora.packed.PIECE", 64)
+    monkeypatch.setattr("minilora.loading.PIECE", 64)
     path = tmp_path / "model.gguf"
     write_llama(path)
     before, times, raw = _key(path, Target()), os.stat(path), bytearray(path.read_bytes())
@@ -235,7 +225,7 @@ def test_without_room_the_model_runs_from_memory(cache, model, error, monkeypatc
     def refuse(*_, **more):
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr("minilora.packed.write_packed", refuse)
+    monkeypatch.setattr("minilora.loading.write_packed", refuse)
     loaded, said = load(model)
     assert loaded.folder is None and np.array_equal(loaded.weights.arena, expected)
     assert any(os.strerror(error) in message and "MINILORA_CACHE" in message for message in said)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from minilora.chat import encode_chat
 from minilora.checkpoint.resolve import entries, resolve_adapter, resolve_model
-from minilora.packed import load_model
+from minilora.loading import load_model
 
 MODEL = "smollm2-135m-instruct"
 QUESTIONS = ("Name three fruits.", "Why is the sea salty?", "Write a line of Python that sums 1 to 10.")

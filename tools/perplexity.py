@@ -18,7 +18,7 @@ import numpy as np
 
 from minilora.checkpoint.resolve import resolve_adapter, resolve_model
 from minilora.engine import Engine
-from minilora.packed import load_model
+from minilora.loading import load_model
 from minilora.params import EngineConfig, SamplingParams
 from minilora.plan import Target
 from minilora.runner import PROMPT_LOGITS
