@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import UsageError
-from .options import DTYPES
+from .options import DTYPES, group_size_option
 from .printing import print_facts
 from .report import Reporter
 
@@ -72,13 +72,7 @@ def show(name: str, dtype: str, as_json: bool) -> None:
 @click.option(
     "--dtype", type=click.Choice(DTYPES[1:]), default="int4", show_default=True, help="Number format of the weights."
 )
-@click.option(
-    "--group-size",
-    type=click.Choice(["16", "32", "64", "128"]),
-    default="32",
-    show_default=True,
-    help="Weights per scale at most, for int8 and int4.",
-)
+@group_size_option
 def quantize(source: str, target: Path, dtype: str, group_size: str) -> None:
     """Write SOURCE as a packed model into the folder TARGET."""
     from ..checkpoint import open_checkpoint

@@ -43,6 +43,14 @@ def _options(*decorators: Callable) -> Callable:
     return apply
 
 
+group_size_option = click.option(
+    "--group-size",
+    type=click.Choice(["16", "32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Weights per scale at most, for int8 and int4.",
+)
+
 model_options = _options(
     click.option(
         "-m",
@@ -58,13 +66,7 @@ model_options = _options(
         show_default=True,
         help="Number format of the weights; auto keeps the file's. bfloat16+inputs rounds the inputs of products, too.",
     ),
-    click.option(
-        "--group-size",
-        type=click.Choice(["16", "32", "64", "128"]),
-        default="32",
-        show_default=True,
-        help="Weights per scale at most, for int8 and int4.",
-    ),
+    group_size_option,
     click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads; all usable cores if not given."),
 )
 
