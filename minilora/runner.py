@@ -10,6 +10,7 @@ from minilora_kernels.attention import part_scratch_size, scratch_size
 from minilora_kernels.formats import FLOAT16, FLOAT32, INT8
 from minilora_kernels.inputs import GROUP_MIN, Rows
 from minilora_kernels.limits import usable_cores
+from minilora_kernels.linear import room_bytes
 from minilora_kernels.memory import aligned_zeros
 from minilora_kernels.pack import BLOCK, ROWS, padded_rows
 from minilora_kernels.pages import KV_FLOAT16, KV_FLOAT32, SPLIT
@@ -133,7 +134,7 @@ class Runner:
         tile = scratch_size(max(ROWS_PER_TILE, model.group), model.head_dim)
         long = part_scratch_size(model.kv_heads, model.group, model.head_dim)
         scratch = max(tile, long, MOST_ROWS * CHUNK_BLOCKS * BLOCK, padded_rows(model.hidden_size))
-        qkv = padded_rows(model.qkv_rows)
+        qkv, room = padded_rows(model.qkv_rows), room_bytes(self.weights.matrices)
         self._buffers = Buffers(
             x=_floats(rows * model.hidden_size),
             a=_rows(max(rows, logits) + threads * FEW, max(model.hidden_size, model.heads * model.head_dim)),
@@ -145,6 +146,8 @@ class Runner:
             scratch=_floats(threads * scratch),
             scratch_stride=scratch,
             parts=_floats(parts),
+            unpacked=aligned_zeros(threads * room, np.uint8),
+            unpacked_stride=room,
             logits=_floats(logits * padded),
             bests=np.zeros(logits * threads, np.int64),
             chances=_floats(threads * padded),

@@ -18,7 +18,7 @@ def test_equals_twin(case):
         assert difference <= case.tolerance, f"{case.name} {size}: {difference}"
 
 
-@pytest.mark.parametrize("count", [15, 20])
+@pytest.mark.parametrize("count", [15, 20, 33])
 @pytest.mark.parametrize("lowest", [False, True])
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if not fmt.is_float], ids=lambda fmt: fmt.name)
 def test_the_largest_integers_do_not_overflow(fmt, lowest, count):
@@ -38,6 +38,22 @@ def test_the_largest_integers_do_not_overflow(fmt, lowest, count):
     case.compiled(*arguments[:8], mine, *arguments[9:])
     case.twin(*arguments[:8], theirs, *arguments[9:])
     assert np.allclose(mine, theirs, rtol=1e-5) and np.abs(theirs).min() > 1
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_a_row_is_bitwise_the_same_in_any_tile(fmt):
+    """Alone, and among so many that their block is unpacked first."""
+    [case] = [case for case in CASES if case.name == f"linear {fmt.name}"]
+    for group in (16, 32):
+        size = {"N": 64, "K": 512, "M": 37, "group": group, "add": 0}
+        weights, table, matrix, x, _, rows, first, end, out, _, stride, *rest = case.make(
+            np.random.default_rng(2), size
+        )
+        case.compiled(weights, table, matrix, x, 0, rows, first, end, out, 0, stride, *rest)
+        for r in range(rows):
+            alone = np.zeros(stride, np.float32)
+            case.compiled(weights, table, matrix, x, r, 1, first, end, alone, 0, stride, *rest)
+            assert np.array_equal(alone, out[r * stride : (r + 1) * stride])
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])

@@ -10,18 +10,15 @@ from numba import types
 from numba.core.typing import signature
 
 from . import cpu
-from .formats import is_float, rounds_inputs
+from .formats import bits, is_float, rounds_inputs
 from .inputs import INPUTS, UNROLLED
 from .jit import kernel
 from .kinds import BYTES, FLOATS, NUMBER, array
 from .linear_float import make_float_tile, make_pair_tile
-from .linear_quantized import make_quantized_tile
-from .linear_shapes import MANY, SHARERS, shapes
+from .linear_quantized import make_quantized_tile, make_unpack, unpacked_bytes
+from .linear_shapes import AHEAD, MANY, SHARERS, UNPACKED_TILES, shapes
 from .pack import BLOCK, BLOCK_BYTES, COLUMNS, FORMAT, GROUP, OFFSET, columns_together
 from .unit import unit
-
-# Bytes from what is read to what is prefetched.
-AHEAD = 6144
 
 
 def _tile(rows: int, width: int, fmt: int):
@@ -29,6 +26,16 @@ def _tile(rows: int, width: int, fmt: int):
     if columns_together(fmt) == 2:
         return make_pair_tile(rows, width, rounds_inputs(fmt))
     return make_float_tile(rows, width, fmt) if is_float(fmt) else make_quantized_tile(rows, width, fmt)
+
+
+def unpacks(fmt: int) -> bool:
+    """Whether many rows find blocks of this format unpacked: where that is more than the two halves of bytes."""
+    return not is_float(fmt) and bits(fmt) not in (4, 8)
+
+
+def room_bytes(matrices: np.ndarray) -> int:
+    """Bytes of room that `linear` takes for any of these matrices, rows of their table; a multiple of CACHE_LINE."""
+    return max((unpacked_bytes(m[FORMAT], m[COLUMNS], m[GROUP]) for m in matrices if unpacks(m[FORMAT])), default=0)
 
 
 def _block(fmt: int, sizes: tuple):
@@ -52,23 +59,66 @@ def _block(fmt: int, sizes: tuple):
     return block
 
 
-def _whole_block(fmt: int):
-    """All rows of a step x 1 block: many rows in tiles of MANY, those left over as in _block."""
-    rest = _block(fmt, shapes())
-    if is_float(fmt) or not cpu.full_width():
-        return rest
-    tile_of_many = _tile(MANY, 2, fmt)
+def _first_block(fmt: int):
+    """The first of many rows x 1 block, in the tiles that suit so many; it returns how many rows that were, or 0.
+
+    It takes the arguments of `block` and room for an unpacked block.
+    """
+    if unpacks(fmt):
+        return _unpacking_block(fmt)
+    return _block_of_many(fmt) if cpu.full_width() and not is_float(fmt) else None
+
+
+def _block_of_many(fmt: int):
+    """_first_block in tiles of MANY, as many as leave a multiple of 4 rows."""
+    mine = _tile(MANY, 2, fmt)
 
     @kernel
-    def whole_block(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+    def block_of_many(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add, room, room_at):
+        tiles = (rows - 4 * (-rows % MANY)) // MANY
+        if rows < SHARERS * MANY or group < UNROLLED or tiles < SHARERS:
+            return 0
+        for i in range(tiles):
+            share, m = ahead + ahead // SHARERS * i if i < SHARERS else 0, i * MANY
+            mine(weights, at, 0, share, columns, group, x, x_row + m, out, out_at + m * out_stride, out_stride, add)
+        return tiles * MANY
+
+    return block_of_many
+
+
+def _unpacking_block(fmt: int):
+    """_first_block in tiles of the largest size, for which the block is unpacked first."""
+    height, width = shapes()[0]
+    unpack, mine = make_unpack(fmt), make_quantized_tile(height, width, fmt, unpacked=True)
+
+    @kernel
+    def unpacking_block(
+        weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add, room, room_at
+    ):
+        tiles = rows // height
+        if tiles < UNPACKED_TILES:
+            return 0
+        unpack(weights, at, columns, group, room, room_at)
+        for i in range(tiles):
+            m = i * height
+            for half in range(3 - width):
+                to = out_at + m * out_stride
+                mine(room, room_at, half, 0, columns, group, x, x_row + m, out, to, out_stride, add)
+        return tiles * height
+
+    return unpacking_block
+
+
+def _whole_block(fmt: int):
+    """All rows of a step x 1 block: the first of many as in _first_block, those left over as in _block."""
+    first, rest = _first_block(fmt), _block(fmt, shapes())
+
+    @kernel
+    def whole_block(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add, room, room_at):
         m, soon, to = 0, ahead, out_at
-        if rows >= SHARERS * MANY and group >= UNROLLED:
-            # As many as leave a multiple of 4 rows.
-            tiles = (rows - 4 * (-rows % MANY)) // MANY
-            for i in range(tiles if tiles >= SHARERS else 0):
-                share = ahead + ahead // SHARERS * i if i < SHARERS else 0
-                tile_of_many(weights, at, 0, share, columns, group, x, x_row + m, out, to, out_stride, add)
-                m, soon, to = m + MANY, 0, to + MANY * out_stride
+        if first is not None:
+            m = first(weights, at, ahead, columns, group, x, x_row, rows, out, to, out_stride, add, room, room_at)
+            soon, to = 0 if m > 0 else ahead, out_at + m * out_stride
         if m < rows:
             rest(weights, at, soon, columns, group, x, x_row + m, rows - m, out, to, out_stride, add)
 
@@ -81,24 +131,24 @@ def _first_of(formats: tuple):
     if len(formats) == 1:
 
         @kernel
-        def only(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
-            first(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add)
+        def only(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add, room, room_at):
+            first(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add, room, room_at)
 
         return only
     wanted, others = formats[0], _first_of(formats[1:])
 
     @kernel
-    def choose(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add):
+    def choose(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add, room, room_at):
         if fmt == wanted:
-            first(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add)
+            first(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add, room, room_at)
         else:
-            others(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add)
+            others(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add, room, room_at)
 
     return choose
 
 
 _WEIGHTS, _OUT = (BYTES, array(np.int64, 2), NUMBER), (FLOATS, NUMBER, NUMBER, NUMBER)
-_LINEAR = signature(types.none, *_WEIGHTS, INPUTS, NUMBER, NUMBER, NUMBER, NUMBER, *_OUT)
+_LINEAR = signature(types.none, *_WEIGHTS, INPUTS, NUMBER, NUMBER, NUMBER, NUMBER, *_OUT, BYTES, NUMBER)
 
 
 @unit(lambda formats: (_LINEAR,))
@@ -107,12 +157,12 @@ def make_linear(formats: tuple[int, ...]):
     multiply, highest = _first_of(formats), shapes()[0][0]
 
     @kernel
-    def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add):
+    def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add, room, room_at):
         """out[r, c] (+)= sum over k of x[x_row + r, k] * weight[32 * block0 + c, k].
 
         weights: uint8 arena; matrices: int64 [n, 6], matrix: row in it; x: Rows; rows: how many of them;
         block0, block1: range of the matrix's 32-row blocks; out: float32, row r from out_at + r * out_stride;
-        add: 1 adds to what is there, 0 overwrites it.
+        add: 1 adds to what is there, 0 overwrites it; room: uint8, scratch: room_bytes from room_at on.
         """
         fmt, columns, group = matrices[matrix, FORMAT], matrices[matrix, COLUMNS], matrices[matrix, GROUP]
         size = matrices[matrix, BLOCK_BYTES]
@@ -121,7 +171,7 @@ def make_linear(formats: tuple[int, ...]):
         at = matrices[matrix, OFFSET] + block0 * size
         for block in range(block0, block1):
             to = out_at + (block - block0) * BLOCK
-            multiply(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, to, out_stride, add)
+            multiply(fmt, weights, at, ahead, columns, group, x, x_row, rows, out, to, out_stride, add, room, room_at)
             at += size
 
     return linear

@@ -1,4 +1,7 @@
-"""Tiles of products whose weights are integers in groups."""
+"""Tiles of products whose weights are integers in groups, and blocks unpacked for many such tiles.
+
+An unpacked block is like one of int8, see `pack`, but its scales and minima are float32.
+"""
 
 import numpy as np
 
@@ -16,9 +19,9 @@ from .dot import (
 from .formats import SUPER, bits, has_minimum, high_bits, is_nested, zero
 from .inputs import GROUP_MIN, UNROLLED
 from .jit import inlined, kernel
-from .linear_shapes import MANY, SHARERS, prefetcher_of
+from .linear_shapes import AHEAD, MANY, SHARERS, prefetcher_of
 from .memory import CACHE_LINE
-from .pack import header_bytes, unit_bytes
+from .pack import BLOCK, header_bytes, unit_bytes
 from .simd import (
     add_high,
     bit_pairs,
@@ -44,7 +47,9 @@ from .simd_memory import (
     load_u8,
     load_word,
     prefetch,
+    prefetch_once,
     store_f32,
+    store_u8,
 )
 
 ZERO = np.float32(0)
@@ -62,11 +67,18 @@ def _bits_adder(high: int):
     return add_bits
 
 
-def _scale_loader(fmt: int):
+def _scale_loader(fmt: int, unpacked: bool = False):
     """A kernel that loads 16 scales (which = 0) or minima (1) of a group: those of one panel, as float32.
 
     units, at: where the record's units and the group's scales lie.
     """
+    if unpacked:
+
+        @inlined
+        def load_floats(weights, units, at, which, panel):
+            return load_f32(weights, at + 128 * which + 64 * panel)
+
+        return load_floats
     if is_nested(fmt):
 
         @inlined
@@ -106,7 +118,55 @@ def _group_opener(fmt: int, fetch):
     return open_group
 
 
-def make_quantized_tile(rows: int, width: int, fmt: int):
+def unpacked_header(fmt: int) -> int:
+    """Bytes of a group's scales and minima in an unpacked block: float32."""
+    return 4 * BLOCK * (2 if has_minimum(fmt) else 1)
+
+
+def unpacked_bytes(fmt: int, columns: int, group: int) -> int:
+    """Bytes of one unpacked block."""
+    return columns // group * unpacked_header(fmt) + BLOCK * columns
+
+
+def make_unpack(fmt: int):
+    """A kernel that unpacks a block of a format of less than 8 bits.
+
+    columns, group: the matrix's; room: uint8, unpacked_bytes of it from room_at on are written.
+    """
+    inside, nested = 0 if is_nested(fmt) else header_bytes(fmt), is_nested(fmt)
+    high, pairs, kinds = high_bits(fmt), bits(fmt) == 2, 2 if has_minimum(fmt) else 1
+    step = 16 * (bits(fmt) - high)
+    load_scales, open_group, add_bits = _scale_loader(fmt), _group_opener(fmt, prefetch_once), _bits_adder(high)
+
+    @kernel
+    def unpack(weights, at, columns, group, room, room_at):
+        units, scales = at, at
+        for g in range(columns // group):
+            if nested:
+                units, scales, at = open_group(weights, units, scales, at, g, group, 0)
+            for which in range(kinds):
+                for panel in range(2):
+                    numbers = load_scales(weights, units, scales if nested else at, which, panel)
+                    store_f32(room, room_at + 128 * which + 64 * panel, numbers)
+            room_at += 128 * kinds
+            for k in range(group // 4):
+                prefetch_once(weights, at + AHEAD + step * k)
+                both = load_u8(weights, at + (64 * (k // 2) if pairs else inside + step * k))
+                for panel in range(2):
+                    if pairs:
+                        w = bit_pairs(both, 4 * (k & 1) + 2 * panel)
+                    else:
+                        w = low_nibbles(both) if panel == 0 else high_nibbles(both)
+                    if high > 0:
+                        w = add_bits(w, weights, at + inside, group, k, panel)
+                    store_u8(room, room_at, w)
+                    room_at += 64
+            at += inside + (step + 16 * high) * (group // 4)
+
+    return unpack
+
+
+def make_quantized_tile(rows: int, width: int, fmt: int, unpacked: bool = False):
     """rows x 1 block of an integer format; with width 1 the first or second half of its weight rows.
 
         for each group of columns:
@@ -117,25 +177,27 @@ def make_quantized_tile(rows: int, width: int, fmt: int):
 
     The kernel takes `linear`'s arguments and: at: the block's first byte; half: with width 1 which half of the rows,
     0 or 1; ahead: how many bytes beyond what is read it prefetches, 0 for no prefetching: as much as the block takes,
-    the tile of MANY one of SHARERS parts of it; columns, group: the matrix's.
+    the tile of MANY one of SHARERS parts of it; columns, group: the matrix's. unpacked: the block is as make_unpack
+    left it.
     """
-    sharers = SHARERS if rows == MANY else 1
-    nibbles, high, minimum, nested = 4 <= bits(fmt) < 8, high_bits(fmt), has_minimum(fmt), is_nested(fmt)
-    header, inside = header_bytes(fmt), 0 if nested else header_bytes(fmt)
+    sharers, width_of_value = SHARERS if rows == MANY else 1, 8 if unpacked else bits(fmt)
+    minimum, nested, high = has_minimum(fmt), is_nested(fmt) and not unpacked, 0 if unpacked else high_bits(fmt)
+    nibbles, header = 4 <= width_of_value < 8, unpacked_header(fmt) if unpacked else header_bytes(fmt)
+    inside = 0 if nested else header
     # inside: from where a group begins to its values. open_group prefetches what nested formats have before them; a
     # share of it is less than a line, as one of other headers is, and is prefetched with its neighbours.
     fetches_headers = not nested and sharers == 1
     # A step's weights are half a line, one or two. Of each two lines of nibbles the second is prefetched first: single
     # rows on Zen 4 are slower at an even stride, perhaps because the hardware prefetcher then joins in.
-    step, swapped = 16 * (bits(fmt) - high), int(nibbles)
+    step, swapped = 16 * (width_of_value - high), int(nibbles)
     if bits(fmt) < 8:
-        dot, start_at = dot4_small if high else dot4_short, times[zero(fmt)]
+        dot, start_at = dot4_short if bits(fmt) <= 4 else dot4_small, times[zero(fmt)]
     else:
         dot, start_at = dot4_bytes, start_unsigned if minimum else start_bytes
-    short, pairs, add_bits = bits(fmt) <= 4, bits(fmt) == 2, _bits_adder(high)
+    short, pairs, add_bits = bits(fmt) <= 4, width_of_value == 2, _bits_adder(high)
     # Steps for which a line of high bits lasts; the next one is prefetched halfway.
     at_once, period = SHORT_COLUMNS if short else 0, 4 // max(high, 1)
-    fetch, load_scales = prefetcher_of(rows), _scale_loader(fmt)
+    fetch, load_scales = prefetcher_of(rows), _scale_loader(fmt, unpacked)
     new_acc, new_scale = tile(f32x16, rows, width), tile(f32x16, 2, 2)
     open_group, new_weights = _group_opener(fmt, fetch), tile(u8x64, 2)
     new_dots, new_sums = tile(i32x16, rows, width), tile(short_sums if short else i32x16, rows, width)

@@ -6,6 +6,10 @@ from .simd_memory import prefetch_once, prefetch_soon
 # Rows of the tile for many rows, where the CPU runs it best, and how many such tiles together prefetch the next block.
 # Registers hold all its sums, unlike those of 8 rows, but weights are read from the caches more often.
 MANY, SHARERS = 5, 4
+# From so many of the largest tiles on a block is worth unpacking.
+UNPACKED_TILES = 3
+# Bytes from what is read to what is prefetched.
+AHEAD = 6144
 
 
 def shapes() -> tuple[tuple[int, int], ...]:

@@ -176,6 +176,8 @@ store_f16 = _storer(f32x16, _narrow_f16)
 """16 float32, as float16; beyond its range as its largest number."""
 store_bf16 = _storer(f32x16, _narrow_bf16)
 """16 float32, as bfloat16."""
+store_u8 = _storer(u8x64)
+"""64 bytes."""
 store_i8 = _storer(i32x16, _narrow_i8)
 """16 int32 in -128..127 as 16 bytes."""
 store_i16 = _storer(i32x16, lambda b, v: b.trunc(v, _SHORT))

@@ -29,13 +29,14 @@ class Shape(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Scratch of the step, allocated once: flat arrays of float32, but for a and b, see Rows, and bests and ids, int64.
+    """Scratch of the step, allocated once: flat arrays of float32 where nothing else is said; a and b: see Rows.
 
     x: [T, width], the residual stream; a: inputs of q k v, o and gate up; b: inputs of down; qkv: [T, qkv];
     s: [T, s_stride], shrunk rows, of int8 adapters as wide integers; scratch: scratch_stride numbers for each thread;
-    parts: unmerged attention; logits: [rows, vocabulary padded to 32]; bests: [rows, threads], where the largest of
-    each thread's columns is, or NONE; chances, ids: a row of logits for each thread. shared: how many rows of `a` all
-    threads share; after them come FEW rows for each thread.
+    parts: unmerged attention; unpacked: uint8, unpacked_stride for each thread, the room of `linear`; logits: [rows,
+    vocabulary padded to 32]; bests: int64 [rows, threads], where the largest of each thread's columns is, or NONE;
+    chances, ids: float32 and int64, a row of logits for each thread. shared: how many rows of `a` all threads share;
+    after them come FEW rows for each thread.
     """
 
     x: np.ndarray
@@ -48,6 +49,8 @@ class Buffers(NamedTuple):
     scratch: np.ndarray
     scratch_stride: int
     parts: np.ndarray
+    unpacked: np.ndarray
+    unpacked_stride: int
     logits: np.ndarray
     bests: np.ndarray
     chances: np.ndarray

@@ -16,7 +16,7 @@ from .work import bytes_of, first_piece, next_piece, share_of, work_of
 NONE = -1
 
 
-def make_logits(linear, shrink_all, expand_all):
+def make_logits(product, shrink_all, expand_all):
     """The kernel logits."""
 
     @kernel
@@ -35,7 +35,7 @@ def make_logits(linear, shrink_all, expand_all):
         block0, block1 = first_piece(c, work)
         while block0 < block1:
             column, end = block0 * BLOCK, block1 * BLOCK
-            linear(w.arena, w.matrices, w.head, b.a, 0, count, block0, block1, b.logits, column, padded, 0)
+            product(c, w.head, b.a, 0, count, block0, block1, b.logits, column, padded, 0)
             panel0, panel1 = 2 * block0, min(2 * block1, (shape.vocabulary + PANEL - 1) // PANEL)
             to = Place(b.logits, 0, padded, PANEL)
             expand_all(c, shape.layers, 0, 0, count, panel0, panel1, to, 0, panel0)

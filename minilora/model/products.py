@@ -1,4 +1,4 @@
-"""The products of the residual stream: o and down, which add to it, and gate up between them."""
+"""A product with a step's weights; those of the residual stream: o and down, which add to it, and gate up between."""
 
 from minilora_kernels.jit import kernel
 from minilora_kernels.lora_expand import Place
@@ -12,7 +12,21 @@ from .rows import input_group, place_of_values, quantize_if_read
 from .work import CHUNK_BLOCKS, MOST_ROWS, bytes_of, first_piece, next_piece, rows_at_once, span_of, work_of
 
 
-def make_add_product(linear, shrink_all, expand_all):
+def make_product(linear):
+    """The kernel product: `linear` with the step's weights, and with room of the thread's own."""
+
+    @kernel
+    def product(c, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add):
+        """out (+)= rows of x times blocks block0 .. block1 of a matrix; arguments as in `linear`."""
+        w, b = c.w, c.buffers
+        room_at = c.thread * b.unpacked_stride
+        to = out, out_at, out_stride, add
+        linear(w.arena, w.matrices, matrix, x, x_row, rows, block0, block1, *to, b.unpacked, room_at)
+
+    return product
+
+
+def make_add_product(product, shrink_all, expand_all):
     """The kernel add_product, for o and down."""
 
     @kernel
@@ -30,7 +44,7 @@ def make_add_product(linear, shrink_all, expand_all):
         while first < end:
             row, rows, block0, block1 = span_of(work, first, end)
             at, column = row * width, block0 * BLOCK
-            linear(w.arena, w.matrices, matrix, x, x_row + row, rows, block0, block1, b.x, at + column, width, 1)
+            product(c, matrix, x, x_row + row, rows, block0, block1, b.x, at + column, width, 1)
             to, low, high = Place(b.x, at, width, PANEL), 2 * block0, 2 * block1
             expand_all(c, layer, which_out, row, row + rows, low, high, to, which_out, low)
             for r in range(rows if bias >= 0 else 0):
@@ -55,7 +69,7 @@ def finish_gate_up(c, layer, group, row, rows, block, end, stride):
         at += stride
 
 
-def make_gate_up(linear, expand_all):
+def make_gate_up(product, expand_all):
     """The kernel gate_up."""
 
     @kernel
@@ -74,7 +88,7 @@ def make_gate_up(linear, expand_all):
         while first < end:
             row, rows, low, high = span_of(work, first, end)
             block, last = low * unit, min(high * unit, low * unit + chunk)
-            linear(w.arena, w.matrices, matrix, b.a, x_row + row, rows, block, last, b.scratch, scratch, stride, 0)
+            product(c, matrix, b.a, x_row + row, rows, block, last, b.scratch, scratch, stride, 0)
             gate = Place(b.scratch, scratch - block * BLOCK, stride, BLOCK)
             up = Place(b.scratch, gate.at + PANEL, stride, BLOCK)
             expand_all(c, layer, GATE_OUT, row, row + rows, block, last, gate, UP_OUT, block)

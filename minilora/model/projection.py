@@ -16,7 +16,7 @@ ROWS_EACH = 32
 ITEMS_EACH = 8
 
 
-def make_projection(linear, expand_all, write_key, write_value):
+def make_projection(product, expand_all, write_key, write_value):
     """The kernel project_heads."""
 
     @kernel
@@ -29,7 +29,7 @@ def make_projection(linear, expand_all, write_key, write_value):
             low, high = max(block0, start), min(block1, end)
             if low < high:
                 to, first, last = at + (low - block0) * BLOCK, low - start, high - start
-                linear(w.arena, w.matrices, matrix, b.a, x_row, rows, first, last, b.qkv, to, b.qkv_stride, 0)
+                product(c, matrix, b.a, x_row, rows, first, last, b.qkv, to, b.qkv_stride, 0)
             start = end
 
     @kernel

@@ -18,7 +18,7 @@ from .arrays import Context
 from .attention import make_attend_all
 from .head import choose_all, make_logits
 from .lora import make_adapters
-from .products import make_add_product, make_gate_up
+from .products import make_add_product, make_gate_up, make_product
 from .projection import make_projection
 from .rows import keep_wanted, norm_rows, quantize_attended
 
@@ -33,13 +33,14 @@ def make_step(formats: tuple[int, ...], kv_format: int, lora_format: int, head_u
     products, attention = make_linear.unit(formats), make_attention.unit(kv_format, head_unit)
     lora = make_lora.unit(lora_format)
     [linear], [attend, attend_part] = products.kernels, attention.kernels
+    product = make_product(linear)
     write_key, write_value = make_write(kv_format)
     shrink_all, expand_all, embed_rows = make_adapters(lora_format, *lora.kernels)
-    project_heads = make_projection(linear, expand_all, write_key, write_value)
+    project_heads = make_projection(product, expand_all, write_key, write_value)
     attend_all = make_attend_all(attend, attend_part)
-    add_product = make_add_product(linear, shrink_all, expand_all)
-    gate_up = make_gate_up(linear, expand_all)
-    logits = make_logits(linear, shrink_all, expand_all)
+    add_product = make_add_product(product, shrink_all, expand_all)
+    gate_up = make_gate_up(product, expand_all)
+    logits = make_logits(product, shrink_all, expand_all)
 
     @kernel
     def prepare(c, layer, norm, matrix, which_in, which_out, columns_out):

@@ -73,7 +73,7 @@ class Scratch(np.ndarray):
 
 def new_scratch(count: int, dtype=np.float32) -> np.ndarray:
     """Scratch as a kernel may find it: numbers that no result may depend on."""
-    return np.full(count, -1, dtype).view(Scratch)
+    return np.full(count, -1).astype(dtype).view(Scratch)
 
 
 def _difference(x: Any, y: Any) -> float:

@@ -5,10 +5,10 @@ import numpy as np
 from .. import reference
 from ..formats import FORMAT_NAMES, FORMATS, SUPER, bits, group_of, has_minimum, is_float, is_nested, rounds_inputs
 from ..inputs import GROUP_MIN, Rows
-from ..linear import make_linear
+from ..linear import make_linear, room_bytes
 from ..pack import pack_float, pack_quantized, packed_bytes, padded_rows, table_row
 from ..quantized import Quantized
-from .case import Arguments, Case, Make, normal
+from .case import Arguments, Case, Make, new_scratch, normal
 
 
 def random_matrix(rng: np.random.Generator, fmt: int, rows: int, columns: int, group: int) -> np.ndarray:
@@ -69,6 +69,8 @@ def _make_linear(fmt: int) -> Make:
             0,
             padded_rows(n),
             size.get("add", 0),
+            new_scratch(room_bytes(table), np.uint8),
+            0,
         )
 
     return make

@@ -9,7 +9,7 @@ from ..pack import BLOCK, COLUMNS, FORMAT, GROUP, unpack, unpack_quantized
 from .flat import grid
 
 
-def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add):
+def linear(weights, matrices, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add, room, room_at):
     """out[r, c] (+)= sum over k of x[x_row + r, k] * weight[32 * block0 + c, k]."""
     row = matrices[matrix]
     columns, group = int(row[COLUMNS]), int(row[GROUP])
