@@ -29,13 +29,15 @@ def linear_cases():
 
 @pytest.mark.parametrize("case, group", list(linear_cases()), ids=lambda value: getattr(value, "name", value))
 def test_linear_rows_do_not_depend_on_their_number(case, group):
-    size = {**case.small[0], "M": 41, "K": 256, "group": group}
-    weights, table, matrix, rows, row, count, first, end, out, at, stride, _ = case.make(np.random.default_rng(1), size)
+    size = {**case.small[0], "M": 41, "K": 256, "group": group, "add": 0}
+    weights, table, matrix, rows, row, count, first, end, out, at, stride, *rest = case.make(
+        np.random.default_rng(1), size
+    )
     together = np.zeros_like(out)
-    case.compiled(weights, table, matrix, rows, row, count, first, end, together, at, stride, 0)
+    case.compiled(weights, table, matrix, rows, row, count, first, end, together, at, stride, *rest)
     for start, length in [(0, 1), (40, 1), (3, 2), (5, 4), (2, 8), (1, 13), (6, 20), (2, 36)]:
         alone = np.zeros_like(out)
-        case.compiled(weights, table, matrix, rows, start, length, first, end, alone, at, stride, 0)
+        case.compiled(weights, table, matrix, rows, start, length, first, end, alone, at, stride, *rest)
         assert np.array_equal(alone[: length * stride], together[start * stride : (start + length) * stride])
 
 

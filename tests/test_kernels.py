@@ -40,22 +40,6 @@ def test_the_largest_integers_do_not_overflow(fmt, lowest, count):
     assert np.allclose(mine, theirs, rtol=1e-5) and np.abs(theirs).min() > 1
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
-def test_a_row_is_bitwise_the_same_in_any_tile(fmt):
-    """Alone, and among so many that their block is unpacked first."""
-    [case] = [case for case in CASES if case.name == f"linear {fmt.name}"]
-    for group in (16, 32):
-        size = {"N": 64, "K": 512, "M": 37, "group": group, "add": 0}
-        weights, table, matrix, x, _, rows, first, end, out, _, stride, *rest = case.make(
-            np.random.default_rng(2), size
-        )
-        case.compiled(weights, table, matrix, x, 0, rows, first, end, out, 0, stride, *rest)
-        for r in range(rows):
-            alone = np.zeros(stride, np.float32)
-            case.compiled(weights, table, matrix, x, r, 1, first, end, alone, 0, stride, *rest)
-            assert np.array_equal(alone, out[r * stride : (r + 1) * stride])
-
-
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [70, 135, 170])
 @pytest.mark.parametrize("kernel", [quantize_rows.quantize_row, quantize_rows.quantize_row_finely])
