@@ -212,7 +212,7 @@ class Target:
         if self.dtype == "auto":
             return natural
         if self.dtype in FLOAT_DTYPES:
-            return FLOAT_DTYPES[self.dtype], 0
+            return FLOAT_DTYPES[self.dtype], group_of(FLOAT_DTYPES[self.dtype], 0)
         # Columns are a multiple of 16, see config.py.
         group = max(g for g in GROUPS if g <= self.group and columns % g == 0)
         # The embedding and the head lose most by 4 bits: they keep 8.

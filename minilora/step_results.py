@@ -50,7 +50,11 @@ class StepResults:
         draws: list[Draw],
         tokens: list[list[int | Exception]],
     ) -> list[Output]:
-        """The new tokens, once they are in their texts. tokens: of each round, one for each draw."""
+        """The new tokens, once they are in their texts.
+
+        plan: what the step was; answers, questions: what its rows of logits were for; tokens: of each round, one for
+        each of the draws, or why there is none.
+        """
         # All that can fail comes before the first token is kept: each token kept is also reported.
         logprobs = self._logprobs(draws, tokens[0])
         self._note_computed(plan, questions)

@@ -223,9 +223,10 @@ def assert_equals_the_reference(weights, floats, tokens, rounded=()):
     for name, exact in floats.items():
         bound = 5e-4 * np.linalg.norm(exact) if name in rounded else 0
         assert np.linalg.norm(weights.floats()[name] - exact) <= bound, name
-    engine = make_engine(weights)
-    expected = reference_logprobs(weights, tokens, engine.length)
-    assert largest_error(prompt_logits(engine, tokens), expected, tokens) < 0.3
+    expected = reference_logprobs(weights, tokens, len(tokens))
+    one, *several = (prompt_logits(make_engine(weights, threads=threads), tokens) for threads in (1, 2, 3))
+    assert largest_error(one, expected, tokens) < 0.3
+    assert all(other == one for other in several)
 
 
 @pytest.mark.parametrize("kind", K_QUANTS)

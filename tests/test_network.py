@@ -183,17 +183,18 @@ def test_several_adapters_in_one_request(tiny):
 
 
 @pytest.mark.parametrize(
-    "dtype, group", [("int8", 32), ("int4", 32), ("int4", 16), ("bfloat16", 32), ("bfloat16+inputs", 32)]
+    "dtype, group, bound",
+    [("int8", 32, 0.4), ("int4", 32, 0.4), ("int4", 16, 0.4), ("bfloat16", 32, 0.05), ("bfloat16+inputs", 32, 0.15)],
 )
 @pytest.mark.parametrize("lora_dtype", ["int8", "float16"])
-def test_adapters_on_other_weights(tiny, dtype, group, lora_dtype):
+def test_adapters_on_other_weights(tiny, dtype, group, bound, lora_dtype):
     weights = load_weights(tiny("llama"), dtype, group)
     adapter = make_adapter(weights.config, rank=8)
     engine = make_engine(weights, lora_dtype=lora_dtype)
     tokens = random_tokens(np.random.default_rng(6), 60)
     found = prompt_logits(engine, tokens, (AdapterUse(engine.add_adapter(adapter), 1.0),))
     expected = reference_logprobs(weights, tokens, engine.length, [(adapter, 1.0)])
-    assert largest_error(found, expected, tokens) < 0.4
+    assert largest_error(found, expected, tokens) < (0.4 if lora_dtype == "int8" else bound)
 
 
 @kernel

@@ -17,7 +17,7 @@ from minilora.memory import HUGE_PAGE
 from minilora.packed import ARENA, MANIFEST, _digest, _write_arena, checksum, read_packed, write_packed
 from minilora.plan import DOWN, INPUT_NORM, Q_NORM, QKV, QKV_PARTS, WINDOW, Plan, Target
 from minilora.tables import check_tables
-from minilora_kernels.formats import FORMAT_NAMES, INT4K, INT8
+from minilora_kernels.formats import FORMAT_NAMES, INT4K, INT8, PAIR
 from minilora_kernels.pack import BLOCK_BYTES, COLUMNS, FORMAT, GROUP, OFFSET, ROWS, block_bytes
 
 from .gguf_maker import write_llama
@@ -371,11 +371,23 @@ def at(*place, value):
 def test_tables_that_lead_elsewhere_are_refused(cache, model, change):
     """Whoever writes a folder can write its digest too, and kernels read what the tables say."""
     folder = load(model)[0].folder
+    change_manifest(folder, change)
+    with pytest.raises(FormatError):
+        read_packed(folder, "m")
+
+
+def change_manifest(folder, change):
     content = json.loads((folder / MANIFEST).read_text())
     del content["digest"]
     change(content)
     (folder / MANIFEST).write_text(json.dumps({**content, "digest": _digest(content)}))
-    with pytest.raises(FormatError):
+
+
+@pytest.mark.parametrize("dtype, group", [("bfloat16", PAIR), ("bfloat16+inputs", 0), ("bfloat16+inputs", 32)])
+def test_groups_of_floats_say_which_inputs_are_read(cache, model, dtype, group):
+    folder = load(model, dtype=dtype)[0].folder
+    change_manifest(folder, at("matrices", 2, GROUP, value=group))
+    with pytest.raises(FormatError, match="group"):
         read_packed(folder, "m")
 
 

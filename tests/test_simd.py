@@ -268,7 +268,7 @@ def test_every_bfloat16_widens_exactly():
     assert np.array_equal(out, (halves.astype(np.uint32) << 16).view(np.float32), equal_nan=True)
 
 
-def test_products_of_bfloat16_add_up_in_the_same_order_on_every_cpu():
+def test_products_of_bfloat16_add_up_in_the_order_of_avx512():
     """The odd one first, each sum rounded once: products of bfloat16 are exact in float32, their sums in float64."""
     rng = np.random.default_rng(4)
     acc = rng.standard_normal(1600, np.float32)

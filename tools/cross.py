@@ -19,7 +19,7 @@ from numba import typeof
 
 from minilora_kernels import cpu
 
-COUNTED = ("sdot", "usdot", "fmla", "smlal", "vpdpbusd", "vpmaddubsw", "vfmadd")
+COUNTED = ("sdot", "usdot", "fmla", "smlal", "vpdpbusd", "vdpbf16ps", "vpmaddubsw", "vfmadd")
 
 
 def pretend(triple: str, name: str, features: str) -> None:

@@ -47,7 +47,7 @@ FLOAT32, FLOAT16, BFLOAT16, INT8, INT8_MIN, INT4, INT4_MIN, INT5, INT5_MIN, *_LA
 INT2K_MIN, INT4K, INT4K_MIN, INT5K_MIN, INT6K, BFLOAT16_INPUTS = _LATER
 FORMAT_NAMES = tuple(fmt.name for fmt in FORMATS)
 
-# Columns of a group of integers, and of what multiplies rounded inputs.
+# Columns of a group of integers. PAIR instead of them marks matrices that read rounded inputs: less than any.
 GROUPS, PAIR = (16, 32, 64, 128), 2
 # Columns that share the units of a nested format.
 SUPER = 256

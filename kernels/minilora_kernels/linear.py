@@ -29,7 +29,7 @@ def _tile(rows: int, width: int, fmt: int):
 
 
 def unpacks(fmt: int) -> bool:
-    """Whether many rows find blocks of this format unpacked: where that is more than the two halves of bytes."""
+    """Whether blocks of this format are unpacked once for many rows: not 8 bits, nor 4, the halves of bytes."""
     return not is_float(fmt) and bits(fmt) not in (4, 8)
 
 
@@ -59,10 +59,11 @@ def _block(fmt: int, sizes: tuple):
     return block
 
 
-def _first_block(fmt: int):
-    """The first of many rows x 1 block, in the tiles that suit so many; it returns how many rows that were, or 0.
+def _many_rows(fmt: int):
+    """A kernel for many rows x 1 block, in tiles that suit so many; None where the usual ones do.
 
-    It takes the arguments of `block` and room for an unpacked block.
+    It returns how many rows it took, from the first: 0 if they are not many enough. It takes the arguments of `block`
+    and room for an unpacked block.
     """
     if unpacks(fmt):
         return _unpacking_block(fmt)
@@ -70,7 +71,7 @@ def _first_block(fmt: int):
 
 
 def _block_of_many(fmt: int):
-    """_first_block in tiles of MANY, as many as leave a multiple of 4 rows."""
+    """_many_rows in tiles of MANY, as many as leave a multiple of 4 rows."""
     mine = _tile(MANY, 2, fmt)
 
     @kernel
@@ -87,7 +88,7 @@ def _block_of_many(fmt: int):
 
 
 def _unpacking_block(fmt: int):
-    """_first_block in tiles of the largest size, for which the block is unpacked first."""
+    """_many_rows in tiles of the largest size, for which the block is unpacked first."""
     height, width = shapes()[0]
     unpack, mine = make_unpack(fmt), make_quantized_tile(height, width, fmt, unpacked=True)
 
@@ -110,14 +111,14 @@ def _unpacking_block(fmt: int):
 
 
 def _whole_block(fmt: int):
-    """All rows of a step x 1 block: the first of many as in _first_block, those left over as in _block."""
-    first, rest = _first_block(fmt), _block(fmt, shapes())
+    """All rows of a step x 1 block: many as in _many_rows, those left over as in _block."""
+    many, rest = _many_rows(fmt), _block(fmt, shapes())
 
     @kernel
     def whole_block(weights, at, ahead, columns, group, x, x_row, rows, out, out_at, out_stride, add, room, room_at):
         m, soon, to = 0, ahead, out_at
-        if first is not None:
-            m = first(weights, at, ahead, columns, group, x, x_row, rows, out, to, out_stride, add, room, room_at)
+        if many is not None:
+            m = many(weights, at, ahead, columns, group, x, x_row, rows, out, to, out_stride, add, room, room_at)
             soon, to = 0 if m > 0 else ahead, out_at + m * out_stride
         if m < rows:
             rest(weights, at, soon, columns, group, x, x_row + m, rows - m, out, to, out_stride, add)

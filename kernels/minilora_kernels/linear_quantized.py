@@ -1,6 +1,7 @@
 """Tiles of products whose weights are integers in groups, and blocks unpacked for many such tiles.
 
-An unpacked block is like one of int8, see `pack`, but its scales and minima are float32.
+An unpacked block is like one of int8, see `pack`, but its scales and minima are float32, and the value that stands for
+0 is its format's.
 """
 
 import numpy as np
@@ -151,6 +152,8 @@ def make_unpack(fmt: int):
             room_at += 128 * kinds
             for k in range(group // 4):
                 prefetch_once(weights, at + AHEAD + step * k)
+                if high > 0:
+                    prefetch_once(weights, at + AHEAD + inside + 16 * group + 16 * high * k)
                 both = load_u8(weights, at + (64 * (k // 2) if pairs else inside + step * k))
                 for panel in range(2):
                     if pairs:

@@ -3,8 +3,9 @@
 from . import cpu
 from .simd_memory import prefetch_once, prefetch_soon
 
-# Rows of the tile for many rows, where the CPU runs it best, and how many such tiles together prefetch the next block.
-# Registers hold all its sums, unlike those of 8 rows, but weights are read from the caches more often.
+# Rows of the tile for many rows and weights of 4 or 8 bits, where the CPU runs it best, and how many such tiles
+# together prefetch the next block. Registers hold all its sums, unlike those of 8 rows, but weights are read from the
+# caches more often.
 MANY, SHARERS = 5, 4
 # From so many of the largest tiles on a block is worth unpacking.
 UNPACKED_TILES = 3

@@ -41,7 +41,7 @@ PANEL = 16
 
 
 def columns_together(fmt: int) -> int:
-    """Columns of a floating-point matrix that lie beside each other, so that one multiplication takes them: 2 or 1."""
+    """Columns of a floating-point matrix whose numbers lie beside each other: 2 of bfloat16, else 1."""
     return 2 if fmt in BFLOATS else 1
 
 

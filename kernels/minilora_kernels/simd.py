@@ -268,7 +268,7 @@ def widen_odd(builder, v):
 
 
 even_bf16, odd_bf16 = (primitive(f32x16, [i16x32], widen) for widen in (widen_even, widen_odd))
-"""These as intrinsics."""
+"""widen_even and widen_odd for kernels."""
 
 
 def _operator(op, **emitters):

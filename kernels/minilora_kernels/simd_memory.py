@@ -1,7 +1,8 @@
 """SIMD values from memory and back: loads, stores, prefetches, and their order.
 
 Offsets count elements of the array that is read or written: bytes in a uint8 arena. Nothing is checked
-against the array's length. float16 and bfloat16 live in memory only: loads widen them to float32.
+against the array's length. float16 lives in memory only, loads widen it to float32; bfloat16 is loaded one by one,
+widened, or as int16, in pairs.
 """
 
 from llvmlite import ir

@@ -19,9 +19,8 @@ def make_product(linear):
     def product(c, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add):
         """out (+)= rows of x times blocks block0 .. block1 of a matrix; arguments as in `linear`."""
         w, b = c.w, c.buffers
-        room_at = c.thread * b.unpacked_stride
-        to = out, out_at, out_stride, add
-        linear(w.arena, w.matrices, matrix, x, x_row, rows, block0, block1, *to, b.unpacked, room_at)
+        room, room_at = b.unpacked, c.thread * b.unpacked_stride
+        linear(w.arena, w.matrices, matrix, x, x_row, rows, block0, block1, out, out_at, out_stride, add, room, room_at)
 
     return product
 
@@ -33,7 +32,7 @@ def make_add_product(product, shrink_all, expand_all):
     def add_product(c, layer, matrix, bias, which_in, which_out, x, quantized_row, values_row):
         """x += o or down, with bias and adapters. Ends with a barrier.
 
-        quantized_row: first of the quantised rows of `x`; values_row: of the float ones.
+        quantized_row: first of the quantised rows of `x`, see `rows`; values_row: of the float ones.
         """
         w, b, width, count = c.w, c.buffers, c.shape.width, len(c.rows.tokens)
         columns, group = w.matrices[matrix, COLUMNS], w.matrices[matrix, GROUP]

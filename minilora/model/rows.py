@@ -1,4 +1,7 @@
-"""Rows of the stream: the inputs of products, normalised and quantised or rounded, and those that go on to the end."""
+"""Rows of the stream: the inputs of products, normalised and quantised, and those that go on to the end.
+
+Quantised inputs are groups of integers or, for formats that round inputs, bfloat16.
+"""
 
 from minilora_kernels.formats import INT8, PAIR
 from minilora_kernels.jit import kernel

@@ -56,7 +56,10 @@ def work_of(c, length, rows, step, size, grain):
 
 @kernel
 def bytes_of(c, matrix, rows):
-    """Bytes of a matrix that a product with so many rows reads, from memory or caches: once for each TILE_ROWS rows."""
+    """Bytes of a matrix that a product with so many rows reads, from memory or caches: once for each TILE_ROWS rows.
+
+    Blocks that are unpacked first count as if they were not.
+    """
     table = c.w.matrices
     return table[matrix, ROWS] // BLOCK * table[matrix, BLOCK_BYTES] * ((rows + TILE_ROWS - 1) // TILE_ROWS)
 

@@ -52,7 +52,7 @@ def _make_linear(fmt: int) -> Make:
             rows.values[r * rows.stride : r * rows.stride + k] = values
             if rounds_inputs(fmt):
                 reference.round_row(values, 0, k, rows, r, 0)
-            elif group:
+            elif not is_float(fmt):
                 reference.quantize_row(values, 0, k, group, rows, r, 0)
         table = np.array([table_row(fmt, n, k, group_of(fmt, group), 0)], np.int64)
         out = normal(rng, m * padded_rows(n))
@@ -69,8 +69,8 @@ def _make_linear(fmt: int) -> Make:
             0,
             padded_rows(n),
             size.get("add", 0),
-            new_scratch(room_bytes(table), np.uint8),
-            0,
+            new_scratch(2 * room_bytes(table), np.uint8),
+            room_bytes(table),
         )
 
     return make
