@@ -18,7 +18,7 @@ MASKS = {
 }
 
 
-FEWER = "simd or kernels or phi3 or own_weights or other_weights or inputs_are_rounded or any_number_of_threads"
+FEWER = "simd or kernels or phi3 or own_weights or inputs_are_rounded or any_number_of_threads"
 TESTS = ["tests/test_simd.py", "tests/test_kernels.py", "tests/test_network.py", "tests/test_invariance.py"]
 ARM = {
     "sdot": ("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon,+dotprod,+fullfp16"),
