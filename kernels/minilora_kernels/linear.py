@@ -102,8 +102,9 @@ def _unpacking_block(fmt: int):
         unpack(weights, at, columns, group, room, room_at)
         for i in range(tiles):
             m = i * height
+            to = out_at + m * out_stride
+            # Tiles of width 1 take half a block.
             for half in range(3 - width):
-                to = out_at + m * out_stride
                 mine(room, room_at, half, 0, columns, group, x, x_row + m, out, to, out_stride, add)
         return tiles * height
 
